@@ -59,19 +59,19 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. Arms whose results are in this file are not trained again."""
+    """JSON file for the results. A network whose results are in this file is not trained again."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. All arms are trained with each seed."""
+    """Seeds of the trainings. Each network is trained once with each seed."""
 
     codes: int = 256
-    """Number of codes of each of the two levels."""
+    """Number of codes of each level of the network with two levels."""
 
     one_level_codes: tuple[int, ...] = (512, 1024)
-    """Numbers of codes of the arms of one level."""
+    """Numbers of codes of the networks with one level. One network is trained for each number."""
 
     updates: int = 500
-    """Number of updates of each arm."""
+    """Number of updates of each training."""
 
     batch_size: int = 8
     """Number of images per update."""

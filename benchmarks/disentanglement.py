@@ -55,19 +55,19 @@ class Options:
     """Folder for the runs."""
 
     json: Path
-    """File for the results."""
+    """JSON file for the results."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
 
     betas: tuple[float, ...] = (1.0, 4.0, 8.0)
-    """Weights of the KL of the beta-VAE."""
+    """Weights of the KL of the beta-VAE. One run is made for each weight and seed."""
 
     gammas: tuple[float, ...] = (10.0,)
-    """Weights of the total correlation of FactorVAE."""
+    """Weights of the total correlation of FactorVAE. One run is made for each weight and seed."""
 
     updates: int = 5000
-    """Length of each run."""
+    """Number of updates of each run."""
 
     def run(self) -> None:
         """Train, measure, compare, print a table and write the file."""

@@ -64,19 +64,20 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. Arms whose results are in this file are not trained again."""
+    """JSON file for the results. A network whose results are in this file is not trained again."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. All arms are trained with each seed."""
+    """Seeds of the trainings. Each network is trained once with each seed."""
 
     arms: tuple[str, ...] = (PLAIN, FLOW)
-    """Arms to train: plain, flow, or "flow, fixed variance"."""
+    """Networks to train, called arms: plain (no flow), flow, or "flow, fixed variance"."""
 
     kl_weights: tuple[float, ...] = (0.006, 0.03, 0.15)
-    """Weights of the KL of the plain VAE, as `--kl_scale`."""
+    """Weights of the KL (as in `--kl_scale`) with which the plain VAE is trained."""
 
     flow_kl_weights: tuple[float, ...] = (0.05, 0.15)
-    """Weights of the KL of the other arms, at which their PSNR is within that of the plain VAE."""
+    """Weights of the KL (as in `--kl_scale`) for the arms with a flow. With these weights, their
+    PSNR must be within the range of PSNR of the plain VAE."""
 
     layers: int = 8
     """Number of coupling layers of the flow."""
@@ -85,22 +86,23 @@ class Options:
     """Number of hidden channels of each layer of the flow."""
 
     logvar: float = -1.386
-    """Log-variance of the arm with a fixed variance."""
+    """Log-variance of the posteriors in the arm "flow, fixed variance". -1.386 is a standard
+    deviation of 0.5."""
 
     latent_channels: int = 4
     """Number of latent channels d."""
 
     block_out_channels: tuple[int, ...] = (16, 32, 64)
-    """Widths of the network's levels."""
+    """Number of channels of each level of the network, from full resolution down."""
 
     max_images: int = 3000
     """Largest number of training images, evenly spread over the folder."""
 
     samples: int = 8
-    """Number of posterior samples of each unseen photo."""
+    """Number of posterior samples of each unseen photo, from which the KL is estimated."""
 
     updates: int = 300
-    """Number of updates of each arm."""
+    """Number of updates of each training."""
 
     batch_size: int = 8
     """Number of images per update."""

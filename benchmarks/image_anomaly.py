@@ -48,25 +48,27 @@ class Pairs:
     """Compare data sets under a model that exists."""
 
     model: Path
-    """Model or run of `latentvae train-vae`."""
+    """Folder of a run of `latentvae train-vae`, or of its export."""
 
     normal: str
     """Images of the kind that the model learned from, but not the same images."""
 
     others: tuple[str, ...]
-    """Images of other kinds. They are resized to the images of the model."""
+    """Data sets with images of other kinds. These images are resized to the size of the model's
+    images."""
 
     out: Path
     """Folder for results.json."""
 
     background: Path | None = None
-    """Model that was trained with --perturb_rate. Without it, there is no likelihood ratio."""
+    """Model that was trained with --perturb_rate, for the likelihood ratio. Without this model, the
+    likelihood ratio is not measured."""
 
     max_images: int = 1000
-    """Number of images of each data set."""
+    """Largest number of images of each data set."""
 
     samples: int = 10
-    """Latent samples per image."""
+    """Number of latent samples for each image."""
 
     def run(self) -> None:
         """Score all images and print the table."""
@@ -113,22 +115,23 @@ class Classes:
     """Folder for the runs and results.json."""
 
     preset: str = "vae_mnist"
-    """Preset of the VAE."""
+    """Preset of `latentvae train-vae` with which all models are trained."""
 
     updates: int = 10000
-    """Length of each training."""
+    """Number of updates of each training."""
 
     left_out: tuple[int, ...] = tuple(range(10))
-    """Numbers of the classes to leave out."""
+    """Numbers of the classes to leave out, one after the other."""
 
     max_images: int = 1000
-    """Number of test images."""
+    """Largest number of test images."""
 
     samples: int = 10
-    """Latent samples per image."""
+    """Number of latent samples for each image."""
 
     perturb_rate: float = 0.2
-    """Share of random pixels in the training of the background models. 0 leaves them out."""
+    """Share (0 to 1) of the pixel values that become random in the training of background models.
+    With 0, no background models are trained."""
 
     seed: int = 0
     """Seed of the trainings."""

@@ -55,14 +55,14 @@ class Options:
     """What to measure, and where to write the results."""
 
     model: str = "sd"
-    """Folder of an AutoencoderKL. `sd` and `kl_small` mean networks of these shapes with random
-    weights."""
+    """Folder of an AutoencoderKL, or `sd` or `kl_small`. `sd` means a network of Stable Diffusion's
+    shape, and `kl_small` a network of the shape of this preset. Both have random weights."""
 
     sizes: tuple[int, ...] = (512, 1024)
     """Sides of the images in pixels."""
 
     storage: Literal["memory", "disk"] = "disk"
-    """Where the computation in strips keeps its feature maps."""
+    """Where the feature maps are kept while an image is computed strip by strip."""
 
     folder: Path | None = None
     """Folder for temporary files. Default: the system's folder for temporary files."""

@@ -67,7 +67,8 @@ class Options:
     """Which recipes to train, on what, and for how long."""
 
     recipes: tuple[str, ...] = ("no_disc", REFERENCE)
-    """Presets, YAML files, files in benchmarks/recipes, or `reference`."""
+    """Recipes to train: names of presets, your own YAML files, names of files in
+    benchmarks/recipes, or `reference` (the plain script reference.py)."""
 
     data: str = "samples"
     """Folder of training images."""
@@ -76,13 +77,14 @@ class Options:
     """Folder of unseen images. Default: a part of the training images that is not trained on."""
 
     minutes: float = 45.0
-    """Minutes for each recipe and seed, which include the seconds before the first update."""
+    """Training time in minutes for each recipe and seed. It includes the seconds before the first
+    update."""
 
     seeds: tuple[int, ...] = (0,)
-    """Seeds. Each recipe is trained once for each seed."""
+    """Seeds of the trainings. Each recipe is trained once with each seed."""
 
     json: Path = Path("learning.json")
-    """File for the results. The plot has the same name and ends with .png."""
+    """JSON file for the results. The plot has the same name and ends with .png."""
 
     out: Path = Path("learning")
     """Folder of the trainings."""
@@ -95,13 +97,13 @@ class Options:
     """Number of points on each curve, evenly spread over the updates."""
 
     threads: int = 2
-    """Number of CPU threads when the speed is measured."""
+    """Number of CPU threads while the speed is measured. The trainings share this many threads."""
 
     jobs: int = 1
-    """Number of trainings at the same time. The threads are divided among them."""
+    """Number of trainings that run at the same time. The threads are divided among them."""
 
     speed_updates: int = 40
-    """Number of updates when the speed is measured. The first 10 are not timed."""
+    """Number of updates for the measurement of the speed. The first 10 are not timed."""
 
 
 @dataclass(frozen=True)

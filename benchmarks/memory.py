@@ -65,15 +65,15 @@ class Options:
     """Names of presets. Default: all presets."""
 
     batch_sizes: tuple[int, ...] = ()
-    """Numbers of images per process and micro-step. Default: the train_batch_size of each
-    preset."""
+    """Numbers of images per process and micro-step (forward and backward pass). Default: the
+    train_batch_size of each preset."""
 
     resolution: int | None = None
     """Side of the images in pixels. Default: the resolution of each preset."""
 
     accumulate: bool = False
-    """Compute two micro-steps per update. The gradients of the first micro-step are in memory
-    during the second."""
+    """Compute two micro-steps (forward and backward passes) per update. The gradients of the first
+    micro-step are in memory during the second."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. This needs less memory and more time."""

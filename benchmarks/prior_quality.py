@@ -59,7 +59,8 @@ class Options:
     """Which priors to measure, on what."""
 
     priors: tuple[str, ...]
-    """Exports of priors or their runs, such as those of several seeds. All have one tokenizer."""
+    """Priors to measure: folders of exports or runs, such as runs with several seeds. All priors
+    must have the same tokenizer."""
 
     data: str
     """Folder of the training photos, in one folder per class."""
@@ -71,19 +72,20 @@ class Options:
     """Number of samples of each prior."""
 
     guidance: float = 1.0
-    """Weight of classifier-free guidance."""
+    """Weight of classifier-free guidance. 1 is no guidance. Larger values give samples that fit
+    their class better but are less varied."""
 
     temperature: float = 1.0
-    """Divide the logits by this number."""
+    """Divide the logits by this number. Values below 1 prefer likely tokens."""
 
     top_k: int = 0
-    """Draw from this many most likely codes only. 0 draws from all codes."""
+    """Draw each token from this many most likely codes only. 0 draws from all codes."""
 
     seed: int = 0
     """Seed of the samples."""
 
     json: Path = Path("prior.json")
-    """File for the results."""
+    """JSON file for the results."""
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class Options:
     """Number of updates."""
 
     validation_data_dir: str | None = None
-    """Folder of unseen images. By default, the images that `train_kl.py` would hold out are not
-    trained on."""
+    """Folder of unseen images. By default, the script does not train on the images that
+    `train_kl.py` would hold out."""
 
     save_every: int = 500
     """Number of updates between saves of the weights. The last update is always saved."""

@@ -41,22 +41,23 @@ class Options:
     """Test images of the same classes."""
 
     json: Path
-    """File for the results."""
+    """JSON file for the results."""
 
     resolution: int = 28
-    """Height and width of the images."""
+    """Height and width of the images in pixels."""
 
     labels_per_class: int = 10
     """Number of labels of each class that the classifiers see."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the draws of labels, and of the classifiers."""
+    """Seeds. For each seed, labels are drawn at random and every classifier is fitted once."""
 
     classifiers: tuple[str, ...] = ("m1", "m2", "m1m2")
-    """Which of m1, m2 and m1m2 to fit."""
+    """Classifiers to fit, out of m1, m2 and m1m2."""
 
     vae: str | None = None
-    """VAE of m1 and m1m2 that `latentvae train-vae` exported. By default, they train one."""
+    """Export of `latentvae train-vae` whose VAE the classifiers m1 and m1m2 use. By default, they
+    train a VAE themselves."""
 
     options: str = "{}"
     """Other options of the classifiers as JSON, such as '{"epochs": 50}'."""

@@ -63,7 +63,8 @@ class Options:
     """Number of images per call."""
 
     ways: tuple[str, ...] = ()
-    """Ways to compare with the reference. Default: all ways whose packages are installed."""
+    """Ways to run the network (see the text above), each of which is compared with the reference.
+    Default: all ways whose packages are installed."""
 
     runs: int = 5
     """Number of timed calls of each way, after two untimed calls. These calls alternate with those

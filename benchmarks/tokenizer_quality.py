@@ -87,19 +87,20 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. Arms whose results are in this file are not trained again."""
+    """JSON file for the results. A network whose results are in this file is not trained again."""
 
     quantizers: tuple[Name, ...] = tuple(KINDS)
-    """Quantisers to compare."""
+    """Quantisers to compare with the ones of vector-quantize-pytorch."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. Both arms of each quantiser are trained with each seed."""
+    """Seeds of the trainings. For each quantiser and seed there are two trainings, one with our
+    quantiser and one with theirs."""
 
     updates: int = 300
-    """Number of updates of each arm."""
+    """Number of updates of each training."""
 
     minutes: float | None = None
-    """CPU minutes of training for each arm. This option replaces updates."""
+    """Time of each training in CPU minutes. This option replaces `updates`."""
 
     resolution: int = 64
     """Side of the images in pixels."""
@@ -112,8 +113,8 @@ class Options:
     the preset."""
 
     speed_updates: int = 10
-    """Number of updates of each arm in the measurement of speed. The updates of both arms
-    alternate."""
+    """Number of updates with each of the two quantisers in the measurement of speed. The updates
+    with our quantiser alternate with the updates with theirs."""
 
     threads: int = 1
     """Number of CPU threads."""

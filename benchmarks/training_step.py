@@ -77,7 +77,7 @@ class Options:
 
     runs: int = 5
     """Number of timed updates of this project and of each script, after three untimed updates. The
-    updates of both alternate."""
+    updates of the project and the script alternate."""
 
     threads: int | None = None
     """Number of CPU threads. Default: all cores."""

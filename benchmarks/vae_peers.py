@@ -40,22 +40,22 @@ class Options:
     """Images of digits, in any form that --train_data_dir takes."""
 
     json: Path
-    """File for the results."""
+    """JSON file for the results."""
 
     samples: int = 50
-    """Number of latent samples of the IWAE."""
+    """Number of latent samples for each image in the IWAE."""
 
     batch_size: int = 100
-    """Images in an update."""
+    """Number of images in an update."""
 
     rounds: int = 9
-    """Number of rounds. In each round, both make the same number of updates."""
+    """Number of rounds. In each round, both packages make the same number of updates."""
 
     updates: int = 5
-    """Updates of each in a round."""
+    """Number of updates that each package makes in a round."""
 
     repeats: int = 40
-    """Number of estimates of the bound for the comparison."""
+    """Number of estimates of the bound, for the comparison of both packages."""
 
     def run(self) -> None:
         """Measure, print a table and write the file."""

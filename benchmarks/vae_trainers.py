@@ -50,17 +50,18 @@ class Options:
     """Images of digits, in any form that --train_data_dir takes."""
 
     out: Path
-    """Folder for our runs and results.json. It must be new."""
+    """Folder for this project's runs and results.json. It must be new."""
 
     samples: tuple[int, ...] = (1, 50)
-    """Latent samples per image. 1 is the VAE, more are the IWAE."""
+    """Numbers of latent samples for each image in training. 1 trains a VAE, and larger numbers
+    train an IWAE."""
 
     bounds: tuple[float, ...] = (120.0, 115.0)
-    """Bound to reach in nats, for each of `samples`: the ELBO of the VAE, or the
-    importance-weighted bound."""
+    """Bounds to reach in nats per image, one for each number in `samples`: the ELBO of the VAE, or
+    the importance-weighted bound of the IWAE."""
 
     epochs: int = 15
-    """Length of each training."""
+    """Length of each training in epochs."""
 
     rounds: int = 3
     """Number of rounds. Each round has its own seed."""

@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """An error that the user did not make: a full disk, no memory left, a process that died.
+    """An error that the user did not cause: a full disk, no memory left, a process that died.
 
     Scripts print it in one line and exit with code 1.
     """

@@ -29,7 +29,7 @@ OutputType = Literal["pt", "np", "pil"]
 OUTPUT_TYPES: tuple[OutputType, ...] = get_args(OutputType)
 
 CELL = 64  # a grid enlarges smaller images to at least this many pixels on a side
-GAP, LABEL_WIDTH = 2, 110  # of a grid, in pixels
+GAP, LABEL_WIDTH = 2, 110  # width of a grid's gaps and of its labels, in pixels
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,10 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
 
 
 def convert(images: Tensor, output_type: OutputType) -> Images:
-    """Convert images (B, C, H, W) in [-1, 1] to arrays in [0, 1] or PIL images, or return them.
+    """Convert images (B, C, H, W) in [-1, 1] to the form that `output_type` names.
+
+    `"pt"` returns the tensor unchanged, `"np"` an array (B, H, W, C) in [0, 1], and `"pil"` a list
+    of PIL images.
 
     Raises:
         UserError: `output_type` is unknown.

@@ -1,4 +1,4 @@
-"""Check the rows and the options that a detector gets. Each fault is one sentence."""
+"""Check the rows and the options of a detector. Each error is one sentence."""
 
 import warnings
 from typing import Any
@@ -13,9 +13,10 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
     """Return rows as a finite float64 array (N, F).
 
     Args:
-        detector: the estimator, which remembers names and number of columns.
+        detector: the estimator, which stores the names and the number of columns.
         rows: array, list of lists or pandas table.
-        reset: True in `fit`: remember the columns. False: compare with the remembered ones.
+        reset: True (in `fit`) stores the columns. False compares the columns with the stored
+            columns.
         minimum: smallest number of rows.
 
     Raises:
@@ -44,7 +45,7 @@ def check_constant_columns(rows: np.ndarray, names: Any, *, action: str) -> None
     Args:
         rows: training rows, (N, F).
         names: names of the columns, or None.
-        action: "error" raises, "keep" lets constant columns pass.
+        action: "error" raises an error, and "keep" allows constant columns.
 
     Raises:
         UserError: a column is constant and `action` is "error", or `action` is unknown.
@@ -65,7 +66,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Check that an option has one of the allowed values.
 
     Raises:
-        UserError: it has another value.
+        UserError: the option has another value.
     """
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
@@ -76,8 +77,10 @@ def check_range(
 ) -> None:
     """Check that a number lies in [low, high], or in (low, high] with `open_low`.
 
+    If `high` is None, there is no upper limit.
+
     Raises:
-        UserError: it does not.
+        UserError: the number lies outside this range, or is not finite.
     """
     below = value <= low if open_low else value < low
     if below or (high is not None and value > high) or not np.isfinite(value):
@@ -87,7 +90,7 @@ def check_range(
 
 
 def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
-    """Warn if so few rows cannot support a threshold of this false-alarm rate."""
+    """Warn if there are too few clean rows for a threshold of this false-alarm rate."""
     if (num_rows + 1) * rate < 1:
         warnings.warn(
             f"{num_rows} clean rows are too few for a false-alarm rate of {rate:g}: the threshold "

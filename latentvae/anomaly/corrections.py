@@ -1,10 +1,10 @@
-"""Two corrections of likelihoods, which rate simple images of other kinds too likely.
+"""Correct log-likelihoods, which are too high for simple images of other kinds.
 
 A likelihood model of photos gives plain images a higher likelihood than its own training images
 (arXiv:1810.09136). Both corrections subtract what any model can explain:
 
     likelihood ratio    log p(x) - log p_background(x)       arXiv:1906.02845
-    input complexity    log p(x) + L(x) log 2                arXiv:1909.11480, its score S negated
+    input complexity    log p(x) + L(x) log 2                arXiv:1909.11480, minus its score S
 
 `L(x)` is the size in bits of the image under a lossless codec. Both results are larger for images
 that are more like the training images.
@@ -35,13 +35,13 @@ def likelihood_ratio(
 ) -> np.ndarray:
     """Return log p(x) - log p_background(x) of each image in nats, (N,).
 
-    The background model is trained on images whose pixels were changed at random
-    (`latentvae train-vae --perturb_rate 0.2`), so that it learns colours and textures but not
-    what the images show.
+    The background model is trained on images whose pixels were changed at random. The command is
+    `latentvae train-vae --perturb_rate 0.2`. So the background model learns colours and textures
+    but not what the images show.
 
     Args:
         log_likelihood: log-likelihood of each image under the model, in nats, (N,).
-        background: the same under the background model, (N,).
+        background: log-likelihood of each image under the background model, in nats, (N,).
 
     Raises:
         UserError: the shapes differ, or a value is not finite.
@@ -57,8 +57,8 @@ def likelihood_ratio(
 def input_complexity(log_likelihood: np.ndarray | Tensor, bits: np.ndarray | Tensor) -> np.ndarray:
     """Return log p(x) + L(x) log 2 of each image in nats, (N,).
 
-    The log-likelihood must be that of 8-bit pixels (a probability, not a density), so that both
-    terms have the same unit. For a density of pixels in [0, 1], subtract C H W log 256 first.
+    The log-likelihood must come from a probability of 8-bit pixels, not from a density, so that
+    both terms have the same unit. For a density of pixels in [0, 1], subtract C H W log 256 first.
 
     Args:
         log_likelihood: log-likelihood of each image, in nats, (N,).

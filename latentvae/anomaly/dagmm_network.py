@@ -1,4 +1,4 @@
-"""The two networks of DAGMM (Zong et al., ICLR 2018): compression and estimation.
+"""Define the two networks of DAGMM (Zong et al., ICLR 2018): compression and estimation.
 
     x -> encoder -> z_c -> decoder -> x'
     z = [z_c, relative distance of x and x', cosine similarity of x and x']
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Smallest norm of a row: a row of zeros has no direction, and every distance to it is infinite.
+# Smallest norm of a row: a row of zeros has no direction, and every relative distance to it is
+# infinite.
 MIN_NORM = 1e-8
 NUM_RECONSTRUCTION_FEATURES = 2
 
@@ -66,7 +67,7 @@ class DAGMMNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Compressed:
-        """Compress rows x (N, F)."""
+        """Return the reconstruction, the features z and the assignments of rows x (N, F)."""
         latent = self.encoder(x)
         recon = self.decoder(latent)
         z = torch.cat([latent, reconstruction_features(x, recon)], dim=1)

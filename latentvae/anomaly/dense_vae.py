@@ -1,4 +1,4 @@
-"""A dense VAE for rows of numbers, with a Gaussian decoder that learns its variances.
+"""Define a dense VAE for rows of numbers, with a Gaussian decoder that learns variances.
 
     x -> encoder -> q(z|x) = N(mean, std) -> z -> decoder -> p(x|z) = N(mean, std)
 
@@ -33,8 +33,8 @@ class DenseVAE(nn.Module):
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns D of z.
         min_std: smallest standard deviation of p(x|z), in units of the scaled columns.
-        std_per_row: whether the decoder computes the standard deviations of each row. If not, each
-            column has one, which training learns.
+        std_per_row: whether the decoder computes standard deviations for each row. If not, each
+            column has one standard deviation, which training learns.
     """
 
     def __init__(

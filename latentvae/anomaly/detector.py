@@ -1,4 +1,4 @@
-"""The base of all detectors of tables: checks, scaling, threshold, scikit-learn's methods.
+"""Define the base of all detectors of tables: checks, scaling, threshold, scikit-learn's methods.
 
     fit:            check rows -> scale columns -> train -> threshold from the training rows
     score_samples:  check rows -> scale columns -> score, larger is more normal
@@ -68,12 +68,14 @@ class Detector(OutlierMixin, BaseEstimator):
     def calibrate(self, X: Any, *, false_alarm_rate: float | None = None) -> Self:
         """Set the threshold from held-out rows without anomalies.
 
-        The training rows look more normal than new rows do, so a threshold from held-out rows
-        keeps the false-alarm rate, and one from the training rows is exceeded more often.
+        To the detector, training rows look more normal than new rows. So a threshold from held-out
+        rows keeps the false-alarm rate, but a threshold from the training rows flags more clean
+        rows.
 
         Args:
             X: clean rows that were not in `fit`, (N, F).
-            false_alarm_rate: share of clean rows that may be flagged. None keeps the option.
+            false_alarm_rate: share of clean rows that may be flagged. None takes the detector's
+                option.
         """
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         check_range("false_alarm_rate", rate, low=0, high=0.5, open_low=True)
@@ -104,7 +106,7 @@ class Detector(OutlierMixin, BaseEstimator):
         }
 
     def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
-        """Take over what `learned` of a detector with the same options returned."""
+        """Restore the result of `learned` of a detector with the same options."""
         own = {"columns.shift", "columns.scale", "offset"}
         self.shift_ = tensors["columns.shift"].numpy()
         self.scale_ = tensors["columns.scale"].numpy()
@@ -159,9 +161,9 @@ def clean_threshold(scores: np.ndarray, rate: float) -> float:
     """Return the threshold below which a new clean row falls with probability at most `rate`.
 
     This is the conformal quantile: with n clean scores, the floor(rate (n + 1))-th smallest. A new
-    row of the same distribution is equally likely to have any rank among n + 1 scores. If the
-    rows are too few for the rate, it is the smallest score. The threshold lies just below, so that
-    rounding never flags the row that set it.
+    row of the same distribution is equally likely to have any rank among n + 1 scores. If there are
+    too few rows for the rate, the quantile is the smallest score. The threshold lies just below the
+    quantile, so that rounding never flags the row that set it.
 
     Args:
         scores: `score_samples` of clean rows, (N,).

@@ -1,4 +1,4 @@
-"""Four ways to score images with an autoencoder, each with a heat map.
+"""Score images with an autoencoder by one of four methods, each with a heat map.
 
     reconstruction   error of the reconstruction, L1 or LPIPS. Nothing is fitted.
     latent_density   density of the whole image's pooled latents: a mixture or neighbours
@@ -34,7 +34,7 @@ from latentvae.models.likelihood_models import (
     read_images_file,
 )
 
-MAX_POSITIONS = 20_000  # latent vectors that the local density of `latent_density` learns from
+MAX_POSITIONS = 20_000  # largest number of latent vectors for the heat maps of `latent_density`
 
 
 class Scored(NamedTuple):
@@ -61,11 +61,12 @@ class ImageOptions:
     """Options of all methods. Each method reads its own.
 
     Attributes:
-        distance: of `reconstruction`, "l1" or "lpips".
-        density: of `latent_density`, "gmm" or "knn".
-        correction: of `likelihood`, "none", "complexity" or "ratio", see `corrections`.
+        distance: distance of the method `reconstruction`, "l1" or "lpips".
+        density: density of the method `latent_density`, "gmm" or "knn".
+        correction: correction of the method `likelihood`, "none", "complexity" or "ratio", see the
+            module `corrections`.
         background: folder of the background model, for the correction "ratio".
-        samples: of `likelihood`, latent samples per image.
+        samples: latent samples per image of the method `likelihood`.
         seed: seed of all draws.
     """
 
@@ -89,11 +90,11 @@ class Reconstruction:
         self.lpips = None if distance == "l1" else PerceptualLoss(load_lpips("alex"))
 
     def fit(self, latents: Tensor) -> Self:
-        """Do nothing, because this way to score has nothing to learn."""
+        """Do nothing, because this method has nothing to learn."""
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the distance of each image and its reconstruction, and the same per pixel."""
+        """Return the distance of each image from its reconstruction, and a map of the distances."""
         recon = model.reconstruct(images)
         if self.lpips is None:
             maps = (recon - images).abs().mean(dim=1)
@@ -103,7 +104,7 @@ class Reconstruction:
             return Scored(lpips(images, recon), lpips.maps(images, recon))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return an empty dict: this way to score has nothing to learn."""
+        """Return an empty dict, because this method has nothing to learn."""
         return {}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
@@ -112,10 +113,10 @@ class Reconstruction:
 
 
 class PooledDensity:
-    """Score images by the density of their pooled latents, mean and spread of each channel.
+    """Score images by the density of the mean and standard deviation of each latent channel.
 
-    The heat map shows the same kind of density for single positions: where the latent itself is
-    rare, in any place.
+    The heat map shows where a latent is rare: it is the -log density of each position's latent
+    under a Gaussian mixture that all positions share.
 
     Args:
         density: "gmm" or "knn", see `LatentDensity`.
@@ -129,7 +130,7 @@ class PooledDensity:
         self.seed = seed
 
     def fit(self, latents: Tensor) -> Self:
-        """Fit the density of images and that of positions."""
+        """Fit the density of images and the density of positions."""
         self.image.fit(pooled(latents).double().numpy())
         vectors = latents.movedim(1, -1).flatten(0, 2)
         order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(self.seed))
@@ -137,7 +138,10 @@ class PooledDensity:
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return -log density of each image (or its distance), and of each position."""
+        """Return the score of each image, and a map of the -log density of the positions.
+
+        The score is the -log density in nats with "gmm", and the distance to neighbours with "knn".
+        """
         latents = model.encode(images).float().cpu()
         batch, _, height, width = latents.shape
         vectors = latents.movedim(1, -1).flatten(0, 2).double().numpy()
@@ -155,14 +159,14 @@ class PooledDensity:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Take over what `tensors` returned."""
+        """Restore the result of `tensors`."""
         for name, part in (("image", self.image), ("local", self.local)):
             part.relearn(part_of(tensors, f"{name}."))
         return self
 
 
 class Positions:
-    """Score images by the Mahalanobis distance of each latent from those at the same position.
+    """Score images by the Mahalanobis distance of each latent from clean latents of its position.
 
     The latent of a position is put together with its eight neighbours. The score of an image is
     the largest distance, after an average over neighbouring positions.
@@ -204,7 +208,7 @@ class Positions:
         return {"means": self.means, "factors": self.factors}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Take over what `tensors` returned."""
+        """Restore the result of `tensors`."""
         self.means, self.factors = tensors["means"], tensors["factors"]
         return self
 
@@ -218,7 +222,8 @@ class Likelihood:
         options: the options `correction`, `background`, `samples` and `seed`.
 
     Raises:
-        UserError: a background model is missing, or has no use.
+        UserError: `background` is missing for the correction "ratio", or given for another
+            correction. Or `samples` is below 1.
     """
 
     def __init__(self, options: ImageOptions) -> None:
@@ -235,13 +240,13 @@ class Likelihood:
             self.background = load_likelihood_net(options.background)
 
     def fit(self, latents: Tensor) -> Self:
-        """Do nothing, because this way to score has nothing to learn."""
+        """Do nothing, because this method has nothing to learn."""
         return self
 
     @full_float32()
     @torch.no_grad()
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the negative corrected log-likelihood of each image, and errors of its pixels.
+        """Return the negative corrected log-likelihood of each image in nats, and pixel errors.
 
         Raises:
             UserError: the model has no likelihood, or the background model is of another kind.
@@ -293,10 +298,10 @@ class Likelihood:
         return {"background": fingerprint(self.background[0])}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Check that the background model is that of the fit.
+        """Check that the background model has the same weights as in the fit.
 
         Raises:
-            UserError: it has other weights.
+            UserError: the weights differ.
         """
         if self.background is not None:
             if not torch.equal(tensors["background"], fingerprint(self.background[0])):
@@ -308,7 +313,7 @@ class Likelihood:
 
 
 def images_of(model: Autoencoder) -> ImagesOfModel:
-    """Return what a model with a likelihood expects of its images."""
+    """Return the form of images that a model with a likelihood expects."""
     folder = find_likelihood_export(Path(model.path)) if model.path else None
     return ImagesOfModel() if folder is None else read_images_file(folder)
 

@@ -55,7 +55,7 @@ class Pictures:
         self.left_out: list[str] = []
 
     def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield names and images, (B, C, R, R) in [-1, 1]."""
+        """Yield names and images, (B, C, R, R) in [-1, 1], where R is the resolution."""
         names: list[str] = []
         images: list[Tensor] = []
         for index in tqdm(indices, unit="image", leave=False):
@@ -90,10 +90,11 @@ def fit_images(
         out: folder for the detector.
         model: folder or Hub id of an autoencoder. Only its name is stored, not its weights.
         method: a key of `image_methods.METHODS`.
-        resolution: side in pixels. None takes the only size of the model, or 128.
+        resolution: side in pixels. None takes the model's image size if the model supports only one
+            size, else 128.
         options: options of the method. Their seed also decides the held-out images.
         held_out_share: share of the clean images that only set the threshold. A method that learns
-            nothing takes all of them for that.
+            nothing uses all clean images for the threshold.
         false_alarm_rate: share of clean images that may be flagged.
 
     Raises:
@@ -162,8 +163,8 @@ def score_images(
         folder: folder that `fit_images` wrote.
         data: folder of images.
         out: folder for the pictures.
-        normal_folder: first-level folder of `data` with the normal images. All others are
-            anomalies. None if the truth is unknown.
+        normal_folder: first-level folder of `data` with the normal images. The images of all other
+            folders are anomalies. None if the truth is unknown.
         num_pictures: number of images on the sheet.
         heat_maps: write the heat map of every image too.
 

@@ -1,4 +1,4 @@
-"""Pictures of heat maps: one per image, and a sheet of the most anomalous images."""
+"""Draw heat maps: one picture per image, and a sheet of the most anomalous images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def heat_picture(heat: Tensor, *, low: float, high: float) -> Image.Image:
 
     Args:
         heat: the heat map.
-        low, high: ends of the colour scale. All pictures of a call should share them.
+        low, high: ends of the colour scale, the same for all pictures that are compared.
     """
     unit = ((heat.float() - low) / max(high - low, 1e-12)).clamp(0, 1).cpu().numpy()
     return Image.fromarray((colormaps["inferno"](unit)[..., :3] * 255).round().astype(np.uint8))
@@ -59,7 +59,7 @@ def sheet(
 
 
 def legible(pixels: Tensor) -> Tensor:
-    """Return small images (N, C, H, W) enlarged to sides of about `LEGIBLE` pixels."""
+    """Return small images (N, C, H, W) enlarged to sides of at most 256 pixels."""
     factor = max(LEGIBLE // max(pixels.shape[2:]), 1)
     return pixels if factor == 1 else F.interpolate(pixels, scale_factor=factor, mode="nearest")
 
@@ -82,7 +82,10 @@ def colour_scale(clean_maps: Tensor, maps: Tensor) -> tuple[float, float]:
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """Return a quantile of many values. `torch.quantile` takes at most 16 million."""
+    """Return the quantile of many values at `share`, 0 to 1.
+
+    `torch.quantile` takes at most 16 million values.
+    """
     ordered = values.flatten().sort().values
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 

@@ -1,4 +1,4 @@
-"""Density of feature vectors, such as the latents of an autoencoder: a mixture or neighbours."""
+"""Fit a density of feature vectors, such as latents: a Gaussian mixture or neighbours."""
 
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from latentvae.errors import UserError
 
 
 class Density(Protocol):
-    """A fitted density: scores rows, and can be stored as tensors."""
+    """A fitted density, which scores rows and can be stored as tensors."""
 
     def anomaly_scores(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -24,14 +24,14 @@ class Density(Protocol):
 
 
 class MixtureDensity:
-    """Energy under a Gaussian mixture that scikit-learn fitted."""
+    """Scores rows by their energy, the -log density in nats, under a Gaussian mixture."""
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
 
     @classmethod
     def fit(cls, rows: np.ndarray, options: "LatentDensity", seed: int) -> "MixtureDensity":
-        """Fit the mixture by EM."""
+        """Fit the mixture by EM with scikit-learn."""
         check_rows_for_components(len(rows), options.num_components)
         fitted = GaussianMixture(
             options.num_components, reg_covar=options.variance_floor, random_state=seed
@@ -56,7 +56,7 @@ class MixtureDensity:
 
 
 class NeighbourDensity:
-    """Mean distance to the nearest training rows."""
+    """Scores rows by their mean distance to the nearest training rows."""
 
     def __init__(self, rows: np.ndarray, num_neighbours: int) -> None:
         self.rows, self.num_neighbours = rows, num_neighbours
@@ -93,14 +93,14 @@ DENSITIES: dict[str, type[MixtureDensity] | type[NeighbourDensity]] = {
 
 
 class LatentDensity(Detector):
-    """Density of rows of features, for the latents of any network.
+    """Density of rows of features, such as the latents of a network.
 
         latents = VAEDetector().fit(clean).latents(clean)
         detector = LatentDensity(density="knn").fit(latents)
 
     Args:
-        density: "gmm", the energy under a Gaussian mixture in nats, or "knn", the mean distance to
-            the nearest training rows.
+        density: "gmm", the energy (-log density) under a Gaussian mixture in nats, or "knn", the
+            mean distance to the nearest training rows.
         num_components: number of components of "gmm".
         variance_floor: variance added to each diagonal of the covariances of "gmm", in units of
             the scaled columns.

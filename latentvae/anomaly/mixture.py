@@ -1,9 +1,9 @@
-"""Gaussian mixtures with soft assignments, in float64 and through Cholesky factors.
+"""Compute Gaussian mixtures with soft assignments, in float64 and with Cholesky factors.
 
     E(z) = -log sum_k phi_k N(z; mu_k, Sigma_k)        energy of one row, in nats
 
-Symbols: `N` rows, `D` columns of z, `K` components. Covariances are never inverted and determinants
-never computed: `log |Sigma| = 2 sum log diag L` with `Sigma = L L^T`.
+Symbols: `N` rows, `D` columns of z, `K` components. Covariances are never inverted. With the
+Cholesky factor L (`Sigma = L L^T`), the log-determinant is `log |Sigma| = 2 sum log diag L`.
 """
 
 import math
@@ -43,7 +43,7 @@ class Mixture:
         return -torch.logsumexp(self.log_weights[:, None] + log_density, dim=0)
 
     def detached(self) -> "Mixture":
-        """Return the same mixture without a graph."""
+        """Return the same mixture without an autograd graph."""
         return Mixture(self.log_weights.detach(), self.means.detach(), self.factors.detach())
 
 
@@ -75,7 +75,7 @@ def check_rows_for_components(num_rows: int, num_components: int) -> None:
     """Check that a mixture has at least two rows per component.
 
     Raises:
-        UserError: there are fewer rows.
+        UserError: there are fewer than two rows per component.
     """
     if num_rows < 2 * num_components:
         raise UserError(

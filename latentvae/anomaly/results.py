@@ -1,4 +1,4 @@
-"""Write the scores of items, and the measures that need labels."""
+"""Write the anomaly scores of items, and measures of the scores if there are labels."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from latentvae.text import spreadsheet_text
 
 @dataclass(frozen=True)
 class Results:
-    """Anomaly scores of items, larger is more anomalous.
+    """Anomaly scores of items. A larger score is more anomalous.
 
     Attributes:
         names: name of each item: the row number of a table, from 1, or the path of an image.
@@ -35,9 +35,10 @@ class Results:
         return self.scores > self.threshold
 
     def summary(self) -> dict[str, int | float]:
-        """Return number of items and of flagged items, the threshold, and with labels measures.
+        """Return the number of items and of flagged items, the threshold, and measures.
 
-        `auroc` and `average_precision` do not depend on the threshold, `f1` does.
+        The measures `auroc`, `average_precision` and `f1` need labels. `auroc` and
+        `average_precision` do not depend on the threshold, but `f1` does.
         """
         found: dict[str, int | float] = {
             "items": len(self.scores),
@@ -74,7 +75,7 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
     """Check that labels hold normal items and anomalies, which every measure needs.
 
     Raises:
-        UserError: they hold one class only.
+        UserError: the labels hold only one class.
     """
     if len(set(labels.tolist())) < 2:
         raise UserError(
@@ -87,7 +88,7 @@ def held_out(num_items: int, share: float, seed: int) -> tuple[list[int], list[i
     """Return the numbers of the items for training and of those held out, both sorted.
 
     Raises:
-        UserError: too few items.
+        UserError: `share` is not between 0 and 1, or there are too few items.
     """
     if not 0 < share < 1:
         raise UserError(f"held_out must be a share between 0 and 1 (got {share:g}).")

@@ -1,4 +1,4 @@
-"""Save and load detectors: options as JSON, what was learned as safetensors. Nothing is pickled."""
+"""Save and load detectors: options as JSON, learned tensors as safetensors. No pickle."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
     """Write a fitted detector as detector.json and detector.safetensors.
 
     Args:
-        detector: the fitted detector. A `random_state` that is no number is not stored.
+        detector: the fitted detector. A `random_state` that is not a number is not stored.
         folder: folder for both files, created if it does not exist.
     """
     folder = Path(folder)
@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Read a detector that `save_detector` wrote. It gives the same scores to the bit.
+    """Load a detector that `save_detector` wrote. Its scores are bit-equal.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

@@ -41,11 +41,11 @@ def fit_table(
     """Fit a detector on clean rows, take the threshold from held-out rows, and save both.
 
     Args:
-        data: table of clean rows.
+        data: file with a table of clean rows.
         out: folder for the detector.
         method: "dagmm", "vae" or "latent_density".
         options: options of the detector's class.
-        labels: column of 0 and 1. Rows with 1 are left out.
+        labels: column of 0 (normal) and 1 (anomaly). Rows with 1 are left out.
         drop: columns that are not used.
         held_out_share: share of the clean rows that only set the threshold.
         false_alarm_rate: share of clean rows that may be flagged.
@@ -60,7 +60,7 @@ def fit_table(
     table = without(table, drop)
     _check_columns(table)
 
-    # Categories come from all clean rows, so that no held-out row has an unknown one.
+    # Categories come from all clean rows, so that no held-out row has an unknown category.
     encoder = TableEncoder().fit(table)
     rows = pd.DataFrame(encoder.transform(table), columns=encoder.names_)
     train, clean = held_out(len(rows), held_out_share, seed)
@@ -93,7 +93,7 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
     Args:
         folder: folder of the detector.
-        data: table with the columns that the detector was fitted on, and any others.
+        data: file with a table. It has the columns that the detector was fitted on, and any others.
         labels: column of 0 (normal) and 1 (anomaly).
 
     Raises:
@@ -110,13 +110,13 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
 
 def write_run(folder: Path, content: dict[str, Any]) -> None:
-    """Write what scoring needs beside the detector."""
+    """Write the facts that scoring needs besides the detector, as JSON."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (folder / RUN_NAME).write_text(text, encoding="utf-8")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what `write_run` wrote.
+    """Return the facts that `write_run` wrote.
 
     Raises:
         UserError: the folder holds no detector of this format.

@@ -104,7 +104,7 @@ def without(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """Return a table without some columns.
 
     Raises:
-        UserError: the table has no column of such a name.
+        UserError: the table has no column with such a name.
     """
     columns = list(columns)
     for name in columns:
@@ -119,7 +119,7 @@ def labels_of(table: pd.DataFrame, column: str) -> np.ndarray:
     """Return a column of labels as 0 (normal) and 1 (anomaly), (N,).
 
     Raises:
-        UserError: there is no such column, it holds other values, or it holds only one of them.
+        UserError: there is no such column, or the column holds other values.
     """
     without(table, [column])
     found: Any = table[column]
@@ -138,7 +138,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 
     Args:
         max_categories: largest number of different values of a column of text. A column with more
-            is probably a name or a date, and is an error.
+            values is an error, because it is probably a name or a date.
 
     Attributes:
         numbers_: names of the columns of numbers.
@@ -157,7 +157,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
             y: ignored.
 
         Raises:
-            UserError: a column has too many different values, or missing ones.
+            UserError: a column has too many different values, or missing values.
         """
         table = _as_table(X)
         _check_complete(table)
@@ -229,7 +229,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         return np.array(self.names_, dtype=object)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` needs."""
+        """Return the encoder as JSON values, for `from_json`."""
         return {"numbers": self.numbers_, "categories": self.categories_}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Train small dense networks on rows that fit into memory, without touching global randomness."""
+"""Train small dense networks on rows in memory. Global random generators do not change."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,9 @@ SCORE_ROWS = 8192  # rows per batch of a computation without gradients
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[torch.Generator]:
-    """Seed torch inside the block, and give its global generator back unchanged.
+    """Seed torch's global generator in a `with` block, and restore its state afterwards.
+
+    The block gets another generator with the same seed.
 
     Weight initialisation and dropout draw from the global generator.
     """
@@ -38,17 +40,17 @@ def train_network(
 ) -> list[float]:
     """Train by Adam in float32. Return the mean loss of each epoch.
 
-    Each epoch splits the shuffled rows into batches of almost equal size, of at most `batch_size`
-    rows: a mixture cannot be estimated from a last batch of one row.
+    Each epoch splits the shuffled rows into batches of almost equal size, with at most `batch_size`
+    rows. Otherwise the last batch could have one row, from which no mixture can be estimated.
 
     Args:
         network: the network, changed in place.
         rows: scaled rows, (N, F).
-        loss: returns the loss of a batch (B, F), a scalar.
+        loss: function that returns the loss of a batch (B, F), a scalar.
         epochs: number of passes over the rows.
         batch_size: largest number of rows of a batch.
         learning_rate: Adam's learning rate.
-        generator: draws the order of the rows.
+        generator: generator that draws the order of the rows.
         cosine: let the learning rate fall to 0 along half a cosine.
 
     Raises:
@@ -93,12 +95,12 @@ def _diverged(epoch: int) -> str:
 def in_batches(
     rows: np.ndarray, function: Callable[[Tensor], Tensor], *, num_rows: int = SCORE_ROWS
 ) -> Tensor:
-    """Return the results of a function of float64 rows, computed `num_rows` at a time."""
+    """Return the results of a function of rows, which is called with `num_rows` rows at a time."""
     data = torch.from_numpy(np.ascontiguousarray(rows))
     return torch.cat([function(batch) for batch in data.split(num_rows)])
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with a prefix, without it."""
+    """Return the tensors whose names start with a prefix, by their names without the prefix."""
     found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): value for name, value in found.items()}

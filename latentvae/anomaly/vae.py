@@ -1,4 +1,4 @@
-"""A detector that is a variational autoencoder (An and Cho 2015, and two bounds).
+"""Detect anomalies by a variational autoencoder, with one of three scores.
 
 With z_1 to z_L from q(z|x), the score of a row is one of
 
@@ -45,7 +45,7 @@ SCORES: dict[str, Callable[[Terms, Tensor], Tensor]] = {
 
 
 class VAEDetector(Detector):
-    """Dense variational autoencoder for tables.
+    """A dense variational autoencoder that detects anomalies in tables.
 
         detector = VAEDetector(criterion="importance").fit(clean)
         nats = detector.score_samples(new)
@@ -57,8 +57,9 @@ class VAEDetector(Detector):
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns of z.
         min_std: smallest standard deviation of the decoder, in units of the scaled columns.
-        decoder_std: "column" learns one standard deviation for each column. "row" computes them
-            for each row, as An and Cho do: then unusual rows may get large ones, which excuse them.
+        decoder_std: "column" learns one standard deviation for each column. "row" computes standard
+            deviations for each row, as An and Cho do. Unusual rows may then get large standard
+            deviations, so that their scores look normal.
         criterion: "reconstruction_probability", "elbo" or "importance". May change after `fit`.
         num_samples: number L of samples of z for a score.
         epochs: passes over the training rows.

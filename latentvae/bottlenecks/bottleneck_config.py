@@ -160,8 +160,9 @@ class CommitmentConfig(BottleneckConfig):
     ] = Field(
         default=0.25,
         description=(
-            "Weight of the commitment loss (beta). This loss is the distance of the encoder's "
-            "vectors to their codes."
+            "Weight of the commitment loss (beta). This loss is the mean squared distance of the "
+            "encoder's vectors to their codes. A larger weight keeps the vectors closer to their "
+            "codes."
         ),
     )
 
@@ -195,8 +196,9 @@ class EntropyConfig(CommitmentConfig):
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description=(
-            "Temperature of the soft assignments to codes in the entropy losses. The default is 1 "
-            "for BSQ and 0.01 for other quantisers."
+            "Temperature of the soft assignments to codes in the entropy losses. With a lower "
+            "temperature, each assignment is closer to a single code. The default is 1 for BSQ "
+            "(see spherical) and 0.01 for all other quantisers."
         ),
     )
 
@@ -235,8 +237,8 @@ class CodebookConfig(CommitmentConfig):
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
         default=1.0,
         description=(
-            "Weight of the codebook loss. This loss is the distance of the codes to the encoder's "
-            "vectors."
+            "Weight of the codebook loss. This loss is the mean squared distance of the codes to "
+            "the encoder's vectors."
         ),
     )
 
@@ -252,9 +254,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=None,
         description=(
-            "Decay per update, for codes that are moving averages. With this option, each code is "
-            "the moving average of the vectors that choose it. By default, the codes learn by "
-            "gradient."
+            "Compute each code as the moving average of the vectors that choose it, with this "
+            "decay per update, such as 0.99. A larger decay averages over more updates. By "
+            "default, the codes learn by gradient."
         ),
     )
     gradient: GradientName = Field(
@@ -272,9 +274,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "If a code is rarely used, set it to a vector of the batch. A code is rarely used if "
-            "its use is below this share of the mean use of codes. For a smaller share, the use is "
-            "measured over more updates. With 0, no code is replaced."
+            "Replace each rarely used code by a vector of the batch. A code is rarely used if its "
+            "use is below this share (0 to 1) of the mean use of all codes. For a smaller share, "
+            "the use is measured over more updates. With 0, no code is replaced."
         ),
     )
     kmeans_iterations: Annotated[

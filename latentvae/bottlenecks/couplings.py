@@ -24,15 +24,15 @@ BOUND = 5.0  # Outside [-BOUND, BOUND], the spline is the identity.
 
 
 class Coupling(nn.Module):
-    """A coupling layer: maps one part of a latent, in a way that depends on the other part.
+    """A coupling layer, which maps one part of a latent in a way that depends on the other part.
 
     At the start the map is the identity.
 
     Args:
         channels: number of latent channels d.
         width: number of hidden channels.
-        pattern: 0 and 1 map the positions of one colour of a checkerboard, 2 and 3 one half of the
-            channels.
+        pattern: which part is mapped. 0 and 1 map the positions of one colour of a checkerboard. 2
+            and 3 map one half of the channels.
     """
 
     def __init__(self, channels: int, width: int, *, pattern: int) -> None:
@@ -57,7 +57,7 @@ class Coupling(nn.Module):
         return torch.where(mapped, inverse(result), result)
 
     def mapped_part(self, z: Tensor) -> Tensor:
-        """Return which elements of a latent are mapped, bool, (d, h, w)."""
+        """Return a bool mask (d, h, w) that is True for the mapped elements of a latent."""
         d, h, w = (torch.arange(side, device=z.device) for side in z.shape[1:])
         if self.pattern < 2:
             chosen = (h[:, None] + w) % 2 == self.pattern

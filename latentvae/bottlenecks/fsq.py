@@ -19,7 +19,7 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # widens the range by this share, so that a finite h reaches the outermost levels
+MARGIN = 1e-3  # widens the range by this share, so that finite features reach the outermost levels
 MAX_LEVELS = 1000  # with more levels the margin would round to a level that does not exist
 
 
@@ -30,8 +30,8 @@ class FSQConfig(BottleneckConfig):
     levels: Annotated[tuple[int, ...], Shape()] = Field(
         default=(8, 5, 5, 5),
         description=(
-            "Number of levels that each channel is rounded to. The number of codes K is the "
-            "product of these numbers."
+            "Number of levels of each channel. Each channel is rounded to one of its levels, so "
+            "the number of codes K is the product of these numbers."
         ),
     )
 
@@ -66,8 +66,8 @@ class FiniteScalarQuantizer(Quantizer):
 
     Args:
         levels: number of levels L_i of each channel, 3 to 1000. The paper uses (8, 6, 5) for K =
-            240 and (8, 5, 5, 5) for K = 1000. The paper uses (7, 5, 5, 5, 5) for K = 4375 and (8,
-            8, 8, 5, 5, 5) for K = 64000.
+            240, (8, 5, 5, 5) for K = 1000, (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for
+            K = 64000.
 
     Raises:
         UserError: there are no levels, or a channel has fewer than 3 or more than 1000 levels.

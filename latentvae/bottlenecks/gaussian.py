@@ -43,7 +43,8 @@ class GaussianConfig(BottleneckConfig):
     type: Literal["gaussian"] = "gaussian"
     latent_channels: Positive = Field(default=4, description="Number of latent channels d.")
     posterior_logvar: Logvar | None = Field(
-        default=None, description="Log-variance of every posterior. None learns it."
+        default=None,
+        description="Log-variance of every posterior. By default (None), the encoder learns it.",
     )
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-SMALLEST_NORM = 1e-6  # a shorter vector counts as having no direction
+SMALLEST_NORM = 1e-6  # a vector shorter than this number counts as having no direction
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 

@@ -40,12 +40,16 @@ class GumbelConfig(BottleneckConfig):
     straight_through: bool = Field(
         default=False,
         description=(
-            "In training, give the decoder one code instead of a mixture of codes. The gradient is "
-            "still the gradient of the mixture."
+            "In training, give the decoder one code instead of a mixture of codes. The gradient "
+            "still passes through the mixture."
         ),
     )
     temperature: Temperature = Field(
-        default=1.0, description="Temperature of the Gumbel-softmax at the first update."
+        default=1.0,
+        description=(
+            "Temperature of the Gumbel-softmax at the first update. With a lower temperature, the "
+            "sampled mixture of codes is closer to a single code."
+        ),
     )
     final_temperature: Temperature = Field(
         default=0.0625,

@@ -60,30 +60,37 @@ class Prove:
     """Folder for the results: proof.json, proof.html, pictures and trainings."""
 
     data: str | None = None
-    """The images that were encoded. By default, the data that the manifests name."""
+    """The images that were encoded. By default, the command uses the data that the manifests of the
+    folders name."""
 
     models: tuple[str, ...] = ()
-    """The autoencoder of each folder. By default, the models that the manifests name."""
+    """The autoencoder of each folder, in the order of the folders. By default, the command uses the
+    models that the manifests of the folders name."""
 
     controls: tuple[str, ...] | None = None
-    """Controls to run: noise, labels, blocks and permuted for latents, and noise, labels, shuffled
-    and permuted for tokens. By default, all of them."""
+    """Controls to train beside the code itself. `noise` adds noise to latents, or replaces some
+    tokens by random tokens. `labels` shuffles the classes of the training images. `permuted`
+    permutes the positions of all latents or tokens in the same way. `blocks` (for latents) uses
+    mean colours of square blocks of pixels instead. `shuffled` (for tokens) gives each image its
+    own random order of tokens. By default, all controls are trained."""
 
     updates: int = 400
-    """Length of each training in updates."""
+    """Number of updates of each training."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the generators. The spread over seeds says which differences count."""
+    """Seeds of the trainings. Each generator is trained once with each seed. The spread over the
+    seeds shows how large a difference must be to count."""
 
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """For latents: shifts of the noise levels to try with the first seed."""
+    """For latents: shifts of the noise levels to try, with an extra seed. The best shift is used. 1
+    is no shift, and larger values give more weight to high noise."""
 
     samples: int = 500
     """Number of pictures that each generator draws."""
 
     guidance: float = 3.0
-    """Weight of classifier-free guidance of the samples whose classes are recognised. All other
-    measures take samples without guidance."""
+    """Weight of classifier-free guidance for the samples whose classes are recognised. 1 is no
+    guidance. All other measures take samples without guidance."""
 
     width: int = 192
     """Number of channels of the generator, a multiple of 32."""
@@ -95,7 +102,7 @@ class Prove:
     """Number of images in an update."""
 
     max_images: int = 10_000
-    """Use at most this many training images, evenly spread."""
+    """Use at most this many training images, evenly spread over all of them."""
 
     def run(self) -> None:
         """Train and measure all generators, and write the results."""

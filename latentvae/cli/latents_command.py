@@ -31,11 +31,12 @@ class Latents:
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     use: Positional[Use]
-    """What to draw."""
+    """What to draw. The text above explains each choice."""
 
     data: str
-    """Your images: a folder of images, of tar files or of tables, or a single tar file or table.
-    You may also give `samples`, or owner/name of a data set on the Hub."""
+    """Your images: a folder of images, of tar files or of tables (parquet, arrow), or a single tar
+    file or table. You may also give `samples` (photos of scikit-image), or owner/name of a data set
+    on the Hub."""
 
     out: Path
     """Folder for the PNG and the JSON file."""
@@ -50,22 +51,25 @@ class Latents:
     the sorted list of names."""
 
     images: tuple[str, ...] = ()
-    """Names of the images to draw, relative to the data. By default, images are chosen at equal
-    distances in the sorted list of names."""
+    """Names of the images to draw, as paths relative to the data. By default, interpolate and
+    neighbours take images at equal distances in the sorted list of names, attribute takes images
+    without the attribute, and traverse takes the first image."""
 
     count: int = 3
-    """Number of pairs, images or components to draw, if you do not name images."""
+    """Number of image pairs (interpolate), images (neighbours, attribute) or components (traverse)
+    to draw. If you name images, only traverse uses this number."""
 
     steps: int = 7
-    """Number of pictures in a row: steps of a way, neighbours, or strengths."""
+    """Number of pictures in a row: steps from one image to the next (interpolate), neighbours of an
+    image (neighbours), or strengths of the movement (attribute, traverse)."""
 
     attribute: str | None = None
-    """For attribute: the class of the images with the attribute. The first-level folder of an image
-    is its class."""
+    """For attribute: the class of the images that have the attribute, such as smiling. The class of
+    an image is its first-level folder."""
 
     against: str | None = None
-    """For attribute: the class of the images without the attribute. By default, all other
-    classes."""
+    """For attribute: the class of the images that do not have the attribute. By default, these are
+    the images of all other classes."""
 
     label_column: str | None = None
     """Column of a table that holds the class of each image. The default is `label`."""

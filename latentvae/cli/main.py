@@ -39,7 +39,8 @@ class Reconstruct:
     their difference."""
 
     max_side: int | None = None
-    """Shrink images whose longer side has more pixels than this, to save memory."""
+    """Shrink images whose longer side has more pixels than this, to save memory. By default, no
+    image is shrunk."""
 
     strips: bool = False
     """Compute each image strip by strip. The result is exact and needs little memory, but the
@@ -60,7 +61,8 @@ class Reconstruct:
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
+    these is used."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
@@ -98,7 +100,7 @@ class Evaluate:
 
     max_images: int | None = None
     """Largest number of images to measure. If there are more, they are chosen at equal distances in
-    the sorted list of names."""
+    the sorted list of names. By default, all images are measured."""
 
     resolution: tuple[int, ...] | None = None
     """Size in pixels: one number for a square, or height and width. Each image is resized to cover
@@ -119,7 +121,8 @@ class Evaluate:
 
     sections: str = "distortion,rate,latent,passport,tiling,speed"
     """Sections of the report to measure, separated by commas. By default, all sections are
-    measured. The section passport measures the effect of half precision."""
+    measured. The section passport measures the effect of half precision, and tiling measures the
+    effect of tiles."""
 
     all_pages: bool = False
     """Use every page of a TIFF file as a separate image. By default, only the first page is
@@ -206,8 +209,8 @@ class Export:
     """Replace the export that is in the folder `out`."""
 
     lookup_from_codebook: bool = False
-    """Write a tokenizer as a VQModel for aMUSEd. Such a VQModel looks up codes by index, and its
-    pixels are in [0, 1]."""
+    """Write a tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. Such a
+    VQModel looks up codes by index, and its pixels are in [0, 1]."""
 
     push_to_hub: bool = False
     """Upload the export to the Hugging Face Hub. The upload uses the account of `hf auth login` or
@@ -278,8 +281,9 @@ class Encode:
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     data: str
-    """Images to encode: a folder of images, of tar files or of tables, or a single tar file or
-    table. You may also give `samples`, or owner/name of a data set on the Hub."""
+    """Images to encode: a folder of images, of tar files or of tables (parquet, arrow), or a single
+    tar file or table. You may also give `samples` (photos of scikit-image), or owner/name of a data
+    set on the Hub."""
 
     out: Path
     """Folder for the shards and manifest.json. The folder is created if it does not exist."""
@@ -290,19 +294,20 @@ class Encode:
     downsampling factor f."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many shapes, as training with this
-    option does. Each shape gets its own folder of shards in the folder `out`, such as
-    out/192x320. By default all images get the same shape."""
+    """Resize and crop each image to the nearest of this many shapes (height and width), as training
+    with this option does. Each shape gets its own folder of shards in the folder `out`, such as
+    out/192x320. With 0, all images get the same shape."""
 
     batch_size: int = 16
     """Number of images per forward pass."""
 
     num_workers: int = 0
-    """Number of extra processes that read images."""
+    """Number of extra processes that read images. With 0, the encoding process itself reads
+    them."""
 
     shard_items: int = 4096
-    """Number of images per shard. Each process writes complete shards, so a killed process loses at
-    most one shard."""
+    """Number of images per shard (file). Each process writes complete shards, so a killed process
+    loses at most one shard."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Data type of stored latents. The default is float16. Tokens are always stored in the smallest
@@ -332,8 +337,8 @@ class Encode:
     used."""
 
     flip: bool = False
-    """Mirror every image left to right. A generator that learns from mirrored shards beside plain
-    ones has twice as many images."""
+    """Mirror every image left to right. With plain and mirrored shards together, a generator learns
+    from twice as many images."""
 
     label_column: str | None = None
     """Column of a table that holds the class of each image. The default is `label`. For folders and
@@ -350,8 +355,8 @@ class Encode:
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU. manifest.json records
-    this option."""
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
+    these is used. manifest.json records this option."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -386,14 +391,15 @@ class Decode:
     """Folder or Hub id of the autoencoder. Default: the autoencoder that manifest.json names."""
 
     limit: int | None = None
-    """Decode only this many images, starting with the first."""
+    """Decode only this many images, starting with the first. By default, all images are decoded."""
 
     batch_size: int = 16
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU."""
+    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
+    these is used."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""

@@ -37,8 +37,8 @@ class Sample:
     turn."""
 
     prompt: str | None = None
-    """Text that describes the pictures, for a prior or a flow matching model that learned
-    captions. Such a flow matching model always needs a prompt."""
+    """Text that describes the pictures, for a prior or a flow matching model that learned captions.
+    A flow matching model that learned captions always needs a prompt."""
 
     guidance: float = 1.0
     """Weight of classifier-free guidance. 1 is no guidance. Higher values, such as 2, give pictures
@@ -50,18 +50,19 @@ class Sample:
     deviations of its prior by this number. The default is 1."""
 
     top_k: int | None = None
-    """For a prior: draw each token from this many most likely codes only. By default, from all."""
+    """For a prior: draw each token from this many most likely codes only. By default, each token is
+    drawn from all codes."""
 
     top_p: float | None = None
-    """For a prior: keep the most likely codes until their probabilities add up to this share, and
-    draw from these only. By default, all codes are kept."""
+    """For a prior: keep the most likely codes until their probabilities add up to this share (0 to
+    1), and draw from these codes only. By default, all codes are kept."""
 
     steps: int | None = None
     """For a flow matching model: number of steps from noise to latent. The default is 25."""
 
     solver: Literal["euler", "heun"] | None = None
-    """For a flow matching model: solver of the steps. heun evaluates the network twice in a step
-    and is more exact. The default is euler."""
+    """For a flow matching model: solver of the steps from noise to latent. `heun` evaluates the
+    network twice in a step and is more exact than `euler`. The default is euler."""
 
     seed: int = 0
     """Seed of the random numbers. The same seed gives the same pictures."""

@@ -24,10 +24,12 @@ class Likelihood:
     """Folder of a finished run of `latentvae train-vae`, or the folder `export` in it."""
 
     data: str
-    """Images to measure: a folder, a tar, a table, or anything else that --train_data_dir takes."""
+    """Images to measure, in any form that --train_data_dir takes, such as a folder, a tar file or a
+    parquet file."""
 
     samples: int = 100
-    """Number of latent samples for each image. Papers use 5,000 for digits."""
+    """Number of latent samples for each image. More samples bring the importance-weighted bound
+    closer to ln p(x). Papers use 5,000 for images of digits."""
 
     max_images: int | None = None
     """Measure at most this many images, evenly spread over the data. The default is all images."""
@@ -36,14 +38,15 @@ class Likelihood:
     """Number of images that are computed at once."""
 
     binarize: Literal["static", "threshold"] | None = None
-    """How grey pixels become black or white: `static` draws each pixel once, and `threshold` cuts
-    at mid-grey. The default is what the model was trained for."""
+    """How grey pixels become black or white. `static` draws each pixel once. `threshold` makes
+    pixels above mid-grey white. By default, the command uses the form that the model was trained
+    for."""
 
     seed: int = 0
     """Seed of the latents and of binary images. The same seed gives the same numbers."""
 
     json: Path | None = None
-    """File for the results."""
+    """JSON file to write the results to."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU if there is one."""

@@ -1,6 +1,7 @@
-"""The file format of coded latents and tokens: a header of numbers, then a range coder's words.
+"""Pack coded latents and tokens into one file format: header numbers, then a range coder's words.
 
-    file = magic and version (4 bytes) | crc32 (4) | count (1) | that many varints | 32-bit words
+    file = magic and version (4 bytes) | crc32 (4) | count of numbers (1)
+           | header numbers (as varints: 7 bits per byte) | 32-bit words of the range coder
 
 The range coder comes from the package constriction (Bamler 2022, https://arxiv.org/abs/2201.01741).
 """
@@ -19,14 +20,20 @@ Integers = NDArray[np.int64]
 
 
 def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
-    """Return a file's bytes: at most 255 header numbers (0 or more), then a range coder's words."""
+    """Return a file's bytes: header numbers, then the words of a range coder.
+
+    Args:
+        magic: the first 4 bytes of the file. The last of them is the version of the format.
+        numbers: at most 255 whole numbers of at least 0.
+        coder: the range encoder.
+    """
     head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))
     body = head + coder.get_compressed().astype("<u4").tobytes()
     return magic + zlib.crc32(body).to_bytes(4, "little") + body
 
 
 def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
-    """Return the header numbers and the range decoder of a file that `pack` wrote.
+    """Return the header numbers and a range decoder from bytes that `pack` returned.
 
     Raises:
         UserError: the bytes are another kind of file, have another format version, or are damaged.

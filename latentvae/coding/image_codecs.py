@@ -1,4 +1,4 @@
-"""Encode images with Pillow's codecs, to compare them with models. Rates count whole files."""
+"""Encode images with Pillow's codecs, for a comparison with models. Rates count whole files."""
 
 import io
 import itertools
@@ -93,13 +93,13 @@ def encode_at_rate(
     def enough(quality: int) -> bool:
         return bits_per_pixel(file(quality), image) >= bpp
 
-    # the two known qualities that are nearest to `bpp`
+    # the two encoded qualities whose rates are nearest to `bpp`
     low = max((quality for quality in files if not enough(quality)), default=0)
     high = min((quality for quality in files if quality > low), default=101)
 
-    # Narrow them down to neighbours. The logarithm of the rate is nearly linear in the quality, so
-    # interpolation needs fewer files than halving. Every third step halves, in case the rate is far
-    # from linear.
+    # Move both qualities until they are neighbours. The logarithm of the rate is nearly linear in
+    # the quality, so interpolation needs fewer files than halving. Every third step halves, in case
+    # the rate is far from linear.
     for step in itertools.count(1):
         if high - low <= 1:
             break

@@ -79,7 +79,11 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Fit to each channel of latents (d, n) the likelier of a Laplace and a Gaussian."""
+        """Fit to each channel a Laplace and a Gaussian distribution, and keep the likelier one.
+
+        Args:
+            samples: latents of several images, (d, n).
+        """
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
                 f"samples must be latents of shape (d, n) (got {tuple(samples.shape)})."
@@ -108,7 +112,7 @@ def channel_gains(
     seed: int = 0,
     max_side: int = 32,
 ) -> Tensor:
-    """Return for each channel how much squared image error a squared latent error makes, (d,).
+    """Return the squared image error per squared latent error, for each channel, (d,).
 
     The result is the diagonal of J^T J, averaged over positions, where J is the decoder's Jacobian
     at `z`. For random signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson
@@ -118,7 +122,8 @@ def channel_gains(
         decode: a differentiable decoder, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Its weights may
             be frozen.
         z: latents, (B, d, h, w). B = 1 is enough.
-        probes: number of random v. Each v costs one backward pass.
+        probes: number of random sign vectors v. Each v costs one backward pass.
+        seed: seed of the random signs.
         max_side: longest side of a latent in positions. A larger latent is cropped to its centre.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +146,8 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
     A step D makes a squared error of D^2 / 12 per latent element. With gains g_c, the error over
     the 3 f^2 outputs of a position is MSE = sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest
     bits if g_c D_c^2 is the same in every channel. These formulas hold for small steps (high-rate
-    theory). A step that is wide for its channel makes a smaller error, so the PSNR is higher.
+    theory). If a step is wide compared with the values of its channel, the error is smaller, so the
+    PSNR is higher.
 
     Args:
         gains: the result of `channel_gains`, (d,). A channel of gain 0 gets an infinite step.
@@ -157,7 +163,7 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
 
 def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
-    """Return one image's latent as a complete file. The number of bits is 8 * len().
+    """Return one image's latent as a complete file. Its size in bits is 8 * len(content).
 
     Args:
         z: the latent, (d, h, w).

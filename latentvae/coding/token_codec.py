@@ -6,8 +6,8 @@
     top, bottom = decode_levels(content)
 
 The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
-codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K). This is the mean
-under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
+codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K). This probability
+is the posterior mean under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
 https://doi.org/10.1109/TIT.1981.1056331). From a short list, the encoder takes the `a` with the
 fewest bits for this image. With few tokens and many codes, a uniform distribution may need the
 fewest bits. Counts are updated after each block of tokens. A block is an eighth as long as the
@@ -36,7 +36,7 @@ CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))
 
 
 def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
-    """Return one image's tokens as a complete file. The number of bits is 8 * len().
+    """Return one image's tokens as a complete file. Its size in bits is 8 * len(content).
 
     Args:
         indices: integers in 0..num_codes - 1, with 1 to 3 dimensions.
@@ -77,11 +77,11 @@ def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> b
     """Return one image's maps of codes as one complete file. Each map has its own counts.
 
     Args:
-        levels: the indices (h, w) of each level, in 0..num_codes - 1. At most MAX_LEVELS levels.
+        levels: the indices (h, w) of each level, in 0..num_codes - 1. At most 8 levels.
         num_codes: K, the number of codes of each level, at most 2**20.
 
     Raises:
-        ValueError, UserError: as `encode_tokens`.
+        ValueError, UserError: see `encode_tokens`.
     """
     if not 1 <= len(levels) <= MAX_LEVELS or any(level.ndim != 2 for level in levels):
         shapes = [level.shape for level in levels]

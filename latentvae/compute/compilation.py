@@ -21,7 +21,8 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
     """Compile the blocks of the encoder and the decoder in place, and return their number.
 
     Compilation happens at a block's first call. Names, state dicts and copies of the network do not
-    change. Every image size is compiled separately, so earlier sizes do not change a result.
+    change. Every image size is compiled separately, so a result does not depend on the sizes of
+    earlier images.
     """
     blocks = list(_blocks(net))
     for block in blocks:

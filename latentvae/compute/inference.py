@@ -8,9 +8,9 @@ parameters that it converts (to bfloat16, or to channels-last order) and folded 
 new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
-Winograd's algorithm, which needs fewer multiplications (`winograd`). Where Winograd is not
-available or not faster, maps are in channels-last order and upsampling is folded into these
-convolutions (`upsampling`). Activations and residual sums are computed in place.
+Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). Where Winograd
+is not available or not faster, maps are in channels-last order and upsampling is folded into these
+convolutions (see the module `upsampling`). Activations and residual sums are computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
@@ -185,7 +185,7 @@ def _cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 class InPlaceResnetBlock2D(ResnetBlock2D):
-    """A residual block that computes in place and casts its input to its weights' dtype."""
+    """A residual block that computes in place and casts its input to the dtype of its weights."""
 
     def forward(self, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = _cast(input_tensor, self.conv1.weight)

@@ -1,8 +1,9 @@
-"""A network whose encoder and decoder run in OpenVINO, on the CPU.
+"""Run the encoder and the decoder of a network in OpenVINO, on the CPU.
 
-Encoder and decoder are traced and converted once, with folded upsampling (`upsampling`). The result
-takes images of any size and batches of any size. torch still computes quantisers and the small
-convolutions around the latent. There are no gradients, and the weights are copied.
+Encoder and decoder are traced and converted once, with folded upsampling (see the module
+`upsampling`). The result takes images of any size and batches of any size. torch still computes
+quantisers and the small convolutions around the latent. There are no gradients, and the weights are
+copied.
 """
 
 import warnings

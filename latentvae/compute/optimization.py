@@ -25,7 +25,7 @@ from latentvae.models import calls
 Optimize = Literal["exact", "fast", "openvino"]
 MIN_PSNR = 45.0  # Smallest PSNR in dB against "exact" with which "fast" is used.
 MIN_PSNR_OPENVINO = 40.0  # The same limit for OpenVINO, which keeps no part in float32.
-PROBE = 128  # Side in pixels of the test image of this measurement.
+PROBE = 128  # Side in pixels of the test image on which this PSNR is measured.
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Optimized:
     """A network that computes the results of another network faster.
 
     Attributes:
-        net: the optimized network, for inference only, with the same methods. It shares the storage
-            of the original's weights, except for weights that it converts (`inference`). So later
-            changes of the original's weights may have no effect on this network.
+        net: the optimized network, for inference only, with the methods of the original network.
+            Both networks share the storage of the weights, except for weights that the optimized
+            network converts (see the module `inference`). So later changes of the original's
+            weights may have no effect on this network.
         mode: how `net` computes: `"stock"` (unchanged) or one of `Optimize`.
         psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
             None in the modes `"stock"` and `"exact"`.
@@ -57,11 +58,11 @@ class Optimized:
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
     """Return a network with the results of `net`, in `mode` if this machine supports it.
 
-    On the CPU, the process then keeps memory that a call frees (`latentvae.compute.memory`).
+    On the CPU, the process then keeps memory that a call frees (see `latentvae.compute.memory`).
 
     Args:
         net: a diffusers autoencoder of images, in eval mode, on its device.
-        mode: how to compute.
+        mode: how to compute: `"exact"`, `"fast"` or `"openvino"`.
 
     Raises:
         UserError: the mode is unknown, or the mode chooses the precision and `net` is not float32.
@@ -106,7 +107,7 @@ def measure_psnr(net: Any, exact: Any) -> float:
 
 
 def probe(net: Any, *, side: int) -> Tensor:
-    """Return a fixed test image (1, C, side, side) with slopes, edges and noise."""
+    """Return a fixed test image (1, C, side, side) in [-1, 1] with slopes, edges and noise."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
     rings = torch.sin(20 * (x**2 + y**2))

@@ -52,7 +52,10 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` with a folded kernel. If the size does not double, it is not folded."""
+    """An `Upsample2D` with a folded kernel.
+
+    The kernel is not folded if the output is not twice as large as the input.
+    """
 
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
@@ -69,7 +72,7 @@ class FoldedUpsample2D(Upsample2D):
 class FoldedDCUpBlock2d(DCUpBlock2d):
     """AutoencoderDC's upsampling block with a folded kernel.
 
-    The block adds a shortcut, whose channels are repeated and then shuffled to pixels.
+    The block adds a shortcut, whose channels are repeated and then become pixels (pixel shuffle).
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:

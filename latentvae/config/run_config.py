@@ -37,15 +37,15 @@ class OptimizerConfig(Section):
     optimizer: Annotated[Literal["adamw", "muon"], Elsewhere("optim optimizer_type")] = Field(
         default="adamw",
         description=(
-            "Optimizer of the model. `muon` trains the weights of convolutions and attention by "
-            "Muon, and all other parameters by AdamW. The discriminator always has AdamW."
+            "Optimizer of the model. `muon` uses Muon for the weights of convolutions and "
+            "attention, and AdamW for all other parameters. The discriminator always uses AdamW."
         ),
     )
     muon_learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("muon_lr")] = Field(
         default=1e-3,
         description=(
-            "Peak learning rate of the weights that Muon trains (see optimizer). The learning rate "
-            "of all other parameters is learning_rate."
+            "Peak learning rate of the weights that Muon trains, if `optimizer` is `muon`. The "
+            "peak learning rate of all other parameters is learning_rate."
         ),
     )
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
@@ -69,22 +69,27 @@ class OptimizerConfig(Section):
     ] = Field(
         default=1000,
         description=(
-            "Number of updates over which the learning rate grows linearly to its peak, from the "
-            "first update of the model. If the discriminator learns alone at first, these updates "
-            "do not count. A value below 1 is a share of max_train_steps."
+            "Number of updates of the model over which the learning rate grows linearly to its "
+            "peak. Updates in which only the discriminator learns do not count. A value below 1 is "
+            "a share of max_train_steps. 0 turns the warm-up off."
         ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(
-        default=0.9, description="Beta 1 of AdamW."
+        default=0.9,
+        description="Beta 1 of AdamW: the decay per update of its moving average of gradients.",
     )
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta2")] = Field(
-        default=0.999, description="Beta 2 of AdamW."
+        default=0.999,
+        description=(
+            "Beta 2 of AdamW: the decay per update of its moving average of squared gradients."
+        ),
     )
     adam_weight_decay: Annotated[float, Field(ge=0.0), Elsewhere("weight_decay wd")] = Field(
-        default=0.0, description="Weight decay of AdamW."
+        default=0.0, description="Weight decay of AdamW and of Muon. 0 turns it off."
     )
     adam_epsilon: Annotated[float, Field(gt=0.0), Elsewhere("adam_eps eps epsilon")] = Field(
-        default=1e-8, description="Epsilon of AdamW."
+        default=1e-8,
+        description="Epsilon of AdamW: a small number that prevents a division by zero.",
     )
     max_grad_norm: Annotated[
         float, Field(gt=0.0), Elsewhere("clip_grad_norm gradient_clip_val grad_clip clip_grad")
@@ -99,15 +104,15 @@ class OptimizerConfig(Section):
         default=None,
         description=(
             "Skip an update if the norm of a gradient, before clipping, is above this value. "
-            "Hierarchical VAEs need it, because a single bad batch can destroy them. By default, "
-            "only gradients that are not finite are skipped."
+            "Hierarchical VAEs need this option, because a single bad batch can destroy them. By "
+            "default, an update is skipped only if a gradient is infinite or NaN."
         ),
     )
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop the run after this many skipped updates in a row, whose gradient is not finite "
-            "or above skip_grad_norm. Until then, the run skips each such update and continues."
+            "Stop the run after this many skipped updates in a row. An update is skipped if a "
+            "gradient is infinite or NaN, or if its norm is above skip_grad_norm."
         ),
     )
     use_ema: bool = Field(
@@ -117,8 +122,8 @@ class OptimizerConfig(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.999,
         description=(
-            "Decay per update of the moving average of the weights (use_ema). In the first updates "
-            "the decay is smaller."
+            "Decay per update of the moving average of the weights (see use_ema). A larger decay "
+            "averages over more updates. In the first updates the decay is smaller."
         ),
     )
 
@@ -131,7 +136,8 @@ class RunConfig(Section):
     ] = Field(
         default=None,
         description=(
-            "Folder for the checkpoints, the log, the sample images and the export of the run."
+            "Folder for the checkpoints, the log, the sample images and the export of the run. "
+            "Every run needs this option."
         ),
     )
     max_train_steps: Annotated[
@@ -144,9 +150,11 @@ class RunConfig(Section):
     global_batch_size: Positive | None = Field(
         default=None,
         description=(
-            "Number of images per update, summed over all processes and micro-steps. With this "
-            "option, train_batch_size is the maximum for each micro-step of a process. The program "
-            "then computes gradient_accumulation_steps if you do not set it."
+            "Number of images per update, summed over all processes and micro-steps (forward and "
+            "backward passes). With this option, train_batch_size is the maximum for one process "
+            "and micro-step, and gradient_accumulation_steps is computed if you do not set it. By "
+            "default, the number of images follows from these two options and the number of "
+            "processes."
         ),
     )
     train_batch_size: Annotated[
@@ -154,12 +162,12 @@ class RunConfig(Section):
     ] = Field(
         default=12,
         description=(
-            "Number of images per process and micro-step. If global_batch_size is set, this number "
-            "is the maximum."
+            "Number of images per process and micro-step (forward and backward pass). If "
+            "global_batch_size is set, this number is the maximum."
         ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
-        default=8, description="Number of images that each process takes at once in validation."
+        default=8, description="Number of images that each process computes at once in validation."
     )
     gradient_accumulation_steps: Annotated[
         FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
@@ -177,10 +185,10 @@ class RunConfig(Section):
         default=None,
         description=(
             "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
-            "float32. `no` computes in float32. `auto` is bf16 if the machine multiplies bfloat16 "
-            "faster, else no; a resumed run keeps the precision that it was started with. The "
-            "default is the precision that you give to `accelerate launch`. `fp16` is not "
-            "supported."
+            "float32. `no` computes in float32. `auto` means bf16 if the machine multiplies "
+            "bfloat16 faster than float32, else no. A resumed run with `auto` keeps the precision "
+            "that it was started with. By default, the precision is the one that you give to "
+            "`accelerate launch`. `fp16` is not supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
@@ -188,7 +196,11 @@ class RunConfig(Section):
         str, MayChange(), Private(), Elsewhere("resume ckpt checkpoint resume_from")
     ] = Field(
         default="latest",
-        description="Checkpoint to resume from: `latest`, or a checkpoint folder of this run.",
+        description=(
+            "Checkpoint to resume from: the folder of a checkpoint of this run, such as "
+            "checkpoint-4000, or `latest`. `latest` means the newest checkpoint that is not "
+            "damaged. If there is none, training starts at the beginning."
+        ),
     )
     overwrite_output_dir: Annotated[bool, MayChange(), Private(), Elsewhere("overwrite")] = Field(
         default=False, description="Delete an earlier run in output_dir and start again."
@@ -221,8 +233,8 @@ class RunConfig(Section):
     ] = Field(
         default="none",
         description=(
-            "Experiment tracker that receives the log values through Accelerate. The file "
-            "log.jsonl is always written too."
+            "Experiment tracker that receives the log values through Accelerate. `none` uses no "
+            "tracker. The file log.jsonl is always written."
         ),
     )
     tracker_project_name: Annotated[str, MayChange(), Private()] = Field(
@@ -249,7 +261,7 @@ class RunConfig(Section):
     ddp_timeout: Annotated[Positive, MayChange()] = Field(
         default=1800,
         description=(
-            "Number of seconds that processes wait for each other. If one process hangs for "
+            "Longest time in seconds that processes wait for each other. If one process hangs for "
             "longer, the run ends."
         ),
     )

@@ -39,8 +39,9 @@ class DataConfig(Section):
         description=(
             "Training images: a folder (with sub-folders) of images, of tar files or of parquet "
             "files. You may also give a single tar or parquet file, or a pattern such as "
-            "shards/{000..012}.tar. `samples` means the photos that come with scikit-image, and "
-            "`sprites` means 737,280 drawn images with known factors (grey, 64 x 64 pixels)."
+            "shards/{000..012}.tar. `samples` means the photos that come with scikit-image. "
+            "`sprites` means 737,280 drawn images with known factors of variation (grey, 64 x 64 "
+            "pixels)."
         ),
     )
     dataset_name: Annotated[str | None, MayChange()] = Field(
@@ -76,7 +77,8 @@ class DataConfig(Section):
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Folder in which the library `datasets` stores downloaded and prepared data sets."
+            "Folder in which the library `datasets` stores downloaded and prepared data sets. By "
+            "default, the library uses its own cache folder."
         ),
     )
     streaming: bool = Field(
@@ -99,7 +101,7 @@ class DataConfig(Section):
         default=None,
         description=(
             "Train on at most this many images, chosen at random. The same seed chooses the same "
-            "images."
+            "images. By default, all images are used."
         ),
     )
     validation_data_dir: Annotated[str | None, MayChange(), DecidesTheWatch()] = Field(
@@ -128,7 +130,7 @@ class DataConfig(Section):
         default=3,
         description=(
             "Number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA). With 4, the network learns "
-            "alpha too."
+            "the transparency (alpha) too."
         ),
     )
     value_range: tuple[float, float] | None = Field(
@@ -166,8 +168,8 @@ class DataConfig(Section):
         description=(
             "Train on up to this many aspect ratios, from 1:2 to 2:1. Crops of each aspect ratio "
             "have about as many pixels as the option resolution gives. Each image gets the nearest "
-            "aspect ratio, and all images of a batch have the same one. With 0, all crops have the "
-            "same size."
+            "aspect ratio, and all images of a batch have the same aspect ratio. With 0, all crops "
+            "have the same size."
         ),
     )
     crop: Literal["random_resized", "random", "center"] = Field(
@@ -242,9 +244,9 @@ class DataConfig(Section):
     max_bad_share: Annotated[Share, MayChange()] = Field(
         default=0.01,
         description=(
-            "Largest share of the training images that may be unreadable. If more images (and at "
-            "least two) cannot be read, the run stops. Otherwise each unreadable image is reported "
-            "once and replaced by another image."
+            "Largest share (0 to 1) of the training images that may be unreadable. If more images "
+            "(and at least two) cannot be read, the run stops. Otherwise each unreadable image is "
+            "reported once and replaced by another image."
         ),
     )
 

@@ -18,7 +18,7 @@ from PIL import Image
 from latentvae.data.colour_profiles import planes_in_srgb
 from latentvae.errors import UserError
 
-INTEGER_TOP = 65535  # white of integers of more than 8 bits, if no range is stated
+INTEGER_TOP = 65535  # the number for white in integers of more than 8 bits, if no range is stated
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode "L"
 
 
@@ -79,7 +79,7 @@ class DeepImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height in pixels."""
         return self.planes[0].size
 
     def resize(

@@ -242,7 +242,7 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
             if file.suffix.lower() in readable_suffixes() and file.suffix.lower() != ".npy":
                 return "folder"
     except OSError:
-        return "folder"  # the error is reported when the folder is opened
+        return "folder"  # opening the folder reports the error
     if ".tar" in found:  # .npy files beside shards and tables are no images
         return "tar"
     return "table" if found.intersection(TABLE_SUFFIXES) else "folder"

@@ -4,14 +4,14 @@ The data set is like dSprites (Matthey et al. 2017, https://github.com/google-de
 dataset): 64 x 64 pixels, white on black, every combination of five factors exactly once, in the
 same order. Nothing is downloaded or stored. Every image is drawn when it is read.
 
-Differences to dSprites:
+Differences from dSprites:
 
 - Our shapes have other outlines and sizes, so results are close to those on dSprites, not equal.
 - Our 40 rotations are k * 2 pi / 40. In dSprites, the first and the last rotation are the same.
 - The 32 positions of the centre are one pixel apart, so a shape has the same pixels everywhere.
 
 A square looks the same after a quarter turn, and an ellipse after a half turn. So some images with
-other factors are equal.
+different factors are equal.
 
 `N` images, `F` = 5 factors.
 """
@@ -27,7 +27,7 @@ from latentvae.data.reading import in_format
 from latentvae.errors import UserError
 
 SPRITES = "sprites"
-SIDE = 64  # of an image, in pixels
+SIDE = 64  # side of an image, in pixels
 FACTORS = ("shape", "scale", "rotation", "x", "y")
 SIZES = (3, 6, 40, 32, 32)  # number of values of each factor
 SHAPES = ("square", "ellipse", "heart")
@@ -42,7 +42,7 @@ _HEART_CENTROID = 0.2935  # height of the centre of mass of the curve, in units 
 
 
 def sprite_factors(indices: np.ndarray) -> np.ndarray:
-    """Return the factors of images by their numbers: (N, 5), int64, in the order of `FACTORS`.
+    """Return the factors of images, given their numbers: (N, 5), int64, ordered as `FACTORS`.
 
     Args:
         indices: (N,), integers in 0..737,279. The last factor changes fastest.
@@ -60,7 +60,7 @@ def sprite_factors(indices: np.ndarray) -> np.ndarray:
 
 
 def sprite_indices(factors: np.ndarray) -> np.ndarray:
-    """Return the numbers of images by their factors (N, 5): (N,), int64."""
+    """Return the numbers of images, (N,), int64, given their factors (N, 5)."""
     return np.asarray(np.ravel_multi_index(tuple(_checked(factors).T), SIZES))
 
 
@@ -70,7 +70,7 @@ def sample_sprite_factors(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_sprites(factors: np.ndarray) -> np.ndarray:
-    """Draw images by their factors.
+    """Draw the images that have the given factors.
 
     The same factors give the same bytes on every machine.
 

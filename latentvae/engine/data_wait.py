@@ -55,7 +55,7 @@ class DataWait(Iterator[Any]):
         return seconds
 
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
-        """Return a warning if updates wait long for data, at most once per run, else None.
+        """Return a warning if updates wait long for data, once per run, otherwise None.
 
         Args:
             waited: seconds of `elapsed` in which updates waited for batches.

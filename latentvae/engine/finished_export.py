@@ -1,4 +1,4 @@
-"""Export a finished run once, and record the export in the log. Or export a checkpoint."""
+"""Export a finished run once and record the export in the log, or export a checkpoint."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from latentvae.engine.data_wait import DataWait
 from latentvae.engine.tracker import Tracker
 
 BAR_WIDTH = 80  # Largest width of the progress bar in columns.
-Window = dict[str, list[float]]  # Sum and count of logged values since the last row, by name.
+Window = dict[str, list[float]]  # Sum and count of each logged value since the last row, by name.
 
 
 class MeanWindow:

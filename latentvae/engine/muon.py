@@ -4,8 +4,8 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces th
 of a matrix by the nearest matrix whose singular values are all about 1. So all directions of a
 matrix learn equally fast. A convolution's weight (O, I, k, k) counts as a matrix (O, I k k).
 
-The step is scaled by 0.2 sqrt(max(rows, columns)). Its root mean square is then about that of
-AdamW's steps (Liu et al. 2025, arXiv:2502.16982). So AdamW's learning rates also suit Muon.
+The step is scaled by 0.2 sqrt(max(rows, columns)). The root mean square of the step is then about
+as large as in AdamW (Liu et al. 2025, arXiv:2502.16982). So AdamW's learning rates also suit Muon.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,10 @@ __all__ = ["UploadError", "check_push", "push_export", "repository"]
 
 
 def repository(hub_model_id: str | None, folder: Path) -> str:
-    """Return the id of the Hub repository. The default is the run's name in the user's account."""
+    """Return the id of the Hub repository.
+
+    Without `hub_model_id`, the id is the name of the run's folder, in the user's account.
+    """
     repo_id = hub_model_id or folder.resolve().name
     check_repo_id(repo_id)
     return repo_id

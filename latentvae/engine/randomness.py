@@ -45,7 +45,7 @@ def _seed_torch(seed: int, *, in_update: bool) -> None:
 
 
 def generator_for(stream: Stream, seed: int, *counters: int) -> torch.Generator:
-    """Return a new CPU generator. The same counters give the same numbers on every rank."""
+    """Return a new CPU generator. The same arguments give the same numbers on every rank."""
     mixed = _mixed(stream, seed, *counters)
     return torch.Generator().manual_seed(int(mixed[1] >> np.uint64(1)))
 

@@ -266,7 +266,7 @@ class Task(ABC):
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the range of updates in which a learner does not learn.
+        """Return the range of updates (from 0) in which a learner does not learn.
 
         The warm-up of the learning rate does not count these updates.
         """

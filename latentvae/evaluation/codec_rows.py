@@ -1,6 +1,7 @@
 """Measure image codecs on one picture: at their own qualities, and at the raw rates of models.
 
-Encoding runs on one core and needs no metrics, so it can run in a thread beside the models:
+The raw rate of a model is the size of its latent in bits per pixel without entropy coding. Encoding
+runs on one core and needs no metrics, so encoding can run in a thread beside the models:
 
     files = thread.submit(encode_picture, picture, codecs, rates=[1.0])
     rows, at_rates = codec_rows(judge, original, codecs, files.result(), rates={"mine": 1.0})
@@ -22,7 +23,7 @@ class Files:
 
     Attributes:
         by_quality: complete files by quality.
-        at_rate: for each raw rate of a model, the lowest quality that reaches it.
+        at_rate: for each raw rate of a model, the lowest quality that reaches this rate.
     """
 
     by_quality: Mapping[int, bytes]

@@ -1,4 +1,4 @@
-"""Rate curves of models and codecs (quality over bits per pixel), and BD-rates between them.
+"""Compute rate curves of models and codecs (quality over bits per pixel), and their BD-rates.
 
 A point of a curve is the mean rate and the mean quality over the same images. Some images have no
 usable quality: an exact copy has an infinite PSNR, and small images have no LPIPS. So an image
@@ -36,8 +36,8 @@ class Curves:
     def update(self, rows: Sequence[Row]) -> None:
         """Add the results of all coders on one image.
 
-        Rows of kind `"model"` are left out, because their rate is that of a latent without entropy
-        coding.
+        Rows of kind `"model"` are left out, because their rate is the size of a latent without
+        entropy coding.
         """
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:

@@ -3,8 +3,8 @@
 A gain says how strongly an error in one latent channel changes the image. The gains set the
 quantiser step of each channel.
 
-The images are split into two halves: even and odd positions. The entropy model and the quantiser
-steps that code one half are fitted on the other half.
+The images are split into two halves: images at even positions and images at odd positions. The
+entropy model and the quantiser steps that code one half are fitted on the other half.
 
 `d` latent channels, `h w` latent positions, `n` samples.
 """

@@ -3,9 +3,10 @@
     models = {"mine": latentvae.load("runs/mine/export")}
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
-Each picture is resized as the protocol says. Every model and codec encodes and decodes the picture.
-The result is rounded to 8 bits and compared with the original. Only one picture and the sums over
-all pictures are in memory. To continue a stopped evaluation, make the same call again.
+Each picture is resized as the protocol of the report says. Every model and codec encodes and
+decodes the picture. The result is rounded to 8 bits and compared with the original. Only one
+picture and the sums over all pictures are in memory. To continue a stopped evaluation, make the
+same call again.
 """
 
 import contextlib
@@ -80,6 +81,7 @@ def evaluate(
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
         inception: the network that `metrics.inception.load_inception` returns, or None.
+        plan: what is measured, and with which settings.
         max_images: measure at most this many images, evenly spread over the source.
         sheet_images: number of images in the sheet, evenly spread over the measured images.
         overwrite: delete an earlier evaluation in `out`, and start a new evaluation.

@@ -14,7 +14,7 @@ from latentvae.models.bound import Bound, LikelihoodNet
 
 # Largest number of pixels, over all samples, that the decoder computes at once.
 MAX_PIXELS = 2**22
-ACTIVE = 0.01  # least activity of an active unit, see `Sums.activity`
+ACTIVE = 0.01  # smallest activity of an active unit, see `Sums.activity`
 
 
 @dataclass
@@ -23,11 +23,12 @@ class Sums:
 
     Attributes:
         images: number of images.
-        elbo, importance: the bounds, in nats.
-        kl: KL of each group, (G,), in nats.
+        elbo, importance: sums of the evidence lower bound and of the importance-weighted bound, in
+            nats.
+        kl: sum of the KL of each group of latents, (G,), in nats.
         means, squares: sums of the posterior means and of their squares, (U,), or 0.0 if a network
             has no such means.
-        unit_kl: KL of each unit, (U,), or None.
+        unit_kl: sum of the KL of each unit, (U,), in nats, or None.
         each: both bounds of each image, (2, B) for each batch.
     """
 
@@ -53,10 +54,11 @@ class Sums:
             self.unit_kl = other.unit_kl if self.unit_kl is None else self.unit_kl + other.unit_kl
 
     def activity(self) -> Tensor | None:
-        """Return how active each unit is, (U,): a unit above 0.01 counts as active.
+        """Return how active each unit is, (U,). A unit above 0.01 counts as active.
 
-        This is the variance over images of the unit's posterior mean (Burda et al. 2016). If a
-        network has no such means, it is the unit's KL in nats. None if that is unknown too.
+        The activity is the variance over images of the unit's posterior mean (Burda et al. 2016).
+        If a network has no such means, the activity is the unit's mean KL in nats. The result is
+        None if the KL is unknown too.
         """
         if isinstance(self.means, Tensor):
             return self.squares / self.images - (self.means / self.images).square()
@@ -82,7 +84,7 @@ def bounds_of(
         net: the network, in eval mode.
         images: pixels in [-1, 1], (B, C, H, W).
         samples: S, latent samples per image.
-        progress: is called with the number of samples after each part.
+        progress: function that is called after each part, with the number of samples of this part.
     """
     pixels, batch = images[0].numel(), len(images)
     at_once = max(MAX_PIXELS // (pixels * batch), 1)
@@ -116,7 +118,7 @@ def bounds_of(
 
 
 def total_of(parts: Iterable[Sums]) -> Sums:
-    """Add the sums of all parts."""
+    """Return the sum of all parts."""
     total = Sums()
     for part in parts:
         total.add(part)

@@ -1,8 +1,8 @@
 """Measure a linear code with as many numbers as a model's latent, as a baseline in the report.
 
-A network that is worse than this linear code has learned little. The images are
-split into two halves: even and odd positions. A linear code is fitted on each half and measured on
-the other half.
+A network that is worse than this linear code has learned little. The images are split into two
+halves: images at even positions and images at odd positions. A linear code is fitted on each half
+and measured on the other half.
 
 `f` side of a patch, `d` numbers per patch.
 """

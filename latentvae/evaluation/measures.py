@@ -201,7 +201,7 @@ class Means:
                     self._means.setdefault(key, BootstrapMean()).update(value, index=position)
 
     def mean(self, kind: str, coder: str, column: str, *, setting: float | None = None) -> Any:
-        """Return a column's mean over images as a `schema.Mean`, or None without values."""
+        """Return a column's mean over images as a `schema.Mean`, or None if it has no values."""
         found = self._means.get((kind, coder, setting, column))
         return None if found is None else Mean.model_validate(found.result())
 

@@ -46,7 +46,7 @@ from latentvae.report.schema import (
 
 # With fewer images, the covariances lack rank and the Frechet distance is mostly bias.
 MIN_FRECHET_IMAGES = 2000
-MAX_CORRELATED = 64  # most channels for which a report lists the correlations of channels
+MAX_CORRELATED = 64  # largest number of channels whose correlations a report lists
 # Frechet distance and kernel distance of each feature extractor.
 DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}
 
@@ -87,7 +87,7 @@ class Cost:
         self.pixels += pixels
 
     def of(self, pixels: float) -> float | None:
-        """Return the seconds for `pixels`, or None if nothing was timed."""
+        """Return the seconds for a picture of `pixels` pixels, or None if nothing was timed."""
         return self.seconds / self.pixels * pixels if self.pixels else None
 
 

@@ -39,7 +39,7 @@ def passport(
         for_tiling: images for the tiling check, which may be larger. None uses `images`.
 
     Returns:
-        `precision` by dtype, `max_activation`, `layers` (those with the largest activations),
+        `precision` by dtype, `max_activation`, `layers` (the layers with the largest activations),
         `tiling`, and `warnings` (sentences). A check without images is left out.
 
     Raises:

@@ -153,7 +153,8 @@ def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -
     Pictures smaller than `multiple` are enlarged.
 
     Args:
-        side: largest side of the result in pixels, or its largest (shorter, longer) side.
+        side: largest side of the result in pixels. Or a pair: the largest shorter side and the
+            largest longer side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

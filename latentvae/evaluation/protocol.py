@@ -1,4 +1,4 @@
-"""Describe how the numbers of a report were measured (the protocol of the report)."""
+"""Describe how the numbers of a report were measured: the protocol of the report."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Likelihoods that papers report for the networks of presets."""
+"""List the likelihoods that papers report for the networks of presets."""
 
 from dataclasses import dataclass
 

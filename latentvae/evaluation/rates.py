@@ -80,7 +80,7 @@ class LevelBits:
 
 
 def level_bits_of(codes: Codes | None) -> LevelBits | None:
-    """Return a `LevelBits` for codes of several maps, or None for others."""
+    """Return a `LevelBits` for codes of several maps, or None for other codes."""
     if codes is None or codes.maps == 1 or codes.number > MAX_CODES:
         return None
     return LevelBits(codes)

@@ -1,4 +1,4 @@
-"""The plan of an evaluation: what it measures, and with which settings."""
+"""Define the plan of an evaluation: what it measures, and with which settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

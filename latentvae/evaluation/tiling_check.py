@@ -44,8 +44,9 @@ class TilingCheck:
         psnr: PSNR in dB over all images together. Infinity if both decodings are equal.
         max_difference: largest difference of any pixel and channel, in 8-bit levels.
         seam: largest step of the difference at a tile's border, in 8-bit levels. A step is a mean
-            over `SEGMENT` pixels along the border. Only the part of a step counts that exceeds the
-            steps beside the border and the edge of the picture at the same place.
+            over `SEGMENT` pixels along the border. The larger of two values is subtracted from this
+            step: the largest step of the difference beside the border, and the step of the picture
+            itself at the border.
         num_images: images that were large enough for more than one tile.
         tile: side of the largest tiles, in pixels.
         as_configured: whether all tiles are those that `enable_tiling()` makes. False if an image

@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export, in the form that the Hugging Face Hub reads."""
+"""Write the model card (README.md) of an export, in the form that the Hugging Face Hub reads."""
 
 import os
 import shutil

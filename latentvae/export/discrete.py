@@ -45,8 +45,9 @@ class TokenizerReport:
         num_codes, num_levels: K and L.
         scaling_factor: 1 / std of the tokenizer's features.
         num_images: images that `scaling_factor` was measured on.
-        half_precision: the float16 check.
-        equal_share: share of indices equal to the trained network's, over all compared sizes.
+        half_precision: result of the float16 check.
+        equal_share: share of indices that equal the indices of the trained network, over all
+            compared sizes.
         ties: number of indices that differ only because of rounding. 0 with `unit_range`, because
             ties are then not counted.
         unit_range: whether pixels are in [0, 1] and codes are looked up by index, as aMUSEd needs.

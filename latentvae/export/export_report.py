@@ -26,7 +26,7 @@ class ExportReport:
             network has.
         measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
         scaling_factor, shift_factor: values in the config of the export.
-        half_precision: the float16 check.
+        half_precision: result of the float16 check.
         has_force_upcast: whether the class has the option `force_upcast`. The export turns the
             option on if float16 is unsafe.
         identity_post_quant_conv: whether an identity layer `post_quant_conv` was added, because

@@ -21,7 +21,11 @@ class UploadError(Exception):
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Check that `repo_id` can name a repository of the Hub: `owner/name` or `name`."""
+    """Check that `repo_id` can name a repository of the Hub: `owner/name` or `name`.
+
+    Raises:
+        UserError: `repo_id` has another form or contains a letter that is not allowed.
+    """
     if not _is_valid(repo_id):
         near = re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", repo_id.rstrip("/").split("/")[-1]).strip("-.")
         near = "/".join([*repo_id.split("/")[:-1][:1], near])

@@ -24,11 +24,13 @@ MAX_BYTES = 1 << 16  # largest size of a text file. The rest is cut
 
 
 def find_captions(source: ImageSource, *, caption_column: str | None = None) -> list[str] | None:
-    """Return the caption of each image, "" where an image has none, or None without captions.
+    """Return each image's caption, "" for an image without one, or None if no image has one.
+
+    The option `caption_column` names a column of a table. None takes `text` or `caption`.
 
     Raises:
         UserError: `caption_column` does not exist or holds no texts, or `source` is not a table.
-            Or `METADATA` is not what imagefolder reads.
+            The error also occurs if `metadata.jsonl` does not have the form that imagefolder reads.
     """
     if isinstance(source, SomeItems):
         whole = find_captions(source.source, caption_column=caption_column)
@@ -76,7 +78,10 @@ def _read(path: Path) -> str:
 
 
 def clean(data: bytes) -> str:
-    """Return a text without white space around it. Bytes that are not UTF-8 are replaced."""
+    """Return bytes as text without white space at both ends.
+
+    Bytes that are not UTF-8 are replaced.
+    """
     return data.decode(errors="replace").strip()
 
 

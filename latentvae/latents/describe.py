@@ -111,7 +111,7 @@ def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int
 
     Raises:
         UserError: `resolution` is not one or two numbers, a side is no multiple of the model's
-            factor, or the model only takes images of another size.
+            downsampling factor, or the model only takes images of another size.
     """
     # one or two sides
     sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)

@@ -100,7 +100,7 @@ def encode_folder(
         label_column: column of a table with the labels. None takes `label`, if it exists.
         caption_column: column of a table with the captions. None takes `text` or `caption`, if
             one of them exists. See `latents.captions` for folders and tar files.
-        overwrite: replace shards of another model or other data. Data is compared by the names
+        overwrite: replace shards of another model or other data. Data is compared by the names,
             labels and captions of the images, not by their pixels.
         optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
             used.

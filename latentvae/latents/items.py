@@ -108,7 +108,7 @@ def given_name(data: str | os.PathLike[str] | DatasetSpec | SomeItems) -> str:
 
 
 def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | None:
-    """Return the class of each image, from a table's label column or the first folders in names.
+    """Return the class of each image: a table's label, or the first folder in the image's name.
 
     Return None if there are no labels: the column is missing, an image is in no folder, or there
     are fewer than two folders.

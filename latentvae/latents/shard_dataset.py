@@ -1,4 +1,4 @@
-"""Cached tokens and latents as PyTorch data sets, read item by item.
+"""Read encoded tokens and latents as PyTorch data sets, item by item.
 
     tokens = TokenDataset("tokens")
     tokens[0]      # {"indices": int64 (h, w), "id": "cats/001.jpg", "label": 3}

@@ -1,4 +1,4 @@
-"""Walk through the latent space of any autoencoder: between images, along attributes, around.
+"""Walk through the latent space of any autoencoder: between images, and along directions.
 
     model = latentvae.load("runs/first/export")
     first, second = model.encode([photo_a, photo_b], scaled=True)
@@ -25,12 +25,14 @@ Kind = Literal["linear", "spherical"]
 
 
 def lerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Interpolate on the straight line: (S, ...). Weight 0 is exactly `first`, 1 is `second`.
+    """Return S latents on the straight line between two latents, (S, ...).
+
+    Weight 0 gives exactly `first`, and weight 1 gives exactly `second`.
 
     Args:
         first: (...), a latent.
         second: (...), another latent.
-        weights: (S,).
+        weights: the weight of `second` for each of the S latents, (S,).
 
     Raises:
         UserError: the latents have different shapes.
@@ -41,16 +43,18 @@ def lerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
 
 
 def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Interpolate on the arc around zero: (S, ...). Weight 0 is exactly `first`, 1 is `second`.
+    """Return S latents on the arc around zero between two latents, (S, ...).
+
+    Weight 0 gives `first`, and weight 1 gives `second`.
 
     The direction turns at constant speed (Shoemake 1985), and the norm changes linearly. So latents
-    between two typical samples of a Gaussian are as long as typical samples, which those of `lerp`
-    are not.
+    between two typical samples of a Gaussian have the norm of typical samples. The latents of
+    `lerp` have a smaller norm.
 
     Args:
         first: (...), a latent.
         second: (...), another latent.
-        weights: (S,).
+        weights: the place on the arc of each of the S latents, 0 to 1, (S,).
 
     Raises:
         UserError: the latents have different shapes, or opposite directions, between which there
@@ -88,12 +92,12 @@ INTERPOLATIONS: dict[Kind, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def nearest_latents(
     queries: Tensor, latents: Tensor, *, count: int, center: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosine similarity and the numbers of the nearest latents: (Q, count) each.
+    """Return the cosine similarities and the indices of the nearest latents, (Q, count) each.
 
     Args:
-        queries: (Q, ...).
-        latents: (N, ...), among which neighbours are searched. A query that is among them finds
-            itself.
+        queries: Q latents, (Q, ...).
+        latents: the latents among which neighbours are searched, (N, ...). A query that is one of
+            these latents finds itself.
         count: number of neighbours, at most N.
         center: subtract the mean of `latents` first. Otherwise all latents point in similar
             directions.
@@ -118,7 +122,8 @@ class Attribute:
     """A direction of the latent space along which images gain an attribute, such as a smile.
 
     Attributes:
-        direction: (...), the mean latent of images with the attribute minus that of the others.
+        direction: (...), the mean latent of images with the attribute, minus the mean latent of
+            images without it.
         middle: (...), the point half-way between both means.
     """
 
@@ -133,19 +138,21 @@ class Attribute:
         return move_along(latent, self.direction[None], strengths)[0]
 
     def scores(self, latents: Tensor) -> Tensor:
-        """Return how much of the attribute latents (N, ...) have: (N,).
+        """Return a score of the attribute for each of the latents (N, ...), (N,).
 
-        The mean with the attribute has 0.5, and the mean without it has -0.5.
+        The mean latent with the attribute has the score 0.5, and the mean latent without the
+        attribute has the score -0.5.
         """
         axis = self.direction.float().flatten()
         return (latents - self.middle).float().flatten(1) @ axis / axis.square().sum()
 
 
 def attribute_direction(present: Tensor, absent: Tensor) -> Attribute:
-    """Return the direction from one group of latents to another, the difference of their means.
+    """Return the direction from the mean of `absent` to the mean of `present`.
 
     The groups should differ in the attribute only. Otherwise the direction also holds whatever else
-    differs, such as the background. Objects at the same place in all images work best.
+    differs, such as the background. The result is best if objects are at the same place in all
+    images.
 
     Args:
         present: (N, ...), latents of images with the attribute.

@@ -1,7 +1,7 @@
-"""Draw the latent space of an autoencoder with a user's images: what `latentvae latents` does.
+"""Draw pictures of a latent space from a user's images (`latentvae latents`).
 
-Each function writes one PNG with a labelled row for each image or direction, and returns what it
-found as plain values for a JSON file.
+Each function writes one PNG with a labelled row for each image or direction, and returns its
+results as plain values for a JSON file.
 
 `N` images, `C` image channels, `H W` image size, `d h w` shape of a latent.
 """
@@ -61,7 +61,7 @@ class EncodedImages:
         """Return the numbers of the images with the wanted names, or the default if none is wanted.
 
         Raises:
-            UserError: there is no image of such a name.
+            UserError: there is no image with such a name.
         """
         places = {name: number for number, name in enumerate(self.names)}
         for name in wanted:
@@ -131,15 +131,15 @@ def encode_images(
 def draw_interpolations(
     encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
 ) -> dict[str, Any]:
-    """Draw three rows for each two images: linear and spherical in latents, and a fade of pixels.
+    """Draw three rows for each pair of images: two interpolations of latents, and one of pixels.
 
-    The first and last column are the originals. The row of pixels shows what interpolation does
-    without an autoencoder.
+    The latents are interpolated on a straight line and on an arc. The first and the last column
+    show the originals. The row of pixels shows what interpolation does without an autoencoder.
 
     Args:
         encoded: the images.
         path: the PNG.
-        images: names of two or more images, which are connected one after the other. Empty takes
+        images: names of two or more images. Each image and the next one are a pair. Empty takes
             images that are evenly spread.
         count: number of pairs, if `images` is empty.
         steps: number of decoded images in a row.
@@ -216,11 +216,13 @@ def draw_attribute(
     count: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Draw images moved along the direction from one class to another, from -1 to 2 distances.
+    """Draw images that are moved along the direction from one class to another.
 
-    Two thirds of the images of each class make the direction. The others test it: the share of them
-    that is on the right side of the middle is printed and returned. It is 0.5 if the direction
-    tells nothing.
+    The strengths go from -1 to 2. Strength 1 is the distance between the means of the two classes.
+
+    Two thirds of the images of each class make the direction. The other images test the direction:
+    the function returns the share of them on the correct side of the middle, as a mean over the two
+    classes. A share of 0.5 means that the direction does not separate the classes.
 
     Args:
         encoded: the images, with classes.
@@ -275,7 +277,9 @@ def draw_attribute(
 def draw_components(
     encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
 ) -> dict[str, Any]:
-    """Draw a row for each principal component of the latents: an image moved by -2 to 2 deviations.
+    """Draw a row for each principal component of the latents: an image, moved.
+
+    The image is moved by -2 to 2 standard deviations along the component.
 
     Args:
         encoded: the images.

@@ -1,4 +1,4 @@
-"""Draw what each dimension of a code changes in the image.
+"""Draw how each dimension of a code changes the image.
 
     save_traversal(decode, mean, Path("traversal.png"), kl=kl_per_dimension)
 
@@ -40,7 +40,7 @@ def traverse(
         (R, V, C, H, W).
 
     Raises:
-        UserError: there is no such dimension, or nothing to draw.
+        UserError: there is no such dimension, or `dimensions` or `values` is empty.
     """
     if mean.ndim != 1:
         raise UserError(f"a traversal starts at the code of one image, (D,), not {mean.shape}.")
@@ -81,7 +81,8 @@ def save_traversal(
         values: the values, one for each column.
 
     Raises:
-        UserError: see `traverse`, or `kl` has not one value per dimension.
+        UserError: see `traverse`. The error also occurs if `kl` does not have one value per
+            dimension.
     """
     if kl is not None and kl.shape != mean.shape:
         raise UserError(f"kl must have one value per dimension, {mean.shape}, not {kl.shape}.")

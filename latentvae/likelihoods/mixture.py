@@ -1,6 +1,6 @@
 """The discretised mixture of logistics of PixelCNN++ (arXiv:1701.05517, section 2.1 and 2.2).
 
-Very Deep VAE (arXiv:2011.10650) and NVAE (arXiv:2007.03898) use it for colour images.
+Very Deep VAE (arXiv:2011.10650) and NVAE (arXiv:2007.03898) use this mixture for colour images.
 
 Symbols: `B` batch size, `C` image channels, `H W` image size, `N` components of the mixture.
 """

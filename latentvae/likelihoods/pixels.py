@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 # The smallest ln(scale). A scale of e^-7 is a ninth of the step between two 8-bit values.
 MIN_LOG_SCALE = -7.0
-# The largest one. A scale of 7.4 is already flat over [-1, 1].
+# The largest ln(scale). With a scale of 7.4, a distribution is already flat over [-1, 1].
 MAX_LOG_SCALE = 2.0
 
 
@@ -40,7 +40,7 @@ class PixelDistribution(ABC):
 
     @abstractmethod
     def num_maps(self, channels: int) -> int:
-        """Return M, the number of parameter maps for images of C channels."""
+        """Return M, the number of parameter maps for images with this number of channels."""
 
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return ln p of each image, (S B,), in nats, float32.
@@ -66,10 +66,10 @@ class PixelDistribution(ABC):
 
     @abstractmethod
     def sample(self, parameters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images (B, C, H, W) in [-1, 1], with values of the `levels` values."""
+        """Draw images (B, C, H, W) in [-1, 1]. Each pixel is one of the `levels` values."""
 
     def start_bias(self, mean_image: Tensor) -> Tensor | None:
-        """Return biases (M, ...) of the last layer that predict the mean image, or None."""
+        """Return biases (M, H, W) of a last layer that predict the mean image, or None."""
         return None
 
     def rounded(self, pixels: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class PixelDistribution(ABC):
 class Bernoulli(PixelDistribution):
     """Independent pixels of two values, black (-1) and white (1). The parameters are logits.
 
-    Images whose pixels lie between must be made binary first. Otherwise `log_prob` is the cross
-    entropy, which is no likelihood.
+    Images with pixels between these values must be made binary first. Otherwise `log_prob` is the
+    negative cross entropy, which is not a likelihood.
     """
 
     def __init__(self, levels: int = 2) -> None:
@@ -152,7 +152,7 @@ class LocationScale(PixelDistribution):
         return self.log_mass(images, location, log_scale).flatten(1).sum(1)
 
     def log_mass(self, images: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        """Return ln p of each value, for tensors whose shapes fit each other."""
+        """Return ln p of each pixel value, in nats. The shapes of the tensors must broadcast."""
         half = 1.0 / (self.levels - 1)
         inverse = torch.exp(-log_scale)
         edges = ((images + side).clamp(-1.0, 1.0) for side in (-half, half))
@@ -270,9 +270,9 @@ def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_normal_cdf(x: Tensor) -> Tensor:
-    """Return ln F(x) of the standard Gaussian, with gradients that are also right far to the left.
+    """Return ln F(x) of the standard Gaussian, with correct gradients also for very negative x.
 
-    torch's own gradient in float32 is wrong below about -1,000.
+    torch's own gradient in float32 is wrong for x below about -1,000.
     """
     tail = x.clamp(max=-50.0)
     far = -0.5 * tail * tail - torch.log(-tail) - 0.5 * math.log(2.0 * math.pi)
@@ -282,6 +282,7 @@ def log_normal_cdf(x: Tensor) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """Return ln(1 - e^x) for x < 0.
 
-    Far in a tail, rounding can make x = 0. The bound keeps value and gradient finite there.
+    Far in a tail, rounding can make x = 0. An upper bound on x keeps value and gradient finite
+    there.
     """
     return torch.log(-torch.expm1(x.clamp(max=-1e-6)))

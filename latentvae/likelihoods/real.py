@@ -1,7 +1,8 @@
 """Gaussian densities of real values, for tables and for the latents of another network.
 
-The distributions of `pixels` give probabilities to 8-bit values. This one is a density of any real
-value. It is not in the table of `train-vae`, because its nats cannot be compared with the others.
+The distributions of `pixels` give probabilities to 8-bit values. The distribution of this module is
+a density of any real value. It is not in the table of `train-vae`, because densities and
+probabilities cannot be compared in nats.
 """
 
 import math
@@ -13,7 +14,7 @@ from latentvae.likelihoods.pixels import PixelDistribution, split
 
 
 class RealGaussian(PixelDistribution):
-    """Independent Gaussians. The parameters are C maps of means, then C maps of ln(deviation)."""
+    """Independent Gaussians. The parameters are C maps of means, then C maps of ln(std)."""
 
     def num_maps(self, channels: int) -> int:
         return 2 * channels

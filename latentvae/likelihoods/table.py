@@ -29,7 +29,8 @@ def pixel_distribution(name: str, *, levels: int | None = None) -> PixelDistribu
 
     Args:
         name: a key of `PIXEL_DISTRIBUTIONS`.
-        levels: number of values of a pixel. The default is 2 for `bernoulli` and 256 for others.
+        levels: number of values of a pixel. The default is 2 for `bernoulli` and 256 for the other
+            distributions.
     """
     kind = PIXEL_DISTRIBUTIONS[name]
     return kind() if levels is None else kind(levels)

@@ -21,8 +21,9 @@ class DiscriminatorConfig(Section):
     disc_norm: Literal["group", "spectral", "none"] | None = Field(
         default=None,
         description=(
-            "Normalisation layers of the patch discriminator. The default is `group`. The stylegan "
-            "discriminator has no such layers."
+            "Normalisation in the patch discriminator: `group` (GroupNorm layers), `spectral` "
+            "(spectral normalisation of the weights) or `none`. The default is `group`. The "
+            "stylegan discriminator has no normalisation."
         ),
     )
     disc_loss: Literal["hinge", "non_saturating"] = Field(
@@ -32,7 +33,7 @@ class DiscriminatorConfig(Section):
         default=(),
         description=(
             "DiffAugment operations that are applied to all images before the discriminator sees "
-            "them. They help when there are few training images."
+            "them. They help when there are few training images. By default, there are none."
         ),
     )
     disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
@@ -40,7 +41,7 @@ class DiscriminatorConfig(Section):
         description=(
             "Weight of the R1 gradient penalty on real images. The penalty uses the gradient of "
             "the mean logit of an image. StyleGAN2 chooses the weight 0.0002 * resolution^2 / "
-            "(number of images per update)."
+            "(number of images per update). 0 turns the penalty off."
         ),
     )
     disc_r1_interval: Positive = Field(
@@ -90,30 +91,31 @@ class DiscriminatorConfig(Section):
         description=(
             "Use the adaptive weight of VQGAN as a factor on disc_scale. This factor is the "
             "gradient norm of the reconstruction loss divided by the gradient norm of the "
-            "adversarial loss. Both gradients are those of the decoder's last layer."
+            "adversarial loss. Both gradients are taken with respect to the decoder's last layer."
         ),
     )
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
         description=(
             "Largest value of the adaptive weight (see disc_adaptive_weight). VQGAN's code uses "
-            "1e4 with losses that are means over image elements, as they are here. Stable "
-            "Diffusion's code uses 1e4 with losses that are sums (see disc_cap_on_sums)."
+            "1e4 with losses that are means over image elements, like the losses of this program. "
+            "Stable Diffusion's code uses 1e4 with losses that are sums (see disc_cap_on_sums)."
         ),
     )
     disc_cap_on_sums: bool = Field(
         default=False,
         description=(
-            "Take disc_weight_cap as a limit for losses that are sums over image elements. Because "
-            "the losses here are means, the limit is divided by channels * height * width. For RGB "
-            "images, a limit of 1e4 becomes 0.05 at 256 px and 0.013 at 512 px."
+            "Use disc_weight_cap as a limit for losses that are sums over image elements, as in "
+            "Stable Diffusion's code. The losses of this program are means, so the limit is "
+            "divided by channels * height * width. For RGB images, a limit of 1e4 becomes 0.05 at "
+            "256 px and 0.013 at 512 px."
         ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         default=1e-4,
         description=(
-            "Peak learning rate of the discriminator. The schedule of the discriminator's learning "
-            "rate is the same as that of the model."
+            "Peak learning rate of the discriminator. This learning rate has the same schedule as "
+            "the learning rate of the model."
         ),
     )
     disc_channels: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
@@ -124,7 +126,8 @@ class DiscriminatorConfig(Section):
         description=(
             "Number of discriminator layers that halve the height and width of the feature map. "
             "The default for `patch` is 3, which makes patches of 70 x 70 pixels. By default, "
-            "`stylegan` has so many of these layers that 4 pixels are left on the shorter side."
+            "`stylegan` has enough of these layers to leave 4 positions on the shorter side of the "
+            "feature map."
         ),
     )
 
@@ -141,7 +144,7 @@ class DiscriminatorConfig(Section):
         default="warn",
         description=(
             "Check whether the discriminator's loss is near 0, and whether validation LPIPS gets "
-            "steadily worse while the discriminator is active. In both cases, `warn` prints a "
+            "steadily worse while the discriminator is active. In either case, `warn` prints a "
             "warning. `disable` also switches the discriminator off for the rest of the run. `off` "
             "turns this check off."
         ),

@@ -150,7 +150,8 @@ class StyleGANDiscriminator(nn.Module):
     Args:
         in_channels: image channels.
         channels: width at full resolution. The width doubles per block, up to eightfold.
-        num_layers: number of residual blocks. Images need 2 ** num_layers pixels a side.
+        num_layers: number of residual blocks. Each side of an image needs at least 2 ** num_layers
+            pixels.
     """
 
     def __init__(self, *, in_channels: int = 3, channels: int = 64, num_layers: int = 6) -> None:

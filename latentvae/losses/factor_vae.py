@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH, LAYERS, SLOPE = 1000, 6, 0.2  # the paper's, with TensorFlow's slope of the leaky ReLU
+WIDTH, LAYERS, SLOPE = 1000, 6, 0.2  # the paper's values, and TensorFlow's slope of the leaky ReLU
 JOINT, PERMUTED = 0, 1  # columns of the logits
 
 
@@ -28,7 +28,7 @@ class FactorDiscriminator(nn.Module):
     """A fully connected network from codes (B, D) to two logits (B, 2): joint and permuted.
 
     Args:
-        dimensions: D.
+        dimensions: number of dimensions D of a code.
         width: width of the hidden layers.
         layers: number of hidden layers, at least 1.
     """

@@ -4,7 +4,8 @@ ViTok-v2 (arXiv:2605.05331) trains with such a loss in place of LPIPS and a disc
 authors' package `dino-perceptual` takes the hidden states of every block, scales each to unit
 length, and averages their squared differences over blocks, positions and channels. Here the sum
 over channels replaces the mean, with a factor 1/2. So the loss is a mean of 1 - cosine similarity,
-its weight does not depend on the width C of the network, and it is C / 2 times that of the package.
+its weight does not depend on the width C of the network, and it is C / 2 times the loss of the
+package.
 
 `B` batch, `C` channels of a layer, `S` positions of a layer, `H W` image size.
 """
@@ -39,7 +40,8 @@ class FeatureLoss(nn.Module):
 
     Args:
         network: network of `transformers` that takes images and returns hidden states.
-        mean, std: values of the three colours in [0, 1] that the network was trained with.
+        mean, std: mean and standard deviation of the three colours, for pixels in [0, 1], with
+            which the network's training images were normalised.
 
     Attributes:
         num_layers: number of layers that are compared, after the first call.
@@ -68,7 +70,7 @@ class FeatureLoss(nn.Module):
 
     @property
     def weights_id(self) -> str:
-        """The first 16 hexadecimal digits of a sha256 of weights, mean and std."""
+        """The first 16 hexadecimal digits of the sha256 of weights, mean and std."""
         return weights_id(self)
 
     def forward(self, images: Tensor, recon: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class FeatureLoss(nn.Module):
             return torch.stack([_distance(*pair) for pair in pairs]).mean(dim=0)
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Return the hidden states of all layers but the embedding, each (B, C, S)."""
+        """Return the hidden states of all layers except the embedding, each (B, C, S)."""
         pixels = (0.5 * to_rgb(images) + 0.5 - self.mean) / self.std
         states = self.network(
             pixel_values=self._fitting(pixels), output_hidden_states=True, **self._options()

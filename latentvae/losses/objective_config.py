@@ -69,28 +69,30 @@ class ObjectiveConfig(PixelLossConfig):
     logit_laplace_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description=(
-            "Weight of the logit-Laplace loss, beside the pixel loss: the absolute error of the "
-            "logits of pixels, as in ViT-VQGAN. 0 turns it off."
+            "Weight of the logit-Laplace loss of ViT-VQGAN, which is added to the pixel loss. The "
+            "logit-Laplace loss is the absolute error of the logits of pixel values. 0 turns it "
+            "off."
         ),
     )
     feature_loss: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Frozen image network whose features are compared: a folder or Hub id that the package "
-            "transformers loads, such as DINOv2 or ConvNeXt. The loss is 1 minus the cosine "
-            "similarity, a mean over all layers and positions. By default, there is no such loss. "
-            "On resume, another folder must hold the same weights."
+            "Frozen image network for a feature loss: a folder or Hub id that the package "
+            "transformers loads, such as DINOv2 or ConvNeXt. The loss compares the network's "
+            "features of an image and of its reconstruction. It is 1 minus their cosine "
+            "similarity, averaged over all layers and positions. By default, there is no feature "
+            "loss. On resume, another folder must hold the same weights."
         ),
     )
     feature_scale: Annotated[float, Field(gt=0.0)] = Field(
-        default=1.0, description="Weight of feature_loss."
+        default=1.0, description="Weight of the feature loss (see feature_loss)."
     )
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
-            "Weight of the KL loss. A weight has the same meaning as in Stable Diffusion, at any "
-            "resolution. Stable Diffusion uses 1e-6. A larger weight makes the latent smoother and "
-            "the reconstruction worse."
+            "Weight of the KL loss. The weight has the same meaning as in Stable Diffusion, which "
+            "uses 1e-6, at any resolution. A larger weight makes the latent smoother and the "
+            "reconstruction worse."
         ),
     )
     kl_warmup_steps: Annotated[UpdatesOrShare, NeedsKL()] = Field(
@@ -111,7 +113,7 @@ class ObjectiveConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Value that the KL should have, in bits per latent element. The loss is the distance "
-            "of the KL from this value, so that the KL moves to it from above and from below. 0 "
+            "of the KL from this value, so the KL moves towards it from above and from below. 0 "
             "turns this loss off."
         ),
     )
@@ -148,12 +150,15 @@ class ObjectiveConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Log-variance of the output likelihood. The reconstruction loss is divided by the "
-            "exponential of this value. With learn_logvar, the log-variance starts at this value."
+            "exponential of this value, so a larger value lowers the weight of the reconstruction "
+            "loss. With learn_logvar, the log-variance starts at this value."
         ),
     )
     learn_logvar: bool = Field(
         default=False,
-        description="Learn the log-variance of the output likelihood during training.",
+        description=(
+            "Learn the log-variance of the output likelihood during training (see output_logvar)."
+        ),
     )
 
     @model_validator(mode="after")

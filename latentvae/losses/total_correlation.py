@@ -61,17 +61,18 @@ def split_kl(
     """Return the parts of the KL for each code of a batch, with their graph.
 
     Stratified sampling estimates q(z) without bias, and is exact if the batch is the data set.
-    Weighted sampling is the simpler estimate of the paper. It is off by about log N in the parts,
-    not in their gradients: the gradients of both are almost equal for N much larger than B.
+    Weighted sampling is the simpler estimate of the paper. Its parts are wrong by about log N, but
+    its gradients are not. For N much larger than B, both estimates have almost equal gradients.
 
     With several processes, give the codes and posteriors of all ranks
-    (`distributed.gather_with_gradient`). Then the estimate is that of one process with all images.
+    (`distributed.gather_with_gradient`). Then the estimate is the same as with one process and all
+    images.
 
     Args:
         z: (B, D), one sample from the posterior of each image.
         mean: (B, D), means of the posteriors.
-        logvar: (B, D), their log-variances.
-        num_images: N, at least B.
+        logvar: (B, D), log-variances of the posteriors.
+        num_images: number of images N of the data set, at least B.
         sampling: "stratified" or "weighted".
 
     Returns:
@@ -97,14 +98,14 @@ def measure_kl_parts(
 ) -> KLParts:
     """Return the mean parts of the KL, with all given posteriors as the aggregate, for evaluation.
 
-    The aggregate is that of these M images, and not of all images. So `information` cannot exceed
-    log M. If it comes near log M, the total correlation is too large: give more images. Compare
-    models with the same M. Time grows with the number of codes times M: 5,000 codes of 5,000 images
-    with 10 dimensions take 9 seconds on one core.
+    The aggregate covers only these M images, so `information` cannot exceed log M. If `information`
+    comes near log M, the measured total correlation is too large, and more images are needed.
+    Compare models with the same M. Time grows with the number of codes times M: 5,000 codes of
+    5,000 images with 10 dimensions take 9 seconds on one core.
 
     Args:
         mean: (M, D), means of the posteriors.
-        logvar: (M, D), their log-variances.
+        logvar: (M, D), log-variances of the posteriors.
         codes: number of codes over which the parts are averaged, one sample from the posterior of
             each of the first images. The default is M.
         generator: draws the samples, on the device of `mean`.
@@ -134,15 +135,16 @@ def measure_kl_parts(
 def stratified_log_weights(batch: int, num_images: int) -> Tensor:
     """Return the log-weight of each posterior j in the estimate of q(z_i): (B, B).
 
-    The image's own posterior gets its share 1/N, and the others share the rest equally.
+    The image's own posterior has the weight 1/N. The other posteriors share the remaining weight
+    equally.
 
-    The paper (appendix C.2) gives the last of the others a different weight. Which image is last is
-    random, so the mean over their orders is the estimate here. It has the same mean and less
-    variance. The authors' first code sets wrong entries of the matrix:
-    https://github.com/rtqichen/beta-tcvae/pull/1.
+    The paper (appendix C.2) gives the last of the other posteriors a different weight. The order of
+    the images is random, so this function takes the mean over all orders. This estimate has the
+    same mean as the paper's estimate, and less variance. The authors' first code sets wrong entries
+    of the matrix: https://github.com/rtqichen/beta-tcvae/pull/1.
     """
     if batch == 1:
-        return torch.zeros(1, 1)  # N is 1 too, see `_check`
+        return torch.zeros(1, 1)  # then N is 1 too, see `_check`
     others = math.log((num_images - 1) / (num_images * (batch - 1)))
     weights = torch.full((batch, batch), others, dtype=torch.float64)
     return weights.fill_diagonal_(-math.log(num_images))

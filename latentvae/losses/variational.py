@@ -2,7 +2,8 @@
 
 Every value is in nats per image. The loss is the negative bound: the ELBO of Kingma and Welling
 (arXiv:1312.6114), the importance-weighted bound of Burda et al. (IWAE, arXiv:1509.00519), or the
-latter with the doubly reparameterised gradient of Tucker et al. (DReG, arXiv:1810.04152).
+importance-weighted bound with the doubly reparameterised gradient of Tucker et al. (DReG,
+arXiv:1810.04152).
 
 Symbols: `B` batch, `S` samples per image, `G` groups of latents.
 """
@@ -25,9 +26,10 @@ class VariationalConfig(Section):
     bound: Annotated[Literal["elbo", "iwae", "dreg"], Elsewhere("objective loss")] = Field(
         default="elbo",
         description=(
-            "Lower bound of ln p(x) that is maximised. `elbo` is the bound of the VAE. `iwae` is "
-            "the importance-weighted bound, which is tighter with more train_samples. `dreg` is "
-            "the same bound with a gradient that has less noise for the encoder."
+            "Lower bound of the log-likelihood ln p(x) that is maximised. `elbo` is the bound of "
+            "the VAE. `iwae` is the importance-weighted bound, which is tighter with more "
+            "train_samples. `dreg` is the same bound as `iwae`, but its gradient for the encoder "
+            "has less noise."
         ),
     )
     train_samples: Annotated[Positive, Elsewhere("num_samples k iwae_samples")] = Field(
@@ -36,43 +38,45 @@ class VariationalConfig(Section):
     kl_scale: Annotated[Weight, Elsewhere("beta kl_weight")] = Field(
         default=1.0,
         description=(
-            "Weight of the KL term (beta of the beta-VAE). With a value other than 1, the loss is "
-            "no bound of ln p(x) or a looser one. Validation always reports the bound with 1."
+            "Weight of the KL term (beta of the beta-VAE). With a weight above 1, the loss is a "
+            "looser bound of ln p(x). With a weight below 1, it is no bound. Validation always "
+            "reports the bound with weight 1."
         ),
     )
     kl_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "Number of updates over which the weight of the KL grows from 0 to kl_scale. A value "
-            "below 1 is a share of max_train_steps."
+            "Number of updates over which the weight of the KL grows linearly from 0 to kl_scale. "
+            "A value below 1 is a share of max_train_steps."
         ),
     )
     kl_cycles: Positive = Field(
         default=1,
         description=(
-            "Number of times that the weight of the KL grows from 0 (a cyclical schedule). Each "
-            "cycle has kl_warmup_steps updates of growth, and the cycles divide the run evenly."
+            "Number of equal parts of the run (cycles). In the first kl_warmup_steps updates of "
+            "each cycle, the weight of the KL grows from 0 to kl_scale. 1 means that the weight "
+            "grows only once."
         ),
     )
     free_nats: Weight = Field(
         default=0.0,
         description=(
             "Floor of the KL of each group of latents, in nats per image (free bits). The loss "
-            "does not push a group's mean KL below this floor."
+            "does not push a group's mean KL below this floor. 0 turns the floor off."
         ),
     )
     kl_balance: bool = Field(
         default=False,
         description=(
-            "During the KL warm-up, weight the KL of each group by its KL per latent value (NVAE). "
-            "Then no group collapses early."
+            "During the KL warm-up, weight the KL of each group of latents by its KL per latent "
+            "value, as NVAE does. This keeps a group from collapsing early."
         ),
     )
     capacity_nats: Weight = Field(
         default=0.0,
         description=(
-            "Capacity C of the code in nats per image. The KL term is then the weighted distance "
-            "|KL - C|. 0 means no capacity."
+            "Capacity C of the code in nats per image. The KL term is then kl_scale * |KL - C|, so "
+            "the KL moves towards C. 0 turns the capacity off."
         ),
     )
     capacity_steps: UpdatesOrShare = Field(
@@ -87,16 +91,16 @@ class VariationalConfig(Section):
         default=0.0,
         description=(
             "Weight of the spectral penalty of NVAE: the sum of the largest singular values of all "
-            "convolutions. It keeps deep networks stable. NVAE has 0.01 to 0.1, for a loss in nats "
-            "per image."
+            "convolutions. The penalty keeps deep networks stable. NVAE uses 0.01 to 0.1, for a "
+            "loss in nats per image. 0 turns the penalty off."
         ),
     )
     tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
         default=0.0,
         description=(
             "Additional weight of the total correlation of the latent units, which measures how "
-            "much they depend on each other. This is gamma of FactorVAE, and beta - 1 of "
-            "beta-TCVAE. 0 switches it off."
+            "much the units depend on each other. This weight is gamma of FactorVAE, and beta - 1 "
+            "of beta-TCVAE. 0 switches it off."
         ),
     )
     tc_estimate: Literal["discriminator", "minibatch"] = Field(
@@ -110,34 +114,39 @@ class VariationalConfig(Section):
     tc_channels: Positive = Field(
         default=1000,
         description=(
-            "Width of the six hidden layers of the discriminator of the total correlation. The "
-            "default is FactorVAE's."
+            "Width of the six hidden layers of the discriminator that estimates the total "
+            "correlation (see tc_estimate). The default is the width in FactorVAE."
         ),
     )
     tc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
-        default=1e-4, description="Learning rate of the discriminator of the total correlation."
+        default=1e-4,
+        description=(
+            "Learning rate of the discriminator that estimates the total correlation (see "
+            "tc_estimate)."
+        ),
     )
 
     label_scale: Annotated[Weight, Elsewhere("alpha")] = Field(
         default=0.5,
         description=(
-            "Weight of the labels' cross entropy, for architecture classes. It is alpha of M2, for "
-            "a loss that is divided by the number of images. The paper has 0.1."
+            "Weight of the classifier's cross entropy on images with a label, for the architecture "
+            "`classes`. This weight is alpha of M2, for a loss that is divided by the number of "
+            "images. The paper of M2 uses 0.1."
         ),
     )
     class_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.1,
         description=(
-            "For architecture classes: an update leaves out the classes of an image whose "
-            "probability is below this share of 1 / number of classes. 0 sums over all classes, "
-            "which takes longer."
+            "For an image without a label, the loss sums over the possible classes. To save time, "
+            "it leaves out classes whose probability is below this share of 1 / (number of "
+            "classes). 0 leaves out no class. This option is for the architecture `classes`."
         ),
     )
     label_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "For architecture classes: number of updates on images with a label alone, at the "
-            "start. A value below 1 is a share of max_train_steps."
+            "Number of updates at the start that use only images with a label, for the "
+            "architecture `classes`. A value below 1 is a share of max_train_steps."
         ),
     )
 
@@ -200,12 +209,12 @@ class BoundParts(Protocol):
 
 
 class VariationalLoss:
-    """The loss that the options describe.
+    """The negative variational bound, as the options describe it.
 
         loss, values = VariationalLoss(options, total=10_000)(bound, update=0)
 
     Args:
-        options: the options.
+        options: bound, and form and weight of the KL term.
         total: length of the run in updates.
         group_sizes: number of latent values of each group, for `kl_balance`.
     """
@@ -242,7 +251,7 @@ class VariationalLoss:
         return loss, reported | {"loss/total": loss.detach()}
 
     def kl_weight(self, update: int) -> float:
-        """Return the weight of the KL term in an update."""
+        """Return the weight of the KL term in update number `update`, counted from 0."""
         options = self.options
         if not options.kl_warmup_steps:
             return options.kl_scale
@@ -270,15 +279,15 @@ def floored(groups: Tensor, floor: float) -> Tensor:
 
     Args:
         groups: mean KL of each group on this rank, (G,), nats.
-        floor: least value. The mean over all ranks decides, so that several ranks give the same
-            result as one.
+        floor: smallest value of a group's term, in nats. The mean KL over all ranks decides whether
+            the floor applies, so that several ranks give the same result as one rank.
     """
     above = all_reduce_mean(groups.detach()) > floor
     return torch.where(above, groups, floor).sum()
 
 
 def distance(kl: Tensor, target: float) -> Tensor:
-    """Return |KL - C| (Burgess et al. 2018, arXiv:1804.03599, equation 8), for a scalar KL."""
+    """Return |kl - target|, nats, for a scalar KL (Burgess et al., arXiv:1804.03599, eq. 8)."""
     side = torch.sign(all_reduce_mean(kl.detach()) - target)
     return side * (kl - target)
 
@@ -286,8 +295,9 @@ def distance(kl: Tensor, target: float) -> Tensor:
 def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return a weight for each group, of mean 1, in proportion to its KL per latent value.
 
-    NVAE (arXiv:2007.03898, appendix A) divides by the size of a group. Its paper says the opposite,
-    which its author calls an error (github.com/NVlabs/NVAE/issues/26).
+    As in the code of NVAE, the KL is divided by the size of the group. The paper (arXiv:2007.03898,
+    appendix A) says the opposite, which its author calls an error
+    (github.com/NVlabs/NVAE/issues/26).
 
     Args:
         groups: mean KL of each group on this rank, (G,), nats.
@@ -302,7 +312,7 @@ def doubly_reparameterised(out: BoundParts) -> Tensor:
     """Return a scalar whose gradient is the DReG estimate of the IWAE gradient, negated.
 
     The weights w of the samples become constants. The gradient of the decoder has the normalised
-    weight of each sample, and the gradient that reaches the encoder has its square
+    weight of each sample, and the gradient that reaches the encoder has the square of this weight
     (arXiv:1810.04152, equation 8). The value is the negative bound of the batch.
 
     Args:

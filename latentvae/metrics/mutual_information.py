@@ -1,4 +1,4 @@
-"""The mutual information of images and latents (Hoffman and Johnson 2016, "ELBO surgery").
+"""Estimate the mutual information of images and latents (Hoffman and Johnson 2016, "ELBO surgery").
 
 The mean KL of a VAE has two parts: E[KL(q(z|x), p(z))] = I(x; z) + KL(q(z), p(z)). A posterior that
 has collapsed carries no information, although its KL may be above 0.
@@ -15,15 +15,15 @@ from torch import Tensor
 def mutual_information(
     means: Tensor, logvars: Tensor, *, samples: int = 1, generator: torch.Generator | None = None
 ) -> float:
-    """Estimate I(x; z) for x drawn from N images, in nats. It is at most ln N.
+    """Estimate I(x; z) for x drawn from N images, in nats. The result is at most ln N.
 
         I = mean over x, z ~ q(z|x) of ln q(z|x) - ln (1/N sum_j q(z|x_j))
 
     Args:
         means: means of the Gaussian posteriors, (N, U).
-        logvars: their log-variances, (N, U).
+        logvars: log-variances of the posteriors, (N, U).
         samples: latents drawn for each image.
-        generator: draws the latents. None is torch's global generator.
+        generator: generator that draws the latents. None takes torch's global generator.
     """
     means, logvars = means.double(), logvars.double()
     stds, total = (0.5 * logvars).exp(), 0.0

@@ -1,4 +1,4 @@
-"""The table of metrics that compare a reconstruction with its image, one value per image.
+"""List the metrics that compare a reconstruction with its image, one value per image.
 
 A new metric needs a function in a file of this folder, a line in this table, and a column in
 `report.schema.Metrics`. LPIPS is not here, because it shares its features with the distances

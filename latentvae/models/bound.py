@@ -26,12 +26,14 @@ class Bound(BaseOutput):
 
     Attributes:
         log_likelihood: ln p(x | z), (S, B).
-        kl: KL divergence from posterior to prior of each group, (G, S, B). It is exact given the
-            groups before it where a closed form exists, otherwise it equals `log_ratio`.
+        kl: KL divergence from posterior to prior of each group, given the drawn latents of the
+            groups before it, (G, S, B). It is exact where a closed form exists. Otherwise it equals
+            `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
-        unit_kl: KL divergence of each latent unit, (B, U), or None if the network has too many.
-        latents: the drawn latents of each group, (S, B, U), or None.
-        posterior: mean and log-variance (B, U) of a single Gaussian posterior, or None.
+        unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units.
+        latents: the drawn latents of each group, (S, B, U), or None if the network does not return
+            them.
+        posterior: mean and log-variance (B, U) if the posterior is a single Gaussian, or None.
     """
 
     log_likelihood: Tensor = None  # type: ignore[assignment]
@@ -42,26 +44,26 @@ class Bound(BaseOutput):
     posterior: tuple[Tensor, Tensor] | None = None
 
     def elbo(self) -> Tensor:
-        """Return the evidence lower bound of each image, the mean over samples, (B,)."""
+        """Return the evidence lower bound of each image in nats, averaged over samples, (B,)."""
         return (self.log_likelihood - self.kl.sum(0)).mean(0)
 
     def log_weights(self) -> Tensor:
-        """Return ln w = ln p(x, z) - ln q(z | x) of each sample, (S, B)."""
+        """Return ln w = ln p(x, z) - ln q(z | x) of each sample in nats, (S, B)."""
         return self.log_likelihood - self.log_ratio.sum(0)
 
     def importance(self) -> Tensor:
-        """Return the importance-weighted bound with S samples, (B,)."""
+        """Return the importance-weighted bound of each image in nats, from its S samples, (B,)."""
         weights = self.log_weights()
         return torch.logsumexp(weights, dim=0) - math.log(weights.shape[0])
 
 
 class LikelihoodNet(Protocol):
-    """Interface of a network with a variational bound, besides `ModelMixin`.
+    """Interface of a network with a variational bound. The network is also a `ModelMixin`.
 
     Attributes:
         pixels: the distribution of pixels, given the decoder's output.
-        image_shape: (C, H, W).
-        num_groups: G.
+        image_shape: shape (C, H, W) of an image.
+        num_groups: number of groups of latents G.
         group_sizes: number of latent values of each group.
         outer_layers: names of the first and last layers, which Muon leaves out.
     """
@@ -82,7 +84,7 @@ class LikelihoodNet(Protocol):
 
         Args:
             images: pixels in [-1, 1], (B, C, H, W).
-            samples: S.
+            samples: number of posterior samples per image S.
             detach_posterior: compute `log_ratio` with constant parameters of q, so that its
                 gradient reaches the encoder only through the latents (arXiv:1810.04152).
         """
@@ -91,32 +93,33 @@ class LikelihoodNet(Protocol):
     def posterior_means(self, images: Tensor) -> Tensor | None:
         """Return the mean of each latent unit given the image, (B, U).
 
-        None means that this mean is unknown. Then the KL of a unit decides whether it is active.
+        None means that this mean is unknown. Then the KL of a unit decides whether the unit counts
+        as active.
         """
         ...
 
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return mean and log-variance (B, U) of a single Gaussian posterior, or None."""
+        """Return mean and log-variance (B, U) if the posterior is a single Gaussian, or None."""
         ...
 
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return all latents that the decoder needs as one vector, (B, d).
+        """Return all latents that the decoder needs, as one vector of d values per image, (B, d).
 
         Args:
             images: pixels in [-1, 1], (B, C, H, W).
             draw: draw from the posterior instead of taking its mean.
-            generator: draws the latents.
+            generator: random generator that draws the latents.
         """
         ...
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
+        """Decode vectors of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the mean image (B, C, H, W) in [-1, 1] for the posterior's mean."""
+        """Encode images, and decode the posterior's mean to mean images (B, C, H, W) in [-1, 1]."""
         ...
 
     def sample(
@@ -131,14 +134,14 @@ class LikelihoodNet(Protocol):
 
         Args:
             num: number of images.
-            temperature: factor of the prior's standard deviations.
+            temperature: factor on the prior's standard deviations.
             generator: random generator on the network's device.
             mean: return the mean of the pixels' distribution instead of drawn pixels.
         """
         ...
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Let a new decoder start at the mean image (C, H, W), if this is possible."""
+        """Set a new decoder's last biases to predict the mean image (C, H, W), if possible."""
         ...
 
 

@@ -42,7 +42,7 @@ def encode(
 
 
 def decode(net: Network, z: Tensor, *, computation: Computation | None = None) -> Tensor:
-    """Decode latents to images (B, C, f h, f w), in about [-1, 1] and not clamped."""
+    """Decode latents (B, d, h, w) to images (B, C, f h, f w), about in [-1, 1] and not clamped."""
     return family_of(net).decode(net, z, computation=computation)
 
 
@@ -93,7 +93,7 @@ def tokenize(net: Network, z: Tensor) -> Tensor:
 def decode_indices(
     net: Network, indices: Tensor, *, computation: Computation | None = None
 ) -> Tensor:
-    """Decode code indices to images (B, C, f h, f w), in about [-1, 1] and not clamped.
+    """Decode code indices to images (B, C, f h, f w), about in [-1, 1] and not clamped.
 
     Args:
         indices: (B, h, w) or (B, L, h, w), in 0..K - 1.
@@ -106,9 +106,10 @@ def decode_indices(
 
 
 def measure_shape(net: Network) -> LatentShape:
-    """Return the shape of the latents, such as f and d.
+    """Return the shape of the latents: the downsampling factor f, the channels d, and more.
 
-    If the class is known, its config has these numbers. Otherwise a test image is encoded.
+    If the network's class is known, its config has these numbers. Otherwise a test image is
+    encoded.
 
     Raises:
         UserError: the network does not encode and decode images.

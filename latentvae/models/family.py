@@ -4,8 +4,8 @@
     z = family.encode(net, images)
     codes = family.codes(net)  # None for a network without codes
 
-`Family` fits any network that has diffusers' `encode` and `decode`. A kind of network
-that differs from these has a subclass, which overrides the methods that differ. A kind that can be
+`Family` fits any network that has diffusers' `encode` and `decode`. A kind of network that works in
+another way has a subclass, which overrides the methods that differ. A kind of network that can be
 trained has a subclass of `models.trainable.TrainableFamily`.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
@@ -55,12 +55,12 @@ class Codes:
     Args:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         number: number of codes K of each codebook.
-        levels: number of codes per position L. A residual quantiser has more than 1. A network with
-            maps of several sizes has 1 + 4 + ..., see `models.levels`.
+        levels: number of codes per position L, above 1 for a residual quantiser. A network with
+            maps of several sizes has 1 + 4 + ... codes per position, see `models.levels`.
         codebooks: number of codebooks, such as 1 if all levels share a codebook.
         channels: code width D.
-        maps: number of maps of codes. With several, each map is twice as fine as the map before it
-            and has its own codebook.
+        maps: number of maps of codes. With several maps, each map is twice as fine as the map
+            before it and has its own codebook.
     """
 
     kind: str
@@ -191,7 +191,7 @@ class Family:
         return 1
 
     def normalization(self, net: Network) -> LatentNormalization:
-        """Return the map with which pipelines bring the latents to about unit variance."""
+        """Return the normalisation with which pipelines give the latents about unit variance."""
         return from_config(net.config)
 
     def tiling(self, net: Network, *, f: int) -> Tiling | None:
@@ -261,7 +261,7 @@ class Family:
     # Export.
 
     def usage(self, net: Network) -> Usage | None:
-        """Return the model card's text on the use of the export, or None without an export."""
+        """Return the model card's text on the use of an export, or None if there are no exports."""
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
@@ -274,7 +274,7 @@ class Family:
 
 
 def read_posterior(output: Any) -> Any | None:
-    """Return the posterior in an output of `encode`, or None."""
+    """Return the posterior in an output of `encode`, or None if the output has no posterior."""
     return getattr(output, "latent_dist", None)
 
 

@@ -1,4 +1,4 @@
-"""How other code uses a network with a likelihood as an autoencoder: `latentvae.load`, caches.
+"""Let other code (`latentvae.load`, latent caches) use networks with a likelihood as autoencoders.
 
 The latent of an image is a vector of all its latent values, as a map (B, d, 1, 1). The latents of a
 hierarchy are flattened and joined, the coarsest group first.

@@ -42,13 +42,13 @@ IMAGES_NAME = "images.json"
 
 
 class ImagesOfModel(BaseModel):
-    """What a network expects of its images. An export holds it as `images.json`.
+    """What a network expects of its images. An export stores it as `images.json`.
 
     Attributes:
         binarize: "none", "static" (drawn with the grey value as the probability of white) or
             "threshold".
         image_interpolation_mode: filter that resizes images.
-        value_range: values of black and white, or None.
+        value_range: stored pixel values of black and white, or None for those of the file's type.
         preset: name of the preset that the network was trained with, or "".
     """
 
@@ -66,7 +66,7 @@ def write_images_file(folder: Path, about: ImagesOfModel) -> None:
 
 
 def find_likelihood_export(path: Path) -> Path | None:
-    """Return the folder of an exported network, given this folder or its run, or None."""
+    """Return the folder of an exported network, given this folder or its run. Else return None."""
     for folder in (path, path / "export"):
         if _class_name(folder) in LIKELIHOOD_NETWORKS:
             return folder
@@ -74,7 +74,7 @@ def find_likelihood_export(path: Path) -> Path | None:
 
 
 def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]:
-    """Load an exported network in eval mode, and what it expects of its images.
+    """Load an exported network in eval mode, and return it with what it expects of images.
 
     Args:
         path: the export's folder, or its run.
@@ -105,14 +105,14 @@ def read_images_file(folder: Path) -> ImagesOfModel:
 
 
 def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:
-    """Return a network of `load_network` if it has a likelihood.
+    """Check that a network of `load_network` has a likelihood, and return it.
 
     Args:
         net: any network.
-        name: its name in the error.
+        name: name of the network in the error.
 
     Raises:
-        UserError: it has no likelihood.
+        UserError: the network has no likelihood.
     """
     if not isinstance(net, tuple(LIKELIHOOD_NETWORKS.values())):
         raise UserError(

@@ -5,10 +5,11 @@
     adapter_tensors(net)  # what PEFT loads onto the base
 
 A layer's weight becomes W + B A. A is (r, I k k) and B is (O, r), for a convolution of kernel k. B
-starts at 0, so the network starts as it was. This is the function of PEFT's LoRA with alpha = r.
+starts at 0, so the network's outputs are unchanged at first. PEFT's LoRA with alpha = r computes
+the same function.
 
 PEFT would replace the layers by layers of its own. Here a parametrization computes the weight, so
-that folded upsampling, names of other weights and the export stay the same.
+that folded upsampling, the names of other weights and the export do not change.
 
 `I` and `O` channels in and out, `r` rank.
 """
@@ -25,7 +26,7 @@ from latentvae.models.network import Network
 
 
 class LowRank(nn.Module):
-    """Adds B A to a weight.
+    """A parametrization that adds the product B A to a weight.
 
     Args:
         weight: the weight of a convolution (O, I, k, k) or a linear layer (O, I).
@@ -45,7 +46,7 @@ class LowRank(nn.Module):
 
 
 def add_adapters(net: Network, part: nn.Module, *, rank: int) -> None:
-    """Freeze a network, and give each convolution and linear layer of a part of it an adapter."""
+    """Freeze a network, and add an adapter to each convolution and linear layer of a part."""
     net.requires_grad_(False)
     for layer in list(part.modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -53,7 +54,7 @@ def add_adapters(net: Network, part: nn.Module, *, rank: int) -> None:
 
 
 def adapters(net: Network) -> Iterator[tuple[str, nn.Module, LowRank]]:
-    """Yield name, layer and adapter of each layer that has one."""
+    """Yield name, layer and adapter of each layer that has an adapter."""
     for name, layer in net.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             parts: Any = layer.parametrizations
@@ -72,8 +73,8 @@ def trained_weight(layer: nn.Module) -> Tensor:
 def merged(net: Network) -> Any:
     """Return a stock network in which every adapter is added to its weight.
 
-    torch's `remove_parametrizations` on a copy would break `net`, because a copied layer shares
-    the class that it changes.
+    torch's `remove_parametrizations` on a copy would break `net`, because that function changes a
+    layer's class, which a copied layer shares.
     """
     weights = {n: v for n, v in net.state_dict().items() if ".parametrizations." not in n}
     for name, layer, _ in adapters(net):

@@ -34,7 +34,7 @@ class Pretrained(Section):
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
-            "Train only the decoder. The latents, their scaling and their shift stay those of the "
+            "Train only the decoder. The latents, their scaling and their shift stay as in the "
             "pretrained network. So generators (such as diffusion models) that were trained on "
             "these latents keep working."
         ),
@@ -159,7 +159,8 @@ class SingleFile(Pretrained):
         default=None,
         description=(
             "Model family of the network in a single .safetensors file. The family decides how the "
-            "latents are scaled."
+            "latents are scaled. With `other`, the scaling factor is 1. By default, the family is "
+            "recognised if the file is a complete checkpoint."
         ),
     )
 

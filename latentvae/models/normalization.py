@@ -57,5 +57,5 @@ def from_config(config: Mapping[str, Any]) -> LatentNormalization:
 
 
 def pooled(scale: float, shift: float) -> LatentNormalization:
-    """Return a normalisation with one scale and shift for all channels."""
+    """Return the normalisation (z - shift) * scale, with the same values for all channels."""
     return LatentNormalization(scale, shift, torch.tensor([shift]), torch.tensor([scale]))

@@ -42,7 +42,10 @@ class PosteriorConfig(ModelConfig):
         ),
     )
     posterior_flow_channels: Annotated[Positive, OfTheRun()] = Field(
-        default=64, description="Number of hidden channels of each layer of posterior_flow."
+        default=64,
+        description=(
+            "Number of hidden channels of each coupling layer of the flow (see posterior_flow)."
+        ),
     )
 
     @property
@@ -61,7 +64,7 @@ class PosteriorConfig(ModelConfig):
 
     @property
     def draws_noise(self) -> bool:
-        return self.posterior_flow > 0 or super().draws_noise  # a sample for the KL
+        return self.posterior_flow > 0 or super().draws_noise  # the KL to a flow needs a sample
 
     @property
     def kl_floor(self) -> float:
@@ -158,8 +161,8 @@ class PosteriorFamily(TrainableFamily):
     def write_constants(self, net: Network, options: ModelConfig) -> None:
         """Write a fixed log-variance into the layer that computes the moments.
 
-        The mean stays the same to the bit. Training ignores the log-variance of the layer, but
-        weight decay may change it.
+        The mean stays exactly the same. Training ignores the log-variance of the layer, but weight
+        decay may change it.
         """
         logvar = getattr(options, "posterior_logvar", None)
         if logvar is None:

@@ -217,5 +217,5 @@ def to_teacher(student: Network, teacher: Network, z: Tensor) -> Tensor:
 
 
 def stock_copy(net: Network) -> Any:
-    """Return a float32 copy on the CPU in eval mode."""
+    """Return a copy of a network: float32, on the CPU, in eval mode."""
     return copy.deepcopy(net).cpu().float().eval()

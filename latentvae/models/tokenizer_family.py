@@ -109,7 +109,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class TokenizerFamily(DiscreteFamily):
-    """Family of a subclass of `Tokenizer`. The subclass of the family says how to build it."""
+    """Base class of the families of tokenizers. Each subclass builds one class of `Tokenizer`."""
 
     wrapper = DiscreteTrainingWrapper
 

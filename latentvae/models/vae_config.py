@@ -24,11 +24,11 @@ class VAEConfig(Section):
     likelihood: Annotated[LikelihoodName, Elsewhere("decoder_distribution")] = Field(
         default="bernoulli",
         description=(
-            "Distribution of the pixels. `bernoulli` is for binary images. `gaussian`, "
-            "`logit_laplace` and `discretized_logistic` have a location and a scale for each pixel "
-            "and channel. `logistic_mixture` is a mixture of 10 logistics in which the channels of "
-            "a pixel depend on each other. All of them are for the 256 values of 8-bit pixels, "
-            "except bernoulli."
+            "Distribution of the pixels. `bernoulli` is for binary images. All other distributions "
+            "are for 8-bit pixels with 256 values. `gaussian`, `logit_laplace` and "
+            "`discretized_logistic` have a location and a scale for each pixel and channel. "
+            "`logistic_mixture` is a mixture of 10 logistics in which the channels of a pixel "
+            "depend on each other."
         ),
     )
 

@@ -2,8 +2,9 @@
 
     UTF-8 bytes -> embedding -> blocks that look in both directions -> norm -> states
 
-It needs no vocabulary and no download. It knows only what the captions of the training say, so it
-is for captions of a few words and patterns. A frozen text encoder knows the language.
+This encoder needs no vocabulary and no download. It learns only from the captions of the training,
+so it is for captions with few different words and patterns. For other captions, use a frozen text
+encoder, which knows the language.
 
 `B` batch, `S` bytes of the longest text, `C` channels.
 """
@@ -53,7 +54,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(channels, num_heads, dropout) for _ in range(depth))
         self.norm = nn.RMSNorm(channels, eps=1e-5)
 
-        # a byte's row and column are both its place in the text
+        # row and column of a byte are both equal to its place in the text
         places = torch.arange(max_bytes, dtype=torch.float32)[:, None].expand(-1, 2)
         turns = rotations(places, channels=channels // num_heads)
         self.register_buffer("turns", turns, persistent=False)
@@ -64,7 +65,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     def split(self, texts: Sequence[str]) -> Words:
         """Return the bytes of texts, on the network's device. Short texts are padded with 0.
 
-        A file name in a text may hold bytes that are not UTF-8, and these are kept.
+        A file name in a text may hold bytes that are not UTF-8. These bytes are kept.
         """
         longest = self.config["max_bytes"]
         coded = [text.encode(errors="surrogateescape")[:longest] for text in texts]

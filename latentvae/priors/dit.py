@@ -7,8 +7,8 @@ what diffusers builds:
   a prediction of 0.
 - diffusers drops the label in each block by its own draw. Here the caller drops labels once for all
   blocks: label number `num_classes` means "no class".
-- `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, of which those
-  above the last class are copies of "no class".
+- `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, and the
+  classes after the model's last class are copies of "no class".
 
 `velocity` and `sample_latents` also take the network with text of `pixart`.
 
@@ -44,7 +44,7 @@ def build_dit(
 
     Args:
         channels: latent channels d.
-        side: height and width of the latent.
+        side: height and width of the latent, in positions.
         num_classes: number of classes, 0 for a model without classes.
         width: channels of a block, a multiple of `head_dim`.
         depth: number of blocks.
@@ -67,7 +67,7 @@ def build_dit(
 
 
 def callers_drop_labels(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Switch off the dropping of labels inside the blocks."""
+    """Switch off the dropping of labels inside the blocks, and return the same network."""
     for block in cast("Any", net.transformer_blocks):
         block.norm1.emb.class_embedder.dropout_prob = 0.0
     return net
@@ -113,8 +113,8 @@ def velocity(net: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> 
         net: the DiT, or for texts the PixArt network.
         x: noised latents, (B, d, h, w).
         sigma: noise levels in [0, 1], (B,).
-        condition: classes (B,), int64, where `NO_CLASS` means "no class". Or texts, where the
-            encoding of "" means "no text".
+        condition: classes (B,), int64, where `NO_CLASS` means "no class". For a PixArt network,
+            texts, where the encoding of "" means "no text".
     """
     time = sigma * TIME_SCALE
     if isinstance(condition, Text):
@@ -145,10 +145,11 @@ def sample_latents(
 
     Args:
         net: the DiT or PixArt network, in eval mode.
-        condition: class of each image, (B,), where `NO_CLASS` means "no class", or their texts.
-        unconditional: the encoding of "", one row, which guidance needs for texts.
+        condition: class of each image, (B,), where `NO_CLASS` means "no class", or the text of each
+            image.
+        unconditional: the encoding of "" (one row). Guidance with texts needs this encoding.
         options: solver, steps and guidance.
-        shift: shift of the noise levels.
+        shift: shift of the noise levels, see `flow_matching.shifted`.
         seed: seed of the noise.
         numbers: number of each image, by default 0 to B - 1. The noise of an image depends only on
             the seed and this number.
@@ -184,7 +185,7 @@ def _with_unconditional(condition: Condition, unconditional: Text | None) -> Con
 def for_pipeline(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """Return a copy with 1,000 classes, which diffusers' `DiTPipeline` can use with guidance.
 
-    Labels from the number of classes on mean "no class".
+    The classes after the network's last class mean "no class".
 
     Raises:
         ValueError: the network has more than 1,000 classes.

@@ -36,7 +36,7 @@ class FlowSampling:
 
     Args:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). The velocity is
-            a + g (b - a), with a without and b with condition. 1 is no guidance.
+            a + g (b - a), with velocity a without and velocity b with condition. 1 is no guidance.
         steps: number of steps from noise to latent.
         solver: `euler` evaluates the network once in a step. `heun` evaluates it twice, and is
             more exact (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
@@ -77,7 +77,7 @@ def draw_sigmas(count: int, *, shift: float, device: torch.device | str = "cpu")
 
 
 def even_sigmas(count: int, *, shift: float) -> Tensor:
-    """Return noise levels (count,) at evenly spaced quantiles of the training distribution."""
+    """Return noise levels (count,) at evenly spaced quantiles of the distribution in training."""
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return shifted(torch.special.ndtri(quantiles).sigmoid(), shift).float()
 
@@ -89,14 +89,14 @@ def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
-    """Return the least squared error if all latent values were independent Gaussians, a scalar.
+    """Return the smallest mean squared error for independent Gaussian latents, a scalar.
 
-    For a value of variance s and noise level sigma, x_sigma has the variance
-    q = sigma^2 + (1 - sigma)^2 s and the covariance c = sigma - (1 - sigma) s with v. The least
-    error is Var[v] - c^2 / q, where Var[v] = 1 + s.
+    Let a latent value have the variance s. At noise level sigma, x_sigma has the variance
+    q = sigma^2 + (1 - sigma)^2 s, and its covariance with v is c = sigma - (1 - sigma) s. The
+    smallest error is Var[v] - c^2 / q, where Var[v] = 1 + s.
 
     Args:
-        variances: of the latent's values or channels, any shape.
+        variances: variances of the latent's values or channels, any shape.
         sigma: noise levels, over which the error is averaged.
     """
     s, level = variances.double().flatten()[:, None], sigma.double().flatten()[None]
@@ -105,7 +105,7 @@ def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
 
 
 def noise_of(shape: Iterable[int], *, seed: int, numbers: Iterable[int]) -> Tensor:
-    """Return the start noise (B, d, h, w) of images. It depends only on seed and number."""
+    """Return the start noise (B, d, h, w) of images, from the seed and each image's number."""
     shape = tuple(shape)
     rows = [
         np.random.default_rng([seed, number]).standard_normal(shape, np.float32)

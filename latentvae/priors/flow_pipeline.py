@@ -6,7 +6,7 @@ noise, prompt -> PixArt network, step by step -> ...
 Most exports are folders of diffusers' own `DiTPipeline`, or for text of `PixArtSigmaPipeline`. They
 sample where only diffusers is installed. These pipelines only divide latents by the autoencoder's
 `scaling_factor`. If that is not the normalisation of the latents, or if the text encoder is no T5,
-the folder names `FlowPipeline`, which reads all kinds.
+the folder names `FlowPipeline`, which supports all of these cases.
 
 `B` batch, `T` sampling steps.
 """
@@ -51,8 +51,9 @@ class FlowPipeline(DiffusionPipeline):
         vae: the autoencoder.
         scheduler: the sampler of diffusers. Here, only its `flow_shift` is read.
         id2label: names of the classes by number, separated by commas if a class has several.
-        latents_mean, latents_scale: normalised latents are (z - mean) * scale, with a value for
-            each channel or one for all. None takes the autoencoder's own normalisation.
+        latents_mean, latents_scale: normalised latents are (z - mean) * scale, with one value for
+            each channel or one value for all channels. None takes the autoencoder's own
+            normalisation.
         fold: number of positions on a side that become channels.
         text_encoder: encoder of prompts, for a model with text.
         tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
@@ -93,7 +94,7 @@ class FlowPipeline(DiffusionPipeline):
 
     @property
     def shift(self) -> float:
-        """Shift of the noise levels."""
+        """Shift of the noise levels, see `flow_matching.shifted`."""
         return self.scheduler.config.flow_shift
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class FlowPipeline(DiffusionPipeline):
         return torch.tensor(numbers) if numbers else self.all_classes(count)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Return the states of prompts.
+        """Return the text encoder's states (B, S, C) of prompts, with their mask.
 
         Raises:
             UserError: the model has no text encoder.
@@ -196,7 +197,7 @@ class FlowPipeline(DiffusionPipeline):
         if label in names:
             return names.index(str(label))
 
-        # As in diffusers, each part of a name with commas means the class too.
+        # As in diffusers, each part of a name with commas also names the class.
         split = [[part.strip() for part in name.split(",")] for name in names]
         parts = [number for number, found in enumerate(split) if label in found]
         if len(parts) == 1:
@@ -217,7 +218,7 @@ class FlowPipeline(DiffusionPipeline):
         seed: int = 0,
         numbers: range | None = None,
     ) -> Tensor:
-        """Draw normalised latents, see `sample_latents`.
+        """Draw normalised latents (B, d, h, w), see `sample_latents`.
 
         Raises:
             UserError: the options ask for guidance, but an image has no class.
@@ -247,7 +248,7 @@ class FlowPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, normalised: Tensor) -> Tensor:
-        """Decode normalised latents to images (B, C, H, W) in [-1, 1]."""
+        """Decode normalised latents (B, d, h, w) to images (B, C, H, W) in [-1, 1]."""
         autoencoder = Autoencoder(self.vae, name="vae")
         mean, scale = self.config.latents_mean, self.config.latents_scale
         norm = autoencoder.normalization
@@ -260,7 +261,7 @@ class FlowPipeline(DiffusionPipeline):
 
 
 def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
-    """Return whether diffusers' stock pipelines decode latents of this normalisation.
+    """Return whether diffusers' stock pipelines can decode latents of this normalisation.
 
     `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, and do nothing else.
     They load only classes of diffusers.
@@ -276,12 +277,13 @@ def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
 def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
     """Return whether diffusers' `PixArtSigmaPipeline` can use a text encoder and an autoencoder.
 
-    It takes T5, and learns the size of a picture from the autoencoder's `block_out_channels`.
+    The pipeline takes only T5, and computes the size of a picture from the autoencoder's
+    `block_out_channels`.
 
     Args:
         encoder: the text encoder.
         vae: the autoencoder's network.
-        side: height and width of the latents.
+        side: height and width of the latents, in positions.
     """
     blocks = vae.config.get("block_out_channels")
     if encoder.config.model_type != "t5" or blocks is None:
@@ -292,7 +294,8 @@ def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
 def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     """Return diffusers' solver for the noise levels and velocities of `flow_matching`.
 
-    Its first order is the Euler method. Its second order, the default, needs fewer steps.
+    The solver of order 1 is the Euler method. The solver of order 2, the default, needs fewer
+    steps.
     """
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
@@ -335,7 +338,7 @@ def build_pipeline(
         words, encoder = text
         parts |= {"tokenizer": words, "text_encoder": encoder}
         if stock and stock_reads(encoder, vae, side=net.config.sample_size):
-            from diffusers import PixArtSigmaPipeline  # it needs the package transformers
+            from diffusers import PixArtSigmaPipeline  # needs the package transformers
 
             return PixArtSigmaPipeline(**parts)
     elif stock:

@@ -20,7 +20,10 @@ LATENTS_NAME = "latents.json"  # file of an export: the content of the latents t
 
 
 def flow_export(path: Path) -> Path | None:
-    """Return the folder of an exported flow matching model, given this folder or its run."""
+    """Return the folder of an exported flow matching model, given this folder or its run.
+
+    Return None if there is no such folder.
+    """
     for folder in (path, path / "export"):
         if (folder / "model_index.json").is_file() and (folder / LATENTS_NAME).is_file():
             return folder
@@ -55,9 +58,9 @@ def sample_flow_folder(
     Args:
         folder: an export of a flow matching model.
         num: number of pictures.
-        class_name: name or number of their class. By default, a model with classes takes all
-            classes in turn.
-        prompt: their text, for a model with text.
+        class_name: name or number of the pictures' class. By default, a model with classes takes
+            all classes in turn.
+        prompt: text of the pictures, for a model with text.
         options: solver, steps and guidance.
         seed: seed of the noise. Except for rounding, a picture depends neither on `num` nor on
             `batch_size`.

@@ -30,7 +30,7 @@ class TokenPipeline(DiffusionPipeline):
         vqvae: the image tokenizer, of any class that latentvae can load.
         text_encoder: encoder of prompts, for a prior with text.
         tokenizer: the text tokenizer, which splits prompts for `text_encoder`. A `ByteTextEncoder`
-            needs none.
+            needs no tokenizer.
     """
 
     _optional_components: ClassVar = ["text_encoder", "tokenizer"]
@@ -118,7 +118,7 @@ class TokenPipeline(DiffusionPipeline):
         )
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Return the states of prompts.
+        """Return the text encoder's states (B, S, C) of prompts, with their mask.
 
         Raises:
             UserError: the prior has no text encoder.
@@ -139,7 +139,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
-    """Return `count` values: one value is repeated, and several must be that many.
+    """Return `count` values: a single value is repeated, and several values must be `count` many.
 
     Raises:
         UserError: the number of values is neither 0 nor 1 nor `count`.

@@ -35,7 +35,7 @@ def build_pixart(
 
     Args:
         channels: latent channels d.
-        side: height and width of the latent.
+        side: height and width of the latent, in positions.
         text_channels: channels C of the text encoder's states.
         width: channels of a block, a multiple of `head_dim`.
         depth: number of blocks.
@@ -100,7 +100,7 @@ def load_caption_encoder(path: str) -> tuple[Any, Any]:
 
 
 def encode_captions(captions: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
-    """Return the states of captions, which are stripped and in lower case.
+    """Strip captions, convert them to lower case, and return their states with a mask.
 
     diffusers' PixArt pipelines prepare prompts in the same way, with `clean_caption=False`.
     """

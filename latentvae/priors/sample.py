@@ -45,9 +45,9 @@ def sample_folder(
     Args:
         prior: an export of a prior, or a run that has finished.
         num: number of pictures.
-        class_name: name or number of their class. By default, a prior with classes takes all
-            classes in turn.
-        prompt: their text, for a prior with text.
+        class_name: name or number of the pictures' class. By default, a prior with classes takes
+            all classes in turn.
+        prompt: text of the pictures, for a prior with text.
         options: how tokens are drawn.
         seed: seed of the random numbers. Except for rounding, a picture depends neither on `num`
             nor on `batch_size`.

@@ -25,7 +25,8 @@ class Sampling:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). The logits are
             a + g (b - a), with logits a without and b with condition. 1 is no guidance, 0 ignores
             the condition.
-        temperature: logits are divided by it. Above 0. Lower values give more likely tokens.
+        temperature: number above 0 by which logits are divided. Lower values give more likely
+            tokens.
         top_k: draw only from this many most likely codes. 0 draws from all codes.
         top_p: keep the most likely codes until their probabilities add up to this share, and draw
             from these only (arXiv:1904.09751). 1 keeps all.
@@ -89,7 +90,7 @@ def sample_tokens(
 
 
 def with_unconditional(classes: Tensor, text: Text | None) -> tuple[Tensor, Text | None]:
-    """Double the batch: all images with their condition, then the same images without one."""
+    """Double the batch: all images with their condition, then all images without a condition."""
     classes = torch.cat([classes, torch.full_like(classes, NO_CLASS)])
     if text is not None:
         mask = torch.cat([text.mask, torch.zeros_like(text.mask)])
@@ -116,7 +117,7 @@ class Steps:
         """Return the logits (B, K) of the next token.
 
         Args:
-            before: the token before it, (B,), or None for the first token.
+            before: the previous token of each image, (B,), or None for the first token.
         """
         net, place = self.net, self._place
         hidden, mask, turns = self._start() if before is None else self._next(before)
@@ -150,7 +151,7 @@ def draw(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
     """Draw one code for each row of logits (B, K), by inverting the distribution function.
 
     Args:
-        logits: on any device.
+        logits: (B, K), on any device.
         uniform: random numbers in [0, 1), (B,), float64 on the CPU.
 
     Returns:

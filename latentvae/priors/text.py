@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from latentvae.errors import UserError
 from latentvae.priors.transformer import Text
 
-MAX_TEXT_TOKENS = 120  # as in LlamaGen. Longer prompts are cut.
+MAX_TEXT_TOKENS = 120  # as in LlamaGen. Prompts with more tokens are cut.
 
 
 def load_text_encoder(path: str) -> tuple[Any, Any]:

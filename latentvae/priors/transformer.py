@@ -4,8 +4,9 @@
 
 Tokens of several levels form one sequence, coarsest level first, each level row by row. Slot t
 reads token t - 1 and predicts token t. Slot 0 reads the class. The slots of a text come before slot
-0. The position of a slot is that of the token it predicts. It enters twice: as a 2-D rotary
-embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the input.
+0. The position of a slot is the position of the token that it predicts. This position enters twice:
+as a 2-D rotary embedding in attention (arXiv:2104.09864), and as a learned embedding that is added
+to the input.
 
 `B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
 """
@@ -84,7 +85,8 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         levels: (height, width) in tokens of each level, coarsest level first. A residual tokenizer
             with L levels has the same size L times.
         item_shape: shape in which the tokenizer takes the tokens of an image, such as (8, 8). The
-            transformer itself does not use it. None is the shape of one level, or (T,).
+            transformer itself does not use it. None means the size of the level if there is only
+            one level, otherwise (T,).
         num_classes: number of classes of the condition, 0 for none.
         text_channels: channels C of the text encoder's states, 0 for a model without text.
         width: channels of the transformer, a multiple of 4 * num_heads.
@@ -132,7 +134,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.outputs = nn.ModuleList(nn.Linear(width, num_codes, bias=False) for _ in levels)
 
-        # what does not learn
+        # constants
         levels_of = torch.arange(len(levels)).repeat_interleave(torch.tensor(self.level_sizes))
         self.register_buffer("offsets", levels_of * num_codes, persistent=False)
         turns = rotations(places_of(levels), channels=width // num_heads)

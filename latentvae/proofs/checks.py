@@ -1,4 +1,4 @@
-"""Report the checks of `preflight` and `verify-resume` as lines, as JSON and as exit code."""
+"""Report the checks of `preflight` and `verify-resume` as lines, as JSON and as an exit code."""
 
 import json
 import math
@@ -53,7 +53,11 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check that the report can be written to this path."""
+    """Check that the report can be written to this path. None writes no report.
+
+    Raises:
+        UserError: the path is a folder, or the file's folder does not exist.
+    """
     if path is None:
         return
     if path.is_dir():
@@ -66,7 +70,10 @@ def check_json_file(path: Path | None) -> None:
 
 
 def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
-    """Print how many checks hold, write the report, and return the exit code, 0 or 1."""
+    """Print how many checks hold, and write the report.
+
+    Return the exit code: 0 if all checks hold, 1 if one failed.
+    """
     assert checks and len({check.name for check in checks}) == len(checks)
     failed = [check.name for check in checks if not check.passed]
     if json_file is not None:

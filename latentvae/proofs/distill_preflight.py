@@ -33,17 +33,17 @@ SCALE_TOLERANCE = 1e-4  # relative error of latents that were scaled and scaled 
 
 
 def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this.
+    """Check a run, and print a line for each check. All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.
 
     Raises:
-        UserError: an option is wrong, or teacher or images cannot be used.
+        UserError: an option is wrong, or the teacher or the images cannot be used.
     """
     return run_checks(DistillTask, config, _checks, json=json)
 

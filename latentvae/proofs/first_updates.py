@@ -1,9 +1,9 @@
-"""The preflight of a task whose loss is one number: its first updates, and checks of any such task.
+"""Make and check the first updates of a task whose loss is one number.
 
-    with ExitStack() as stack:
-        rehearsal = rehearse(PriorTask, config, stack)
+    exit_code = run_checks(PriorTask, config, checks, json=None)
 
-`prior_preflight`, `flow_preflight` and `distill_preflight` add the checks of their own task.
+This module has the checks of any such task. `prior_preflight`, `flow_preflight` and
+`distill_preflight` add the checks of their own task.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from latentvae.proofs.preflight.preflight import joined, temporary_folder
 from latentvae.proofs.preflight.rehearsal import fingerprints
 
 UPDATES = 3
-REPEATS = 8  # updates on the same items, in which the loss must fall
+REPEATS = 8  # number of updates on the same items, in which the loss must fall
 LOSS_TOLERANCE = 1e-2  # relative difference of a repeated loss on a GPU
-DRAWS = 4096  # conditions that are drawn to measure how many are dropped
+DRAWS = 4096  # number of conditions that are drawn to measure the share of dropped conditions
 
 T = TypeVar("T", bound=Task)
 
@@ -46,8 +46,8 @@ class FirstUpdates:
     """The first updates of a run, and what was seen of them.
 
     Attributes:
-        task: the task, built.
-        training: its training, after the updates.
+        task: the task, after its networks were built.
+        training: the task's training, after the updates.
         start: metrics of the validation before the first update.
         results: result of each update.
         before, after: fingerprints of all tensors that an update changes.
@@ -63,7 +63,7 @@ class FirstUpdates:
     items: list[int]
 
     def losses(self, name: str) -> list[float]:
-        """Return a logged value of each update."""
+        """Return the logged value `name` of each update."""
         return [result.values[0][name].item() for result in self.results]
 
 
@@ -76,13 +76,13 @@ def run_checks(
 ) -> int:
     """Make the first updates of a run and its checks, and print a line for each check.
 
-    All ranks must call this.
+    All ranks must call this function.
 
     Args:
         task: class of the task.
         config: options of the run.
-        checks: yields the checks. All ranks take all of them.
-        json: file for the results of the checks.
+        checks: function that yields the checks. Every rank runs every check.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code on all ranks: 0 if all checks hold, 1 if one failed.
@@ -151,7 +151,7 @@ def updates_check(rehearsal: FirstUpdates, *, loss: str, words: str) -> Check:
 
     Args:
         loss: key of the loss in the training log.
-        words: its name in the line that is printed.
+        words: name of the loss in the line that is printed.
     """
     return Check(
         name="updates",
@@ -163,7 +163,7 @@ def updates_check(rehearsal: FirstUpdates, *, loss: str, words: str) -> Check:
 
 
 def weights_check(rehearsal: FirstUpdates) -> Check:
-    """Check that weights, optimizer and average change."""
+    """Check that updates change the weights, the optimizer's state and the weight average."""
     same = [n for n, value in rehearsal.before.items() if rehearsal.after[n] == value]
     return Check(
         name="weights",

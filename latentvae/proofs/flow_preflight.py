@@ -35,11 +35,11 @@ ROUND_TRIP = 1e-4  # largest difference of latents that are normalised and broug
 
 
 def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this.
+    """Check a run, and print a line for each check. All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.

@@ -30,11 +30,11 @@ SAMPLES = 8  # latents per image for the comparison of the bounds
 
 
 def likelihood_preflight(config: LikelihoodConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this.
+    """Check a run, and print a line for each check. All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.

@@ -34,11 +34,11 @@ CACHE_TOLERANCE = 1e-4  # largest difference of logits
 
 
 def prior_preflight(config: PriorConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this.
+    """Check a run, and print a line for each check. All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.

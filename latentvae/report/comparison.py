@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports from files or their folders. Return them by the names that tables show."""
+    """Read reports from files or folders. Return the reports by the names that tables show."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -51,7 +51,7 @@ def _read(file: Path) -> Report:
 def differences(reports: Mapping[str, Report]) -> list[str]:
     """Return a phrase for each difference that makes the reports incomparable.
 
-    Parts of a protocol that one report lacks are ignored, such as VGG after `--quick`.
+    Parts of a protocol that one report lacks are ignored, such as LPIPS with VGG after `--quick`.
     Differences of versions, devices, threads, sections, codecs and bitstreams are ignored too.
     """
     facts = {name: _facts(report) for name, report in reports.items()}

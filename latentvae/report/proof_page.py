@@ -1,4 +1,4 @@
-"""Write the page of a generator proof. It reads proof.json and the folder `pictures` only."""
+"""Write the HTML page of a generator proof from proof.json and the folder `pictures`."""
 
 import html
 import json

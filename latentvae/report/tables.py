@@ -111,7 +111,7 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return a note on a mean: its number of images (if not all) and of exact copies."""
+    """Return a note on a mean: the number of images (if not all), and of exact copies."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []

@@ -1,4 +1,4 @@
-"""Classifiers that learn from few labels and many rows without one (arXiv:1406.5298)."""
+"""Classify rows with few labels and many rows without a label (arXiv:1406.5298)."""
 
 from latentvae.semi_supervised.folder import LabelledRows, keep_labels, read_images
 from latentvae.semi_supervised.m1 import M1Classifier

@@ -1,4 +1,4 @@
-"""Check the rows, labels and options that a classifier gets. Each fault is one sentence."""
+"""Check the rows, labels and options of a classifier. Each error is one sentence."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
 
     Args:
         rows: array or table of numbers, (N, F).
-        likelihood: "bernoulli" needs values in [0, 1], and "gaussian" takes any.
-        columns: F of the rows in `fit`, or None in `fit`.
+        likelihood: "bernoulli" needs values in [0, 1], and "gaussian" takes any finite values.
+        columns: number of columns F of the rows in `fit`. None while `fit` runs.
 
     Raises:
-        UserError: the rows are not such numbers.
+        UserError: the rows are not numbers, have the wrong shape, or a value is out of range.
     """
     try:
         values = np.asarray(rows)
@@ -52,7 +52,9 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
 def checked_labels(
     labels: Any, *, count: int, classes: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted classes (K,), and the place of each row's class among them, (N,).
+    """Return the sorted classes (K,), and the index of each row's class in them, (N,).
+
+    The index is -1 for a row without a label.
 
     Args:
         labels: whole numbers, -1 for a row without a label, (N,).
@@ -103,7 +105,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Check that an option has one of the allowed values.
 
     Raises:
-        UserError: it has another value.
+        UserError: the option has another value.
     """
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
@@ -113,7 +115,7 @@ def check_above(name: str, value: float, *, low: float) -> None:
     """Check that a number is finite and above `low`.
 
     Raises:
-        UserError: it is not.
+        UserError: the number is not finite, or not above `low`.
     """
     number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
     if not (number and low < value < np.inf):
@@ -124,7 +126,7 @@ def check_counts(**values: Any) -> None:
     """Check that options are whole numbers of at least 1.
 
     Raises:
-        UserError: one is not.
+        UserError: an option is not such a number.
     """
     for name, value in values.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

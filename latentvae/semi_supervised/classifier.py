@@ -1,4 +1,4 @@
-"""The base of the semi-supervised classifiers: checks, classes, scikit-learn's methods.
+"""Define the base of the semi-supervised classifiers: checks, and scikit-learn's methods.
 
     fit:      check rows and labels -> scale columns -> train
     predict:  check rows -> probabilities of the classes -> most probable class

@@ -24,7 +24,7 @@ class LabelledRows:
 
     Attributes:
         rows: pixels in [0, 1], (N, C H W), float32.
-        labels: number of each image's class, -1 without one, (N,), int64.
+        labels: number of each image's class, -1 for an image without a class, (N,), int64.
         classes: names of classes 0, 1, 2, ..., or None if they have no names.
         names: name of each image.
     """
@@ -78,10 +78,12 @@ def _without_unlabelled(labels: np.ndarray, classes: list[str]) -> tuple[np.ndar
 
 
 def keep_labels(labels: np.ndarray, *, per_class: int, seed: int) -> np.ndarray:
-    """Return labels of which only some of each class are left, drawn at random, (N,).
+    """Keep `per_class` labels of each class, drawn at random, and return the labels, (N,).
+
+    All other labels become -1.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: a class has fewer labels than `per_class`.
     """
     generator, kept = np.random.default_rng(seed), np.full_like(labels, UNLABELLED)
     for label in np.unique(labels[labels != UNLABELLED]):

@@ -17,11 +17,11 @@ from latentvae.models.likelihood_models import load_likelihood_net
 from latentvae.semi_supervised.rows import READ_ROWS, RowImages, row_distribution
 from latentvae.semi_supervised.training import Schedule, train_vae
 
-ACTIVE = 0.1  # least standard deviation of the mean of a unit that says something about the rows
+ACTIVE = 0.1  # smallest standard deviation over rows of an active unit's posterior mean
 
 
 def new_vae(columns: int, *, likelihood: str, units: int, hidden: int, layers: int) -> VectorVAE:
-    """Return an untrained VAE of dense layers for rows of F columns."""
+    """Return an untrained VAE of dense layers for rows of F = `columns` columns."""
     net = VectorVAE(
         image_channels=1,
         image_height=1,
@@ -37,7 +37,7 @@ def new_vae(columns: int, *, likelihood: str, units: int, hidden: int, layers: i
 
 
 def fitted_vae(net: VectorVAE, images: RowImages, rows: Tensor, schedule: Schedule) -> VectorVAE:
-    """Train a VAE on rows (N, F)."""
+    """Train a VAE on rows (N, F), and return the VAE."""
     net.start_at(images.images(rows.mean(0, keepdim=True))[0])
     train_vae(net, lambda picked: images.drawn(rows[picked]), count=len(rows), schedule=schedule)
     return net
@@ -47,7 +47,8 @@ def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
     """Load a VAE that `latentvae train-vae` exported, for rows in [0, 1].
 
     Raises:
-        UserError: its posterior is not a single Gaussian vector, or the rows are real values.
+        UserError: the VAE's posterior is not a single Gaussian vector, or `likelihood` is not
+            "bernoulli".
     """
     if likelihood != "bernoulli":
         raise UserError(
@@ -67,7 +68,7 @@ def check_columns(net: VectorVAE, columns: int) -> None:
     """Check that rows of F columns are images of a given network.
 
     Raises:
-        UserError: they are not.
+        UserError: the images of the network do not have F values.
     """
     if math.prod(net.image_shape) != columns:
         shape = " x ".join(map(str, net.image_shape))
@@ -79,13 +80,19 @@ def check_columns(net: VectorVAE, columns: int) -> None:
 
 @torch.no_grad()
 def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
-    """Return q(z|x) of rows (N, F), without drawing binary values, (N, U)."""
+    """Return the posteriors q(z|x) of rows (N, F), with moments (N, U).
+
+    The rows are used as they are: grey values are not drawn as 0 or 1.
+    """
     found = [net.posterior(images.images(part)) for part in rows.split(READ_ROWS)]
     return Gaussian(torch.cat([q.mean for q in found]), torch.cat([q.logvar for q in found]))
 
 
 def active_units(posterior: Gaussian) -> Tensor:
-    """Return the indices of the units whose mean differs between rows, at least one."""
+    """Return the indices of the active units, whose posterior mean differs between rows.
+
+    The result has at least one index.
+    """
     deviation = posterior.mean.std(0, correction=0)
     return (deviation > min(ACTIVE, deviation.max().item() / 2)).nonzero().squeeze(1)
 

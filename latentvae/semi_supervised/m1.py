@@ -1,4 +1,4 @@
-"""A classifier of the latents of a VAE that saw all rows (M1, arXiv:1406.5298)."""
+"""Classify the latents of a VAE that was trained on all rows (M1, arXiv:1406.5298)."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ FINAL_CLASSIFIERS = ("logistic", "neighbours")
 
 
 class LatentModel(SemiSupervisedClassifier):
-    """The first stage of M1 and M1+M2: a VAE, new or given.
+    """The first stage of M1 and M1+M2: a VAE, which is trained or loaded.
 
     Attributes:
         vae_: the VAE.
-        units_: indices of the latent units that say something about the rows.
+        units_: indices of the active latent units, whose posterior mean differs between rows.
     """
 
     vae: Any
@@ -86,8 +86,8 @@ class M1Classifier(LatentModel):
         epochs: number of passes over the rows.
         batch_size: rows per update.
         learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
-        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
         random_state: seed. The same seed gives the same result.
 
     Attributes:
@@ -127,7 +127,7 @@ class M1Classifier(LatentModel):
         self.random_state = random_state
 
     def transform(self, X: Any) -> Any:
-        """Return the latents of rows, (N, number of active units)."""
+        """Return the latents of rows X (N, F), (N, number of active units)."""
         return self._by_batches(X, self._latents)
 
     def _check_options(self) -> None:

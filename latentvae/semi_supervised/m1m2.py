@@ -1,4 +1,4 @@
-"""M2 on the latents of M1 (M1+M2, arXiv:1406.5298, section 2.3)."""
+"""Train M2 on the latents of M1 (M1+M2, arXiv:1406.5298, section 2.3)."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,9 @@ from latentvae.semi_supervised.training import Schedule
 
 
 class M1M2Classifier(ClassModel, LatentModel):
-    """A VAE trained on all rows, and M2 trained on its latents, which each update draws anew.
+    """A VAE trained on all rows, and M2 trained on the VAE's latents.
+
+    Each update draws new latents from the VAE's posteriors.
 
         model = M1M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
@@ -31,14 +33,15 @@ class M1M2Classifier(ClassModel, LatentModel):
         hidden_layers: number of dense layers in each network of M2.
         epochs: number of passes over the rows without a label for M2.
         batch_size: rows per update, in both stages.
-        learning_rate: first learning rate of Adam in each stage. It falls to 0 along half a cosine.
-        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        learning_rate: first learning rate of Adam in each stage. The rate falls to 0 along half a
+            cosine.
+        bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
         random_state: seed. The same seed gives the same result.
 
     Attributes:
         vae_: the VAE.
-        network_: the trained `ClassVAE` of its latents.
+        network_: the trained `ClassVAE` of the VAE's latents.
     """
 
     def __init__(

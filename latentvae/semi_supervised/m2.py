@@ -1,4 +1,4 @@
-"""A semi-supervised VAE whose class is a variable of the model (M2, arXiv:1406.5298)."""
+"""Train a semi-supervised VAE in which the class is a variable (M2, arXiv:1406.5298)."""
 
 from typing import Any
 
@@ -67,17 +67,17 @@ class M2Classifier(ClassModel):
             as 0 or 1), or "gaussian" for real values, whose columns are standardised.
         alpha: weight of the labels' cross entropy, in units of the number of rows N. The paper has
             0.1.
-        skip_below: an update leaves out the classes of a row whose probability is below this
-            share of 1 / K. 0 sums over all classes, as the paper does, and takes much longer.
-        warmup: number of passes over the labelled rows alone, before all rows are used. 0 leaves
-            them out.
+        skip_below: for a row without a label, an update leaves out each class whose probability is
+            below skip_below / K. 0 takes all classes, as the paper does, and takes much longer.
+        warmup: number of passes over the labelled rows alone, before all rows are used. 0 means no
+            warm-up.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of each network.
         epochs: number of passes over the rows without a label.
         batch_size: rows per update.
         learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
-        bf16: multiply in bfloat16 during training. It is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes those that `y` holds.
+        bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
+        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
         random_state: seed. The same seed gives the same result.
 
     Attributes:
@@ -118,7 +118,17 @@ class M2Classifier(ClassModel):
 
     @torch.no_grad()
     def generate(self, labels: Any, *, random_state: Any = None) -> np.ndarray:
-        """Draw a latent vector for each label and return the mean row of its class, (N, F)."""
+        """Return a generated row for each of N labels, (N, F).
+
+        A row is the decoder's mean for the label and a random latent vector.
+
+        Args:
+            labels: N labels, each one of `classes_`.
+            random_state: seed, NumPy RandomState, or None for a new seed.
+
+        Raises:
+            UserError: a label is unknown.
+        """
         check_is_fitted(self, "classes_")
         wanted = np.asarray(labels)
         if len(unknown := np.setdiff1d(wanted, self.classes_)):

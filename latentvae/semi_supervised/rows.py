@@ -1,4 +1,4 @@
-"""Turn rows of numbers into what the networks take, and fresh draws of it for training.
+"""Turn rows of numbers into images for the networks, and draw binary images for training.
 
 Symbols: `N` rows, `F` columns, `B` batch, `C H W` shape of an image.
 """
@@ -16,7 +16,7 @@ READ_ROWS = 4096  # rows per batch of a computation without gradients
 
 
 def row_distribution(likelihood: str) -> PixelDistribution:
-    """Return the distribution of rows: binary values in -1 and 1, or real values."""
+    """Return the distribution of a row's values: binary values -1 and 1, or real values."""
     return RealGaussian() if likelihood == "gaussian" else pixel_distribution("bernoulli")
 
 
@@ -37,7 +37,7 @@ class RowImages:
 
     @classmethod
     def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
-        """Return the scaling for training rows (N, F). A constant column has scale 1."""
+        """Return the scaling that fits training rows (N, F). A constant column has scale 1."""
         if likelihood == "bernoulli":
             half = torch.full(rows.shape[1:], 0.5)
             return cls(likelihood, shape, half, half.clone())
@@ -46,11 +46,11 @@ class RowImages:
         return cls(likelihood, shape, rows.mean(0), torch.where(constant, 1.0, deviation))
 
     def images(self, rows: Tensor) -> Tensor:
-        """Return rows (B, F) as images."""
+        """Return rows (B, F) as images (B, C, H, W)."""
         return ((rows - self.shift) / self.scale).unflatten(1, self.shape)
 
     def drawn(self, rows: Tensor) -> Tensor:
-        """Return rows for one update. `bernoulli` draws each value as 0 or 1 anew."""
+        """Return rows (B, F) as images for one update. `bernoulli` draws each value as 0 or 1."""
         return self.images(torch.bernoulli(rows) if self.likelihood == "bernoulli" else rows)
 
     def rows(self, images: Tensor) -> Tensor:

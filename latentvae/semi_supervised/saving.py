@@ -1,4 +1,4 @@
-"""Save and load classifiers: options as JSON, what was learned as safetensors. No pickle.
+"""Save and load classifiers: options as JSON, learned tensors as safetensors. No pickle.
 
 classifier.json            options, labels, shape
 classifier.safetensors     scaling, networks
@@ -35,7 +35,7 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
     """Write a fitted classifier.
 
     Args:
-        classifier: the fitted classifier. A `random_state` that is no number is not stored.
+        classifier: the fitted classifier. A `random_state` that is not a number is not stored.
         folder: folder for the files, created if it does not exist.
     """
     check_is_fitted(classifier, "classes_")
@@ -59,7 +59,7 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
 
 
 def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
-    """Read a classifier that `save_classifier` wrote. It predicts the same to the bit.
+    """Load a classifier that `save_classifier` wrote. Its predictions are bit-equal.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

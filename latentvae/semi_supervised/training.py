@@ -1,4 +1,6 @@
-"""Train the networks of the classifiers on rows in memory, without touching global randomness.
+"""Train the networks of the classifiers on rows in memory.
+
+Use `own_randomness`, so that a training does not change torch's global random generator.
 
 Symbols: `N` rows, `F` columns, `B` batch, `K` classes.
 """
@@ -28,7 +30,7 @@ class Schedule:
     Attributes:
         epochs: number of passes over the rows.
         batch_size: rows per update.
-        learning_rate: first learning rate of Adam. It falls to 0 along half a cosine.
+        learning_rate: first learning rate of Adam. The rate falls to 0 along half a cosine.
         bf16: multiply in bfloat16. Densities stay in float32.
     """
 
@@ -40,14 +42,21 @@ class Schedule:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seed torch inside the block, and give its global generator back unchanged."""
+    """Seed torch's global generator in a `with` block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def train_vae(net: VectorVAE, draw: Draw, *, count: int, schedule: Schedule) -> None:
-    """Train a VAE on N = `count` rows by its ELBO. It ends in eval mode."""
+    """Train a VAE on N = `count` rows by its ELBO. The VAE ends in eval mode.
+
+    Args:
+        net: the VAE, changed in place.
+        draw: function that returns images (B, C, H, W) of the rows with given indices (B,).
+        count: number of rows N.
+        schedule: length and speed.
+    """
 
     def loss(picked: Tensor) -> Tensor:
         return -net(draw(picked)).elbo().mean()
@@ -66,21 +75,21 @@ def train_classes(
     warmup: int,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Train M2 by the bounds of all rows and the cross entropy of the labelled ones.
+    """Train M2 by the bounds of all rows and the cross entropy of the labelled rows.
 
-    The loss is the objective of the paper (equation 9), negated and divided by N. Its weight of the
-    mean cross entropy is alpha N, so that here it is `alpha`.
+    The loss is the objective of the paper (equation 9), negated and divided by N. In the paper, the
+    weight of the mean cross entropy is alpha N. After the division by N it is `alpha`.
 
     Args:
-        net: the network, changed in place. It ends in eval mode.
-        draw: returns images.
+        net: the network, changed in place. The network ends in eval mode.
+        draw: function that returns images (B, C, H, W) of the rows with given indices (B,).
         classes: class of each row, -1 without a label, (N,), int64.
         schedule: length and speed.
-        alpha: weight of the cross entropy. It is 1 where no row lacks a label.
+        alpha: weight of the cross entropy. The weight is 1 if all rows have a label.
         least: see `ClassVAE.unlabelled_bound`.
-        warmup: number of passes over the labelled rows alone, at the start. They give each class
-            its meaning before the other rows are sorted into classes.
-        after_epoch: called with the number of each finished epoch.
+        warmup: number of passes over the labelled rows alone, at the start. These passes give each
+            class its meaning before the rows without a label are sorted into classes.
+        after_epoch: function that is called with the number of each finished epoch, from 1.
     """
     labelled = (classes >= 0).nonzero().squeeze(1)
     unlabelled = (classes < 0).nonzero().squeeze(1)
@@ -117,7 +126,14 @@ def run(
     schedule: Schedule,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Minimise a loss of picked rows by Adam.
+    """Minimise by Adam a loss that is a function of row indices (B,).
+
+    Args:
+        net: the network, changed in place. The network ends in eval mode.
+        loss: function from row indices to a scalar.
+        rows: indices of the rows to train on.
+        schedule: length and speed.
+        after_epoch: function that is called with the number of each finished epoch, from 1.
 
     Raises:
         UserError: the loss becomes NaN or infinite.

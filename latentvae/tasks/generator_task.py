@@ -1,4 +1,4 @@
-"""What the tasks of generators share: batches of a table in memory, classes, advice and the export.
+"""Define what the tasks of generators share: batches of a table in memory, classes, and the export.
 
 A generator learns the items of `tasks.shards`. See `tasks.prior` and `tasks.flow`.
 """
@@ -86,7 +86,7 @@ class GeneratorTask(Task):
 
     @cached_property
     def other_captions(self) -> dict[str, str]:
-        """A wrong caption for each validation caption: the one that is half the list further on."""
+        """A wrong caption for each validation caption: the one half the sorted list further on."""
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 

@@ -1,4 +1,4 @@
-"""Options that every run on images has: the section `data`, and the sizes that follow from it."""
+"""Define the options that every run on images has: the section `data`, and image sizes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The part of a task that reads images: data, batches, names, and files that cannot be read."""
+"""Define the part of a task that reads images: data, batches, and unreadable files."""
 
 from collections.abc import Iterable
 from typing import Any

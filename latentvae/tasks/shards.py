@@ -66,7 +66,7 @@ class ItemTable:
         return self.some(spread(len(self), count))
 
     def captioned(self, captions: Mapping[str, str]) -> Self:
-        """Return the table with other captions, by the images' names."""
+        """Return the table with new captions, which `captions` holds by the images' names."""
         return replace(self, captions=[captions[name] for name in self.names])
 
     def captions_hash(self) -> str:
@@ -102,7 +102,7 @@ def open_split(
 
     Args:
         kind: class that opens a folder.
-        joined: returns the items of several folders as one table.
+        joined: function that returns the items of several folders as one table.
         same: fields of `Content` that must be equal in all folders, with their names in words.
         option: name of the option with the folders, for messages: tokens or latents.
         folders: folders to train on.
@@ -192,7 +192,7 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def with_captions(data: Data, path: str) -> Data:
-    """Return the data with the captions of a file (`read_captions`) in place of their own.
+    """Return the data with the captions of a file (`read_captions`) in place of its own captions.
 
     Args:
         data: a dataclass whose fields `train` and `validation` are tables.

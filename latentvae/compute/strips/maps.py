@@ -1,4 +1,4 @@
-"""Feature maps that are written and read in strips (several rows), in memory or in a file.
+"""Write and read feature maps in strips (several rows), in memory or in a file.
 
     strips -> fill -> rows (H, W, C) and the statistics of every channel
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
@@ -41,8 +41,8 @@ class Strips:
             at a time. With `"disk"`, memory use stays nearly constant. None means the disk for a
             network on the CPU, and memory on other devices.
         folder: folder of the feature maps' files. These files have no name and vanish with the
-            process. None is the folder of temporary files (TMPDIR). The folder should be on a disk,
-            not in memory.
+            process. None means the folder of temporary files (TMPDIR). The folder should be on a
+            disk, not in memory.
     """
 
     rows: int | None = None

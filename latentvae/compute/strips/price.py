@@ -59,13 +59,13 @@ def price_in_strips(
     *,
     batch: int = 1,
 ) -> Price:
-    """Return the time and memory of `encode_in_strips` or `decode_in_strips`.
+    """Return the predicted time and memory of `encode_in_strips` or `decode_in_strips`.
 
     The time is measured with a band of zeros on the network's device.
 
     Args:
         net: the network.
-        call: the function whose time and memory are returned.
+        call: the function whose time and memory are predicted.
         size: (H, W) of the images, in pixels.
         strips: options of the strips.
         batch: number of images B.

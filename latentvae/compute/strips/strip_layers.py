@@ -95,7 +95,10 @@ def _with_residual(
 
 
 def downsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute a `Downsample2D` of stride 2, padded with zeros below and at the right."""
+    """Return the output of a `Downsample2D` of stride 2.
+
+    The input is padded with a row and a column of zeros below and at the right.
+    """
     conv = block.conv
     y = space.make(conv.out_channels, (x.height - 2) // 2 + 1, (x.width - 2) // 2 + 1)
     y.fill(_strided(x, y, conv, space))
@@ -112,7 +115,10 @@ def _strided(
 
 
 def upsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute an `Upsample2D` (nearest x2, 3 x 3 convolution) as one transposed convolution."""
+    """Return the output of an `Upsample2D` (nearest x2, 3 x 3 convolution).
+
+    Both operations are computed as one transposed convolution.
+    """
     y = space.make(block.conv.out_channels, 2 * x.height, 2 * x.width)
     y.fill(_doubled(x, block.conv, space))
     return y
@@ -128,7 +134,7 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
 
 
 def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Compute self-attention over all positions in place, for the queries of a strip at a time."""
+    """Compute self-attention over all positions in place, for one strip of queries at a time."""
     prepare = normalizer(block.group_norm, x)
     keys, values = _keys_and_values(block, x, prepare, space)
     x.fill(_attended(block, x, prepare, keys, values, space))

@@ -80,7 +80,7 @@ def decode_in_strips(
         net: the network.
         z: latents (B, d, h, w).
         strips: options of the strips.
-        force_not_quantize: `z` already consists of codes of a tokenizer.
+        force_not_quantize: do not quantise `z`, because it already consists of a tokenizer's codes.
 
     Raises:
         ValueError: the network has an unknown block, see `check_supported`.
@@ -109,7 +109,7 @@ def _quantize(net: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StripComputation:
-    """Encodes and decodes in strips. Functions of `models.calls` take it as `computation`.
+    """Encodes and decodes in strips. Functions of `models.calls` take this object as `computation`.
 
     Args:
         strips: height of the strips, and where feature maps are kept.

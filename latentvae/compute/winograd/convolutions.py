@@ -1,4 +1,4 @@
-"""Convolutions that use Winograd's algorithms where these are faster, in float32 on the CPU.
+"""Compute convolutions with Winograd's algorithms where these are faster, in float32 on the CPU.
 
 The choice depends only on shapes and the kind of processor, so repeated runs on one machine give
 equal numbers.
@@ -39,7 +39,11 @@ class Limits:
 
 
 def limits_of(capability: str) -> Limits:
-    """Return the limits for torch's vector instructions, as measured with AVX-512 and AVX2."""
+    """Return the limits for a set of vector instructions, as measured with AVX-512 and AVX2.
+
+    Args:
+        capability: the result of `torch.backends.cpu.get_cpu_capability()`, such as "AVX512".
+    """
     if capability == "AVX512":
         return Limits(channels=32, positions=32 * 32, tiled={"one": 256, "both": 128})
     return Limits(channels=128, positions=64 * 64, tiled={"one": 128, "both": 128})
@@ -51,7 +55,8 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 class WinogradConv2d(nn.Conv2d):
     """A Winograd convolution for inference.
 
-    torch's convolution computes small maps and inputs for which `_is_plain` is true.
+    Small feature maps, and all inputs that are not float32 on the CPU, go to torch's own
+    convolution. So do inputs under autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -63,7 +68,8 @@ class WinogradConv2d(nn.Conv2d):
 class TrainedWinogradConv2d(nn.Conv2d):
     """A Winograd convolution with gradients.
 
-    torch's convolution computes inputs for which `_is_plain` is true.
+    Inputs that are not float32 on the CPU go to torch's own convolution. So do inputs under
+    autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:

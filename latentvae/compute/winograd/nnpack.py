@@ -1,4 +1,4 @@
-"""3 x 3 convolutions by NNPACK, which is part of torch, in float32 on the CPU.
+"""Compute 3 x 3 convolutions with NNPACK, which is part of torch, in float32 on the CPU.
 
 NNPACK computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and
 Gray 2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation

@@ -1,12 +1,13 @@
-"""3 x 3 convolutions and their gradients as matrix products: Winograd's F(4 x 4, 3 x 3).
+"""Compute 3 x 3 convolutions and their gradients as matrix products: Winograd's F(4 x 4, 3 x 3).
 
 The algorithm needs 36 products for 16 outputs instead of 144 (Lavin and Gray 2015,
 arXiv:1509.09308):
 
     Y = A [sum_i (G w G') * (B X B')] A'    for a tile Y of 4 x 4, which reads X of 6 x 6
 
-The sums over channels are 36 matrix products. One more matrix product transforms rows and columns
-at once, with a Kronecker square (`A2`, `B2`, `G2`). The gradients follow from the formula:
+A, B and G are constant matrices, `'` is the transpose, and `*` multiplies elements. The sums over
+channels are 36 matrix products. One more matrix product transforms rows and columns at once, with a
+Kronecker square of A, B or G (`A2`, `B2`, `G2`). The gradients follow from the formula:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 

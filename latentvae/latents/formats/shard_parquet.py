@@ -1,4 +1,4 @@
-"""Write a shard of tokens as a parquet file, for `datasets.load_dataset(DIR)` and others.
+"""Write a shard of tokens as a parquet file, for `datasets.load_dataset(DIR)`.
 
 Columns: `id` string, `label` int64 (where there are labels), `caption` string (where there are
 captions), `indices` nested lists of the item's shape.

@@ -178,7 +178,7 @@ class Manifest(_Strict):
     Attributes:
         model, data: the model and the data as they were given to `encode`. `decode` opens this
             model by default.
-        statistics: usage, perplexity and bits of tokens, or mean and deviation of latents.
+        statistics: usage, perplexity and bits of tokens, or mean and standard deviation of latents.
     """
 
     format: Literal["latentvae-shards"] = "latentvae-shards"

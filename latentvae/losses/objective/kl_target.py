@@ -42,7 +42,7 @@ class KLTarget:
         target_name: log name of the value that has the target.
         unit: a format string that prints the target with its unit.
         sign: 1 if a larger weight lowers the value, -1 if it raises the value.
-        steepness: factor on the logarithm of value over target.
+        steepness: factor on the logarithm of (value / target).
         damping: factor on the change of the error since the last update.
         lowest: smallest factor. The smallest weight of `KL_WEIGHTS` is another bound.
         log_factor: logarithm of the factor in this update, 0 at the start.

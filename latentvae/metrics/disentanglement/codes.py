@@ -36,7 +36,7 @@ def check_categorical(categorical: Collection[int], num_factors: int) -> set[int
     """Return the numbers of the categorical factors as a set.
 
     Raises:
-        UserError: there is no factor of such a number.
+        UserError: there is no factor with such a number.
     """
     wrong = [number for number in categorical if not 0 <= number < num_factors]
     if wrong:
@@ -50,7 +50,7 @@ def split_rows(count: int, *, test_share: float, seed: int) -> tuple[np.ndarray,
     """Return the numbers of the rows for learning and of the rows for testing, drawn at random.
 
     Raises:
-        UserError: one of the two would be empty.
+        UserError: one of the two sets would be empty.
     """
     held_out = round(count * test_share)
     if not 0 < held_out < count:
@@ -69,9 +69,10 @@ def standardised(codes: np.ndarray) -> np.ndarray:
 
 
 def top_gap(scores: np.ndarray) -> np.ndarray:
-    """Return for each factor the best minus the second best score of a dimension: (D, F) -> (F,).
+    """Return each factor's best score minus its second best score, (F,).
 
-    With one dimension, the second best score is 0.
+    `scores` holds the score of each dimension for each factor, (D, F). With only one dimension, the
+    second best score is 0.
     """
     ranked = np.sort(np.vstack([scores, np.zeros(scores.shape[1])]), axis=0)
     return ranked[-1] - (ranked[-2] if len(scores) > 1 else 0.0)

@@ -1,8 +1,9 @@
 """Compute the FactorVAE score of a code (Kim and Mnih 2018, arXiv:1802.05983, section 4).
 
-One factor is fixed and the others are random. The dimension whose variance shrinks most should
-tell which factor was fixed. A vote is such a pair of dimension and factor. The classifier predicts
-for each dimension the factor that had most of its votes, and the score is its accuracy.
+For a vote, L images are drawn in which one factor is fixed and all other factors are random. The
+dimension whose variance shrinks most should tell which factor was fixed. The vote is this pair of
+dimension and factor. The classifier predicts for each dimension the factor that had most of the
+dimension's votes. The score is the classifier's accuracy.
 
 `N` images, `D` dimensions of the code, `F` factors, `L` images of a vote.
 """
@@ -15,7 +16,7 @@ import numpy as np
 from latentvae.errors import UserError
 
 Represent = Callable[[np.ndarray], np.ndarray]
-CHUNK = 2048  # images that are represented at once
+CHUNK = 2048  # number of images whose codes are computed at once
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class FactorVAEScore:
     Attributes:
         score: accuracy on votes that the classifier has not seen, from 0 to 1. Guessing gives 1/F.
         train_accuracy: accuracy on the votes that made the classifier.
-        votes: (D, F), the votes that made the classifier. A pruned dimension has none.
-        active: (D,), which dimensions were not pruned.
+        votes: (D, F), number of votes for each pair of dimension and factor that made the
+            classifier. A pruned dimension has no votes.
+        active: (D,), True for each dimension that was not pruned.
     """
 
     score: float
@@ -49,8 +51,9 @@ def factor_vae_score(
     """Return the accuracy with which the fixed factor is found from the code.
 
     disentanglement_lib makes 10,000 votes for the classifier and 5,000 for the test. With 800 test
-    votes, the standard error of a score is at most 0.018. It also lets collapsed dimensions vote,
-    unless told otherwise, and its study prunes below a standard deviation of 0.05, as here.
+    votes, the standard error of a score is at most 0.018. By default, disentanglement_lib also lets
+    collapsed dimensions vote. Its study leaves out (prunes) dimensions with a standard deviation
+    below 0.05, as this function does.
 
     Args:
         represent: function from factors (N, F) to codes (N, D) of images with these factors.
@@ -59,8 +62,8 @@ def factor_vae_score(
         num_test: number of votes for the test. 1,600 votes of 64 images are 102,400 images.
         images_per_vote: L, at least 2.
         num_variance: number of images from which the variance of each dimension is measured.
-        min_std: dimensions with a smaller standard deviation of their codes are collapsed to the
-            prior, and are pruned.
+        min_std: dimensions with a smaller standard deviation of their codes count as collapsed to
+            the prior, and are pruned.
         seed: seed of the factors.
 
     Raises:

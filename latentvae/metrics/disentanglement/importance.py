@@ -1,8 +1,9 @@
 """Compute disentanglement, completeness and informativeness of a code (DCI).
 
 Eastwood and Williams 2018, https://openreview.net/forum?id=By-7dz-AZ. A model predicts each factor
-from all dimensions of the code, and says how important each dimension was. The models are gradient
-boosted trees with scikit-learn's defaults, as in disentanglement_lib (arXiv:1811.12359).
+from all dimensions of the code, and measures how important each dimension is for the prediction.
+The models are gradient boosted trees with scikit-learn's defaults, as in disentanglement_lib
+(arXiv:1811.12359).
 
 `N` images, `D` dimensions of the code, `F` factors.
 """
@@ -24,9 +25,10 @@ class DCI:
         disentanglement: whether each dimension is important for one factor only.
         completeness: whether each factor needs one dimension only.
         informativeness: how well the factors can be predicted from the code, on test rows.
-        importance: (D, F), each column sums to 1, or to 0 if a factor could not be predicted.
-        informativeness_per_factor: (F,), accuracy of categorical factors and R^2 of the others,
-            where a negative R^2 counts as 0.
+        importance: (D, F), importance of each dimension for each factor. Each column sums to 1, or
+            to 0 if a factor could not be predicted.
+        informativeness_per_factor: (F,), accuracy of categorical factors and R^2 of all other
+            factors. A negative R^2 counts as 0.
     """
 
     disentanglement: float
@@ -46,8 +48,8 @@ def dci(
 ) -> DCI:
     """Return disentanglement, completeness and informativeness.
 
-    10,000 images and 10 dimensions take about a minute with a factor of three values and four
-    ordered factors.
+    10,000 images and 10 dimensions take about a minute with one categorical factor of three values
+    and four ordered factors.
 
     Args:
         codes: (N, D), one code per image, D at least 2.
@@ -55,8 +57,8 @@ def dci(
         categorical: the factors whose values have no order, by their numbers. Trees classify them,
             and their score is the accuracy. All other factors are predicted by regression trees,
             and their score is R^2. disentanglement_lib treats all factors as categorical:
-            `range(F)`. That takes much longer, because each value of a factor needs trees of its
-            own.
+            `range(F)`. That takes much longer, because each value of a factor then needs trees of
+            its own.
         test_share: share of the rows on which informativeness is measured.
         seed: seed of the split and of the trees.
 

@@ -1,7 +1,8 @@
 """Compute the mutual information gap of a code (MIG, Chen et al. 2018, arXiv:1802.04942).
 
-For each factor, the two dimensions that know most about it are compared. The gap of their mutual
-information with the factor is divided by the factor's entropy. The score is the mean over factors.
+For each factor, the two dimensions with the most information about the factor are compared. The gap
+of their mutual information with the factor is divided by the factor's entropy. The score is the
+mean over factors.
 
 Chen et al. integrate over the posteriors. We count the means of the posteriors in 20 bins of equal
 width, as disentanglement_lib does (Locatello et al. 2019, arXiv:1811.12359).

@@ -1,7 +1,8 @@
 """Compute the separated attribute predictability of a code (SAP, Kumar et al. 2017).
 
-https://arxiv.org/abs/1711.00848. Each dimension alone predicts each factor by a linear model. The
-score is the gap between the two dimensions that predict a factor best, as a mean over the factors.
+Paper: https://arxiv.org/abs/1711.00848. Each dimension alone predicts each factor by a linear
+model. For each factor, the gap between the two dimensions that predict it best is taken. The score
+is the mean gap.
 
 `N` images, `D` dimensions of the code, `F` factors.
 """
@@ -64,7 +65,7 @@ def predictability(
     """Return how well each dimension alone predicts each factor: (D, F), see `sap`.
 
     The support vector machines see standardised codes, so that the scale of a code does not change
-    the score. disentanglement_lib gives the codes as they are.
+    the score. disentanglement_lib does not standardise the codes.
     """
     codes, factors = check_codes(codes, factors)
     categorical = check_categorical(categorical, factors.shape[1])

@@ -47,10 +47,10 @@ class AttentionConfig(ConvolutionalConfig):
     init: Annotated[Literal["random", "linear", "auto"], OfTheRun()] = Field(
         default="random",
         description=(
-            "Weights of a new network. `linear` starts at the linear code of the network's size: "
-            "principal components of patches of the training images. With this start, the network "
-            "needs fewer updates to reach the same quality. `random` starts at random weights. "
-            "`auto` is linear for every new network that can start there, else random."
+            "Weights of a new network. `linear` starts at a linear code with a latent of the same "
+            "size: the principal components of patches of the training images. With this start, "
+            "the network needs fewer updates to reach the same quality. `random` starts at random "
+            "weights. `auto` means linear for every new network that supports it, else random."
         ),
     )
 

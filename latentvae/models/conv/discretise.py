@@ -27,16 +27,16 @@ from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import SHARED, attention_levels
 
 CHUNK_PIXELS = 2**16  # about this many pixels are encoded or decoded at a time
-PROBED_PIXELS = 2**18  # about this many for the decoder's Jacobian, which takes the most time
+PROBED_PIXELS = 2**18  # the number for the decoder's Jacobian, which takes the most time
 
 # Smallest variance or importance, as a share of the largest.
 LEAST_SHARE = 1e-6
 
-# Codes carry nothing in directions below this share of the largest.
+# Directions of the codes whose singular value is below this share of the largest count as empty.
 LEAST_SINGULAR = 1e-4
 
 # Value of the constant channel, in root mean squares of the length of the other channels. With 2,
-# the start has 0.14 dB less than with 4 (docs/experiments/discretise.md).
+# the PSNR at the start is 0.14 dB lower than with 4 (docs/experiments/discretise.md).
 SPHERE_RADIUS = 4.0
 
 
@@ -46,7 +46,8 @@ def from_autoencoder_kl(
 ) -> DiscreteAutoencoder | None:
     """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
 
-    The adapter is the identity as far as the channels allow. `start_adapter` sets a better one.
+    The adapter is the identity as far as the numbers of channels allow. `start_adapter` sets a
+    better adapter.
 
     Args:
         net: the KL autoencoder, in float32.
@@ -98,7 +99,7 @@ def from_autoencoder_kl(
 def start_adapter(
     net: Any, images: Tensor, *, whiten: bool, on_sphere: bool, generator: torch.Generator
 ) -> None:
-    """Set `quant_conv` so that near features decode to near images, and little is lost.
+    """Set `quant_conv` so that near features decode to similar images, with little error.
 
     The nearest code should give the nearest image, not the nearest latent. So the features are
     measured in pixels: M = E[J' J] is the mean squared change of the pixels for a change of `y`
@@ -111,7 +112,8 @@ def start_adapter(
     - `whiten` gives every channel the variance 1, because FSQ and LFQ divide all channels equally.
       Otherwise the mean variance of the components is 1.
     - A quantiser `on_sphere` divides features by their length, and the length would be lost. So the
-      last channel is a constant. Directions near this axis are again about a flat space.
+      last channel is a large constant. The sphere is almost flat near this channel's axis, so
+      distances stay about the same.
 
     Args:
         net: the tokenizer of `from_autoencoder_kl`.

@@ -47,9 +47,10 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
     lora_rank: Annotated[Count, OfTheRun()] = Field(
         default=0,
         description=(
-            "Rank of the adapters (LoRA) that a fine-tuning trains in place of the decoder's "
-            "weights. Everything else is frozen. The export has the merged network, and beside it "
-            "the adapters in PEFT's format. 0 trains the weights themselves."
+            "Rank of the adapters (LoRA) that fine-tuning trains in place of the decoder's "
+            "weights. Everything else is frozen. The export has the network with merged adapters, "
+            "and beside it the adapters alone in PEFT's format. 0 trains the decoder's weights "
+            "themselves."
         ),
     )
 

@@ -109,12 +109,11 @@ def _codes_of(net: Any, indices: Tensor) -> Tensor:
 
 
 def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the levels with attention of a network in diffusers, by its config.
+    """Return the levels that have attention in a network of diffusers, as its config says.
 
     Returns:
-        The levels, from full resolution down. None if `DiscreteAutoencoder` cannot have the
-        network's blocks: another activation, or attention at different levels of encoder and
-        decoder.
+        The levels (0 = full resolution). None if `DiscreteAutoencoder` cannot have the network's
+        blocks: another activation, or attention at different levels of encoder and decoder.
     """
     levels = levels_with("Attn", config["down_block_types"])
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))

@@ -40,11 +40,11 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
     quantizer_warmup_steps: Annotated[UpdatesOrShare, OfTheRun()] = Field(
         default=0,
         description=(
-            "Number of first updates in which only the new quantiser and the 1x1 convolutions "
-            "beside it learn, when pretrained_model_name_or_path is a KL autoencoder. After these "
-            "updates, the decoder learns too. A value below 1 is a share of max_train_steps. Set "
-            "this option if the quality falls in the first updates. With max_train_steps, the "
-            "decoder never learns."
+            "Number of updates at the start in which only the new quantiser and the 1x1 "
+            "convolutions beside it learn. After these updates, the decoder learns too. This "
+            "option applies if pretrained_model_name_or_path is a KL autoencoder. Set it if the "
+            "quality falls in the first updates. A value below 1 is a share of max_train_steps. "
+            "With the value of max_train_steps, the decoder never learns."
         ),
     )
     train_encoder: Annotated[bool, OfTheRun()] = Field(
@@ -58,13 +58,13 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
 
 
 def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoencoder:
-    """Return a freshly initialised tokenizer with `options` as arguments of its class."""
+    """Return a freshly initialised `DiscreteAutoencoder` with `options` as its arguments."""
     channels = {"in_channels": image_channels, "out_channels": image_channels}
     return DiscreteAutoencoder(**channels, **options)
 
 
 class VQFamily(TokenizerFamily):
-    """Family of `DiscreteAutoencoder`, exported as a `VQModel` with the same codes if possible."""
+    """Family of `DiscreteAutoencoder`. Exports are a `VQModel` with the same codes if possible."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig

@@ -3,16 +3,16 @@
     images -> q(y|x)                       images, class -> q(z|x,y) -> z
     class, z -> p(x|y,z)                   p(y) is uniform, p(z) is N(0, I)
 
-This is model M2 of Kingma et al. (arXiv:1406.5298). The bound of a pair (x, y) is
+This is model M2 of Kingma et al. (arXiv:1406.5298). The lower bound of ln p(x, y) is
 
     L(x, y) = E_q(z|x,y) [ln p(x|y,z)] + ln p(y) - KL(q(z|x,y) || p(z))           (equation 6)
 
-and an image without a label has the bound, summed over all classes,
+and the lower bound of ln p(x) of an image without a label, summed over all classes, is
 
     U(x) = sum_y q(y|x) (L(x, y) - ln q(y|x))                                     (equation 7)
 
 Symbols: `B` images, `C H W` their shape, `K` classes, `U` latent units, `P` pairs of image and
-class.
+class, `M` maps of pixel parameters.
 """
 
 import math
@@ -31,7 +31,7 @@ from latentvae.models.dense.trunks import ACTIVATIONS, DenseDecoder, DenseEncode
 
 
 class ClassVAE(ModelMixin, ConfigMixin):
-    """The three networks of M2, and its bounds. It is a `LikelihoodNet` of two groups: y and z.
+    """Model M2: a `LikelihoodNet` with two groups of latents, the class y and the vector z.
 
         net = ClassVAE(num_classes=10)
         bound = net(images)                        # parts of U(x), with drawn classes
@@ -39,14 +39,14 @@ class ClassVAE(ModelMixin, ConfigMixin):
 
     Args:
         image_channels, image_height, image_width: shape of the images.
-        num_classes: K.
-        class_names: their names, or None.
-        latent_units: U.
+        num_classes: number of classes K.
+        class_names: names of the classes, or None.
+        latent_units: number of latent units U.
         hidden_units: width of the dense layers.
         hidden_layers: number of dense layers in each of the networks.
         activation: "tanh", "elu" or "silu".
         likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
-        pixels: another distribution, which the config does not hold.
+        pixels: distribution of the pixels instead of `likelihood`. The config does not store it.
     """
 
     ignore_for_config = ("pixels",)
@@ -102,7 +102,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.classifier(images).float()
 
     def pixel_parameters(self, z: Tensor, classes: Tensor) -> Tensor:
-        """Return the parameters of p(x|y,z), (P, M, H, W), for z (P, U) and classes (P,)."""
+        """Return the pixel parameters of p(x|y,z), (P, M, H, W), for z (P, U) and classes (P,)."""
         return self.decoder(torch.cat([z, self._one_hot(classes).to(z.dtype)], dim=-1))
 
     def _one_hot(self, classes: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return Gaussian.from_moments(self.moments(first[rows] + self.from_class(classes)))
 
     def pair_bound(self, images: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
-        """Return L(x, y) of pairs with one drawn z each, (P,), nats.
+        """Return the lower bound of ln p(x, y) of pairs, with one drawn z each, (P,), in nats.
 
         Args:
             images: (B, C, H, W).
@@ -127,17 +127,17 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.log_prob(images[rows], parameters) - math.log(self.num_classes) - kl
 
     def labelled_bound(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return L(x, y) of images (B, C, H, W) and their classes (B,), in nats, (B,)."""
+        """Return the lower bound of ln p(x, y) of images and their classes (B,), in nats, (B,)."""
         return self.pair_bound(images, torch.arange(len(images), device=images.device), classes)
 
     def unlabelled_bound(self, images: Tensor, *, least: float = 0.0) -> Tensor:
-        """Return U(x) of images (B, C, H, W), in nats, (B,).
+        """Return the lower bound of ln p(x) of images without labels, in nats, (B,).
 
         Args:
-            images: the images.
-            least: classes whose q(y|x) is below this value are left out, and q is normalised over
-                the others. It is still a bound, with this narrower q, and takes much less time
-                once the classifier is sure of most images. At most 1 / K.
+            images: (B, C, H, W).
+            least: smallest probability q(y|x) of a class that is used, from 0 to 1 / K. Other
+                classes are left out, and q is normalised over the used classes. The result is still
+                a lower bound. It takes much less time once the classifier is sure of most images.
         """
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         kept = log_q.detach().exp() >= least
@@ -151,7 +151,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
 
-        The mean of the bound over draws is U(x).
+        The mean of the bound over draws is the result of `unlabelled_bound`.
         """
         check_images(images, self.image_shape)
         if detach_posterior:
@@ -180,7 +180,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
             unit_kl=units.unflatten(0, shape).mean(0),
         )
 
-    # other uses
+    # uses other than the bound
 
     @property
     def group_sizes(self) -> list[int]:
@@ -188,15 +188,15 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return [1, self.latent_units]
 
     def posterior_means(self, images: Tensor) -> None:
-        """Return None: the mean of a class has no meaning."""
+        """Return None, because the mean of a class has no meaning."""
 
     def posterior_moments(self, images: Tensor) -> None:
-        """Return None: a class is no Gaussian."""
+        """Return None, because the posterior of a class is not Gaussian."""
 
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the most probable of the K classes as one-hot values, and then z, (B, K + U)."""
+        """Return the most probable class as K one-hot values, then the latents z, (B, K + U)."""
         classes = self.logits(images).argmax(-1)
         rows = torch.arange(len(images), device=images.device)
         posterior = self.posterior(images, rows, classes)
@@ -207,7 +207,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return torch.cat([self._one_hot(classes), z], dim=1)
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Return mean images (B, C, H, W) of vectors (B, K + U)."""
+        """Decode vectors (B, K + U) of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
         one_hot, z = vector.split([self.num_classes, self.latent_units], dim=1)
         return self.pixels.mean(self.decoder(torch.cat([z, one_hot], dim=1)))
 
@@ -216,12 +216,12 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.encode_vector(images)
 
     def decode(self, vector: Tensor) -> Tensor:
-        """Return mean images (B, C, H, W) of the results of `encode`."""
+        """Decode vectors (B, K + U) of `encode` to mean images (B, C, H, W) in [-1, 1]."""
         return self.decode_vector(vector)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the mean image (B, C, H, W) for the most probable class and the mean of z."""
+        """Encode images, and decode the most probable class and the mean of z, (B, C, H, W)."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         mean: bool = True,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Draw images, of the given classes (num,) or of random ones. See `LikelihoodNet`."""
+        """Draw images of the given classes (num,), or of random classes. See `LikelihoodNet`."""
         device = self.device
         if classes is None:
             classes = torch.randint(0, self.num_classes, (num,), generator=generator, device=device)
@@ -245,6 +245,6 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start."""
+        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)

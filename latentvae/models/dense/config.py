@@ -17,28 +17,38 @@ class VectorVAEConfig(VAEConfig):
     latent_units: tuple[Positive, ...] = Field(
         default=(50,),
         description=(
-            "Number of units of each latent vector, from the image upwards. Two numbers give two "
-            "layers of latents."
+            "Number of units of each latent vector, starting with the vector that is nearest to "
+            "the image. Two numbers give two layers of latents."
         ),
     )
     hidden_channels: tuple[Positive, ...] = Field(
         default=(200,),
-        description="Width of the dense layers below each latent vector, one number for each.",
+        description=(
+            "Width of the dense layers between the image and the first latent vector, then between "
+            "the first and the second vector, and so on. There must be one number for each latent "
+            "vector."
+        ),
     )
     activation: Literal["tanh", "elu", "silu"] = Field(
-        default="tanh", description="Activation function of the layers."
+        default="tanh", description="Activation function of the hidden layers."
     )
     posterior_flow: FlowName = Field(
         default="none",
         description=(
             "Flow that makes the posterior more flexible than a Gaussian: planar (Rezende and "
-            "Mohamed), realnvp, or iaf (inverse autoregressive flow). It needs a single latent "
-            "vector."
+            "Mohamed), realnvp, or iaf (inverse autoregressive flow). A flow needs a network with "
+            "a single latent vector. `none` keeps the Gaussian."
         ),
     )
-    flow_layers: Positive = Field(default=2, description="Number of layers of the posterior flow.")
+    flow_layers: Positive = Field(
+        default=2, description="Number of layers of the posterior flow (see posterior_flow)."
+    )
     flow_channels: Positive = Field(
-        default=320, description="Width of the hidden layers in each layer of realnvp and iaf."
+        default=320,
+        description=(
+            "Width of the hidden layers in each flow layer, for the flows realnvp and iaf (see "
+            "posterior_flow)."
+        ),
     )
 
     @model_validator(mode="after")
@@ -78,7 +88,11 @@ class DenseVAEConfig(VectorVAEConfig):
 
     architecture: Literal["dense"] = "dense"  # type: ignore[assignment]
     hidden_layers: Positive = Field(
-        default=2, description="Number of dense layers below each latent vector."
+        default=2,
+        description=(
+            "Number of dense layers between the image and the first latent vector, and between "
+            "each latent vector and the next."
+        ),
     )
 
 
@@ -88,7 +102,11 @@ class ConvVAEConfig(VectorVAEConfig):
     architecture: Literal["conv"] = "conv"  # type: ignore[assignment]
     hidden_channels: tuple[Positive, ...] = Field(
         default=(450,),
-        description="Width of the dense layers below each latent vector, one number for each.",
+        description=(
+            "Width of the dense layers between the convolutions and the first latent vector, then "
+            "between the first and the second vector, and so on. There must be one number for each "
+            "latent vector."
+        ),
     )
     block_out_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
         default=(16, 32, 32),
@@ -97,7 +115,7 @@ class ConvVAEConfig(VectorVAEConfig):
         ),
     )
     activation: Literal["tanh", "elu", "silu"] = Field(
-        default="elu", description="Activation function of the layers."
+        default="elu", description="Activation function of the hidden layers."
     )
 
 
@@ -114,16 +132,20 @@ class ClassVAEConfig(VAEConfig):
         description="Number of classes. 0 means the number of classes of the training images.",
     )
     latent_units: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1)] = Field(
-        default=(50,), description="Size of the latent vector."
+        default=(50,), description="Number of units of the latent vector."
     )
     hidden_channels: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1)] = Field(
-        default=(500,), description="Width of the dense layers."
+        default=(500,), description="Width of the hidden dense layers."
     )
     hidden_layers: Positive = Field(
-        default=1, description="Number of dense layers in each of the three networks."
+        default=1,
+        description=(
+            "Number of hidden dense layers in each of the three networks (classifier, encoder and "
+            "decoder)."
+        ),
     )
     activation: Literal["tanh", "elu", "silu"] = Field(
-        default="silu", description="Activation function of the layers."
+        default="silu", description="Activation function of the hidden layers."
     )
 
     def why_no_single_gaussian(self) -> str:

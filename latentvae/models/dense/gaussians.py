@@ -30,7 +30,7 @@ class Gaussian:
 
     @classmethod
     def standard(cls, like: Tensor) -> "Gaussian":
-        """Return N(0, I) of the shape of a tensor."""
+        """Return N(0, I) with the shape of the tensor `like`."""
         zero = torch.zeros_like(like, dtype=torch.float32)
         return cls(zero, zero)
 
@@ -38,7 +38,7 @@ class Gaussian:
         return Gaussian(self.mean.detach(), self.logvar.detach())
 
     def sample(self, *, count: int | None = None) -> Tensor:
-        """Draw latents by the global random generator, (count, ..., U) or (..., U)."""
+        """Draw latents with the global generator: (count, ..., U), or (..., U) without `count`."""
         shape = self.mean.shape if count is None else (count, *self.mean.shape)
         noise = torch.randn(shape, device=self.mean.device)
         return self.mean + (0.5 * self.logvar).exp() * noise
@@ -49,7 +49,7 @@ class Gaussian:
         return -0.5 * (square + self.logvar + math.log(2.0 * math.pi)).sum(-1)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Return the KL divergence from this Gaussian to `other`, of each unit, (..., U)."""
+        """Return the KL divergence from this Gaussian to `other` per unit, (..., U), in nats."""
         ratio = self.logvar - other.logvar
         distance = (self.mean - other.mean).square() * (-other.logvar).exp()
         return 0.5 * (ratio.exp() + distance - 1.0 - ratio)

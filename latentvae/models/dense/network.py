@@ -2,9 +2,9 @@
 
 images -> encoder -> q(z_1|x), q(z_2|z_1) ... -> p(z_1|z_2) -> decoder -> p(x|z_1)
 
-With one vector, this is the VAE of Kingma and Welling (arXiv:1312.6114). With two, it is the second
-network of Burda et al. (IWAE, arXiv:1509.00519). A flow may follow the posterior of a single vector
-(arXiv:1505.05770, arXiv:1606.04934).
+With one vector, this is the VAE of Kingma and Welling (arXiv:1312.6114). With two vectors, it is
+the second network of Burda et al. (IWAE, arXiv:1509.00519). A flow may follow the posterior of a
+single vector (arXiv:1505.05770, arXiv:1606.04934).
 
 Symbols: `B` batch, `S` samples per image, `C` image channels, `H W` image size, `U` units of a
 latent, `L` latent vectors. z_1 is nearest to the image. Groups are listed from z_L to z_1.
@@ -30,7 +30,7 @@ from latentvae.models.dense.trunks import (
     mlp,
 )
 
-MEAN_DRAWS = 16  # draws for the mean of a latent that depends on another latent
+MEAN_DRAWS = 16  # number of draws to estimate the mean of a latent that depends on another latent
 
 
 class VectorVAE(ModelMixin, ConfigMixin):
@@ -45,18 +45,18 @@ class VectorVAE(ModelMixin, ConfigMixin):
         image_channels, image_height, image_width: shape of the images.
         latent_units: units of z_1 .. z_L.
         hidden_channels: width of the dense layers between x and z_1, between z_1 and z_2, and so
-            on. One number for each latent.
+            on. There is one number for each latent vector.
         hidden_layers: number of dense layers in each of these networks.
         block_out_channels: channels of the residual blocks of convolutions between image and z_1,
             each of which halves the size. Without blocks, all layers are dense.
         activation: "tanh", "elu" or "silu".
         likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
         posterior_flow: flow after the Gaussian posterior of z_1: "none", "planar", "realnvp" or
-            "iaf". Only for a single latent.
+            "iaf". A flow needs a network with a single latent vector.
         flow_layers, flow_channels: number and width of the flow's layers.
     """
 
-    # Masked layers of a flow are no whole matrices.
+    # Layers that Muon leaves out. The masked layers of a flow are not whole matrices.
     outer_layers: tuple[str, ...] = (
         *("encoder.layers.0", "encoder.blocks.0.first", "encoder.blocks.0.skip"),
         *("decoder.last", "flow"),
@@ -169,10 +169,10 @@ class VectorVAE(ModelMixin, ConfigMixin):
         parameters = self.decoder(z.flatten(0, 1))
         return self.pixels.log_prob(images, parameters).unflatten(0, z.shape[:2])
 
-    # other uses
+    # uses other than the bound
 
     def posterior(self, images: Tensor) -> Gaussian:
-        """Return q(z_1 | x) before the flow, (B, U)."""
+        """Return the Gaussian posterior q(z_1 | x) before the flow, (B, U)."""
         return Gaussian.from_moments(self.moments(self.encoder(images)))
 
     @property
@@ -185,14 +185,14 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.flow is None and self.num_groups == 1
 
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return mean and log-variance (B, U) of q(z_1 | x), or None if that is not all of q."""
+        """Return mean and log-variance (B, U) if the posterior is a single Gaussian, or None."""
         if not self._is_single_gaussian:
             return None
         posterior = self.posterior(images)
         return posterior.mean, posterior.logvar
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the posterior's mean of z_1 after the flow, (B, U)."""
+        """Return the posterior's mean of z_1, mapped by the flow if there is one, (B, U)."""
         features = self.encoder(images)
         z = Gaussian.from_moments(self.moments(features)).mean
         return z if self.flow is None else self.flow(z, features)[0]
@@ -210,11 +210,11 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return z if self.flow is None else self.flow(z, features)[0]
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Return the mean images (B, C, H, W) of latents z_1 (B, U)."""
+        """Decode latents z_1 (B, U) to mean images (B, C, H, W) in [-1, 1]."""
         return self.decode(vector)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the mean images (N, C, H, W) in [-1, 1] of latents z_1 (N, U)."""
+        """Decode latents z_1 (N, U) to mean images (N, C, H, W) in [-1, 1]."""
         return self.pixels.mean(self.decoder(z))
 
     def posterior_means(self, images: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the mean images (B, C, H, W) in [-1, 1] for the posterior's means."""
+        """Encode images, and decode the posterior's mean to mean images (B, C, H, W) in [-1, 1]."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start."""
+        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)
 

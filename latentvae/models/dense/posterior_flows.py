@@ -2,7 +2,8 @@
 
 z_0 ~ N(mean(x), std(x)) -> flow (context h(x)) -> z, ln q(z|x) = ln q(z_0|x) - ln |det dz/dz_0|
 
-Every flow is the identity at the start. RealNVP and IAF are those of zuko.
+Every flow is the identity at the start. RealNVP and IAF (inverse autoregressive flow) come from the
+package zuko.
 
 Symbols: `N` latents, `U` units, `C` context values.
 """
@@ -34,7 +35,7 @@ class PosteriorFlow(nn.Module):
 
         Args:
             z: latents, (..., U).
-            context: (..., C), of a shape that fits z.
+            context: (..., C). Its leading dimensions broadcast with those of z.
         """
         with torch.autocast(z.device.type, enabled=False):
             context = context.float().expand(*z.shape[:-1], -1)
@@ -57,7 +58,7 @@ class Planar(nn.Module):
         self.units = units
         self.parameters_of = nn.Linear(context, 2 * units + 1)
         nn.init.zeros_(self.parameters_of.weight)
-        # w must not start at 0, because u and w then get no gradients.
+        # w must not start at 0, because u and w would then get no gradients.
         nn.init.normal_(self.parameters_of.bias, std=0.1)
         nn.init.zeros_(self.parameters_of.bias[:units])
 
@@ -73,11 +74,11 @@ class Planar(nn.Module):
         return z + u * bent, torch.log1p(slope.clamp(min=-1.0 + 1e-6))
 
 
-INVERSE_SOFTPLUS_1 = 0.5413248546129181  # softplus of it is 1
+INVERSE_SOFTPLUS_1 = 0.5413248546129181  # softplus of this number is 1
 
 
 class ZukoLayer(nn.Module):
-    """A layer of zuko, which starts as the identity."""
+    """A flow layer of the package zuko. It starts as the identity."""
 
     def __init__(self, transform: Any) -> None:
         super().__init__()
@@ -97,11 +98,11 @@ def build_flow(
 
     Args:
         name: kind of flow.
-        units: U.
-        context: C.
+        units: number of latent units U.
+        context: number of context values C.
         layers: number of layers.
-        width: hidden channels of a layer's network, with two hidden layers. Planar layers have
-            none.
+        width: hidden channels of a layer's network, with two hidden layers. Planar layers have no
+            such network.
     """
     if name == "none":
         return None

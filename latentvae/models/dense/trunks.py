@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "elu": nn.ELU, "silu
 
 
 def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
-    """Return linear layers between the given sizes, each followed by the activation."""
+    """Return linear layers from each size to the next, each followed by the activation."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         linear = nn.Linear(inputs, outputs)
@@ -58,7 +58,7 @@ class DenseDecoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a skip, with a change of size before or by the first one."""
+    """Two 3 x 3 convolutions and a 3 x 3 skip convolution. A stride above 1 shrinks the maps."""
 
     def __init__(self, inputs: int, outputs: int, activation: str, *, stride: int = 1) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class ConvDecoder(nn.Module):
             ResidualBlock(i, o, activation) for i, o in zip(down, outputs, strict=True)
         )
         self.last = nn.Conv2d(outputs[-1], shape[0], 3, padding=1)
-        self.bias = nn.Parameter(torch.zeros(shape))  # its own value for each position
+        self.bias = nn.Parameter(torch.zeros(shape))  # a separate bias for each position
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.first(z).unflatten(-1, (-1, *self.sides[0]))

@@ -15,9 +15,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class Style(Protocol):
-    """What a network is built from. `width` is a number of channels.
+    """Interface of a style of blocks, from which a network is built.
 
-    The output of a residual block is multiplied by `gain` at the start of the training.
+    `width` is a number of channels, and `resolution` is the side of the maps. At the start of the
+    training, the output of a residual block is multiplied by `gain`.
     """
 
     has_batch_norm: bool
@@ -37,10 +38,10 @@ class Style(Protocol):
 
         Args:
             width: channels of the input.
-            inner: channels of the decoder's maps, which decide the number of channels inside.
+            inner: channels of the decoder's maps, from which the number of hidden channels follows.
             out: channels of the output.
-            resolution: side of the maps.
-            zero: return zeros at the start of the training.
+            resolution: side of the maps, in positions.
+            zero: whether the layers predict zeros at the start of the training.
         """
         ...
 
@@ -58,9 +59,9 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class VdvaeStyle:
-    """Bottleneck blocks without normalisation: 1x1, 3x3, 3x3, 1x1, an activation before each.
+    """Bottleneck blocks of four convolutions (1x1, 3x3, 3x3, 1x1), each after an activation.
 
-    Maps of side 1 and 2 have 1x1 convolutions only.
+    The blocks have no normalisation. On maps of side 1 and 2, all convolutions are 1x1.
 
     Args:
         bottleneck_multiple: channels inside a block, as a share of the width.

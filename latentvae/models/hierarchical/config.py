@@ -23,24 +23,31 @@ class HierarchicalConfig(VAEConfig):
     enc_blocks: str = Field(
         default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
         description=(
-            "Blocks of the encoder. 32x2 means two blocks at resolution 32. 32d2 means one block "
-            "whose output is pooled by 2. The first resolution is the side of the images, or "
-            "divides it. Then the network is faster, because a square of pixels is one position. "
-            "If the resolution is a little larger, black pixels are added at the edges."
+            "Blocks of the encoder, from fine to coarse. 32x2 means two blocks on maps of 32 x 32 "
+            "positions. 32d2 means one such block whose output is pooled by 2. The first "
+            "resolution is the side of the images in pixels, or divides this side. In the second "
+            "case, each position reads a square of pixels, which is faster. If the first "
+            "resolution is a little larger than the images, black pixels are added at their edges."
         ),
     )
     dec_blocks: str = Field(
         default="1x1,4m1,4x1,8m4,8x2,16m8,16x2,32m16",
         description=(
-            "Blocks of the decoder. Each has a group of latents. 4x2 means two blocks at "
-            "resolution 4. 4m1 means one block that reads the upsampled maps of resolution 1. The "
-            "last resolution is the side of the images, or divides it."
+            "Blocks of the decoder, from coarse to fine. Each block has a group of latents. 4x2 "
+            "means two blocks on maps of 4 x 4 positions. 4m1 means one such block that reads the "
+            "upsampled maps of resolution 1. The last resolution is the side of the images in "
+            "pixels, or divides this side."
         ),
     )
-    width: Positive = Field(default=64, description="Number of channels of the maps.")
+    width: Positive = Field(
+        default=64, description="Number of channels of the feature maps (see custom_widths)."
+    )
     custom_widths: str = Field(
         default="",
-        description="Other numbers of channels for some resolutions, such as 32:64,16:128.",
+        description=(
+            "Other numbers of channels for some resolutions. 32:64,16:128 means 64 channels at "
+            "resolution 32 and 128 at resolution 16. All other resolutions have `width` channels."
+        ),
     )
     zdim: Positive = Field(
         default=16, description="Number of latent channels of each group of latents."
@@ -48,47 +55,57 @@ class HierarchicalConfig(VAEConfig):
     bottleneck_multiple: float = Field(
         default=0.25,
         gt=0.0,
-        description="Number of channels inside a block, as a share of the width.",
+        description="Number of channels inside a block of the style vdvae, as a share of `width`.",
     )
     num_mixtures: Positive = Field(
         default=10,
-        description="Number of components of each pixel, for the likelihood logistic_mixture.",
+        description=(
+            "Number of mixture components of each pixel, for the likelihood `logistic_mixture`."
+        ),
     )
     block: StyleName = Field(
         default="vdvae",
         description=(
-            "Style of the blocks: vdvae (bottlenecks without normalisation) or nvae (batch norm, "
-            "depthwise convolutions, squeeze and excitation)."
+            "Style of the blocks: `vdvae` (bottlenecks without normalisation) or `nvae` (batch "
+            "norm, depthwise convolutions, squeeze and excitation)."
         ),
     )
     activation: ActivationName = Field(
-        default="gelu", description="Activation of the style vdvae. Very Deep VAE has gelu."
+        default="gelu",
+        description=(
+            "Activation function of blocks of the style vdvae (see block). Very Deep VAE has gelu."
+        ),
     )
     posterior: PosteriorName = Field(
         default="full",
         description=(
-            "How the posterior follows from the network's output: full (Very Deep VAE), residual "
-            "(NVAE: relative to the prior) or precision (Ladder VAE: merged with the prior by "
-            "precision)."
+            "What the network predicts of the posterior. `full` predicts the posterior itself "
+            "(Very Deep VAE). `residual` predicts its difference from the prior (NVAE). "
+            "`precision` predicts a Gaussian that is merged with the prior, weighted by precision "
+            "(Ladder VAE)."
         ),
     )
     std: StdName = Field(
         default="exp",
         description=(
-            "How a standard deviation follows from the network's output: exp, or softplus with "
-            "Efficient-VDVAE's smooth gradient."
+            "Function that makes a standard deviation from the network's output: `exp`, or "
+            "`softplus` with the smooth gradient of Efficient-VDVAE."
         ),
     )
     links: Literal["last", "mirrored"] = Field(
         default="last",
         description=(
-            "Which features of the encoder a block of the decoder reads: the last ones of its "
-            "resolution, or those of the block that mirrors it."
+            "Which features of the encoder the blocks of the decoder read. With `last`, all blocks "
+            "of a resolution read the encoder's last block of this resolution. With `mirrored`, "
+            "they read the encoder's blocks of this resolution in reverse order."
         ),
     )
     no_bias_above: Positive = Field(
         default=64,
-        description="Largest resolution whose maps start at a learned bias for each position.",
+        description=(
+            "Largest resolution of the decoder that has a learned bias for each position. Finer "
+            "resolutions have no such bias."
+        ),
     )
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ class Encoder(nn.Module):
     """Residual blocks, with average pooling between resolutions.
 
     Args:
-        channels: C, after patches became channels.
+        channels: number of input channels, after squares of pixels became channels.
         layers: the blocks, finest first.
         widths: number of channels of each resolution.
         style: what blocks are built from.
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         self.keep_all = keep_all
 
     def forward(self, images: Tensor) -> Features:
-        """Return the features (B, W, side, side) after blocks, by resolution."""
+        """Return the features of each resolution, as a list of tensors (B, W, side, side)."""
         x = self.conv_in(images)
         found: Features = {x.shape[-1]: [x]}
         for layer, block in zip(self.layers, self.blocks, strict=True):
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
 
 def run(parent: nn.Module, block: nn.Module, *args: Any) -> Any:
-    """Call a block, and compute it again for its gradient if the parent saves memory so."""
+    """Call a block. With gradient checkpointing in `parent`, the backward pass repeats the call."""
     if torch.is_grad_enabled() and parent.gradient_checkpointing:
         checkpoint: Any = parent._gradient_checkpointing_func
         return checkpoint(block, *args)
@@ -73,7 +73,7 @@ def run(parent: nn.Module, block: nn.Module, *args: Any) -> Any:
 
 
 def with_channels(x: Tensor, width: int) -> Tensor:
-    """Return maps with `width` channels: the first ones, or all of them and then zeros."""
+    """Return maps with `width` channels: drop the last channels, or append channels of zeros."""
     missing = width - x.shape[1]
     if missing > 0:
         return F.pad(x, (0, 0, 0, 0, 0, missing))

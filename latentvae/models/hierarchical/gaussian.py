@@ -30,32 +30,32 @@ class Gaussian:
     log_std: Tensor
 
     def draw(self, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents. The temperature is a factor of the standard deviation."""
+        """Draw latents. The temperature is a factor on the standard deviation."""
         shape, device = self.mean.shape, self.mean.device
         noise = torch.randn(shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + temperature * self.log_std.exp() * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log density of each element."""
+        """Return the log density of each element of `z`, in nats."""
         distance = (z - self.mean) * torch.exp(-self.log_std)
         return -0.5 * (distance.square() + math.log(2.0 * math.pi)) - self.log_std
 
     def kl_to(self, other: "Gaussian") -> Tensor:
-        """Return the KL divergence from this Gaussian to another one, for each element."""
+        """Return the KL divergence from this Gaussian to `other` for each element, in nats."""
         log_ratio = self.log_std - other.log_std
         distance = (self.mean - other.mean) * torch.exp(-other.log_std)
         return 0.5 * (torch.exp(2.0 * log_ratio) + distance.square() - 1.0) - log_ratio
 
 
 def exp_log_std(raw: Tensor) -> Tensor:
-    """Return ln(std) of a network's output that is ln(std) already."""
+    """Return the network's output `raw` as ln(std), clamped to [-8, 8]."""
     return raw.float().clamp(-MAX_LOG_STD, MAX_LOG_STD)
 
 
 def softplus_log_std(raw: Tensor) -> Tensor:
     """Return ln(std) for std = softplus(raw) with a smooth gradient (arXiv:2203.13751).
 
-    softplus(x) = ln(1 + e^(beta x)) / beta with beta = ln 2, which is 1 for x = 0.
+    softplus(x) = ln(1 + e^(beta x)) / beta with beta = ln 2, so softplus(0) = 1.
     """
     low, high = math.exp(-MAX_LOG_STD), math.exp(MAX_LOG_STD)
     return F.softplus(raw.float(), beta=_BETA).clamp(low, high).log()
@@ -71,8 +71,9 @@ class Posterior(NamedTuple):
     """How the posterior of a group follows from an output of the network.
 
     Attributes:
-        sees_decoder: the posterior's head reads the decoder's maps besides the encoder's features.
-        combine: returns the posterior for the head's Gaussian and the prior.
+        sees_decoder: whether the layers that predict the posterior read the decoder's maps besides
+            the encoder's features.
+        combine: function from the predicted Gaussian and the prior to the posterior.
     """
 
     sees_decoder: bool

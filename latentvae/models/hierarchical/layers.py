@@ -18,7 +18,7 @@ _ITEM = re.compile(r"(\d+)(?:([xdm])(\d+))?")
 
 
 class Layer(NamedTuple):
-    """One block.
+    """The place of one block in an encoder or a decoder.
 
     Attributes:
         resolution: side of the block's maps.
@@ -116,10 +116,10 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
 
 
 def fit(side: int, *, encoder: int, decoder: int) -> int:
-    """Return the side of the images with the pixels that are added around them.
+    """Return the side, in pixels, of the images after pixels were added around them.
 
-    It is the smallest multiple of the finest maps of encoder and decoder, so that each position of
-    these maps is a square of pixels.
+    The side is the smallest multiple of the finest maps of encoder and decoder, so that each
+    position of these maps is a square of pixels.
 
     Args:
         side: side of the images in pixels.
@@ -127,7 +127,7 @@ def fit(side: int, *, encoder: int, decoder: int) -> int:
         decoder: side of the decoder's last maps.
 
     Raises:
-        UserError: more than an eighth of the side would be added at an edge, or half a pixel.
+        UserError: more than an eighth of the side, or half a pixel, would be added at an edge.
     """
     step = math.lcm(encoder, decoder)
     extra = -side % step

@@ -1,6 +1,6 @@
 """Hierarchical VAE: one top-down network with groups of latents at every resolution.
 
-By its options, it is Ladder VAE (arXiv:1602.02282), NVAE (arXiv:2007.03898), Very Deep VAE
+With matching options, it is Ladder VAE (arXiv:1602.02282), NVAE (arXiv:2007.03898), Very Deep VAE
 (arXiv:2011.10650) or Efficient-VDVAE (arXiv:2203.13751).
 
     images (B, C, H, W) -> encoder -> features of each resolution
@@ -60,17 +60,19 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         recon = net.decode(latents)
 
     Args:
-        image_channels: C.
+        image_channels: number of image channels C.
         sample_size: side of the images in pixels.
         levels: number of values of a pixel, or None for the default of the likelihood.
         enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. The encoder
             reads squares of pixels as channels, if its first resolution divides the side of the
-            images. If the resolution is a little larger, black pixels are added at the edges.
+            images. If this resolution is a little larger than the images, black pixels are added at
+            the edges.
         dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". Each has a group of latents. The
             last resolution may be coarser than the images, as for the encoder.
         width: number of channels of the maps.
-        custom_widths: other numbers of channels for some resolutions, such as "32:64,16:128".
-        zdim: D.
+        custom_widths: other numbers of channels for some resolutions, such as "32:64,16:128" for 64
+            channels at resolution 32 and 128 at resolution 16.
+        zdim: number of latent channels D of a group.
         bottleneck_multiple: channels inside a block, as a share of the width.
         likelihood: distribution of the pixels, a key of `PIXEL_DISTRIBUTIONS`.
         num_mixtures: number of components of the likelihood logistic_mixture.
@@ -152,17 +154,17 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
-        """(D, side, side) of each group."""
+        """Shape (D, side, side) of each group's latents."""
         D = self.config["zdim"]
         return [(D, layer.resolution, layer.resolution) for layer in self.decoder.layers]
 
     def group_names(self) -> list[str]:
-        """Return the name of each group: its resolution, and its place there, such as "4x4.0"."""
+        """Return the name of each group: its resolution and its number there, such as "4x4.0"."""
         sides = [layer.resolution for layer in self.decoder.layers]
         return [f"{side}x{side}.{sides[:i].count(side)}" for i, side in enumerate(sides)]
 
     def enable_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Save memory: compute blocks again for their gradient, see `ModelMixin`.
+        """Save memory: compute blocks again in the backward pass. See `ModelMixin`.
 
         Raises:
             UserError: the blocks have batch norm, whose statistics would be updated twice.
@@ -179,7 +181,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         features = self._features(images)
         batch = samples * images.shape[0]
 
-        # latents, and what priors and posteriors say about them
+        # latents, and their densities under priors and posteriors
         maps, groups = self.decoder(features, batch, [draw_posterior] * self.num_groups)
         log_p = [group.prior.log_prob(group.z) for group in groups]
         judges = self._constant_posteriors(features, groups) if detach_posterior else groups
@@ -204,21 +206,21 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         """Return None, because the posterior is not a single Gaussian vector."""
 
     def posterior_means(self, images: Tensor) -> None:
-        """Return None: a latent's mean depends on the latents before it, not on the image alone."""
+        """Return None, because a latent's mean depends on the image and on earlier latents."""
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Return the mean image (B, C, H, W) in [-1, 1] for the mean of each posterior."""
+        """Encode images, and decode the posteriors' means to images (B, C, H, W) in [-1, 1]."""
         return self.partial(images, self.num_groups)
 
     @torch.no_grad()
     def partial(self, images: Tensor, groups: int) -> Tensor:
-        """Reconstruct images from the first groups alone, as images (B, C, H, W) in [-1, 1].
+        """Reconstruct images (B, C, H, W) in [-1, 1] from the latents of the first groups only.
 
         Args:
             images: images (B, C, H, W) in [-1, 1].
-            groups: number of groups whose latents are the means of their posteriors. The later
-                groups have the means of their priors.
+            groups: number of groups whose latents are the means of their posteriors. Later groups
+                take the means of their priors.
 
         Raises:
             UserError: `groups` is not in 0 .. G.
@@ -232,14 +234,14 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the latents of all groups, flattened and joined, (B, d). See `LikelihoodNet`."""
+        """Return the d latents of all groups, flattened and joined, (B, d). See `LikelihoodNet`."""
         picks = [draw_from_posterior(generator) if draw else posterior_mean] * self.num_groups
         groups = self._with_images(images, picks)[1]
         return torch.cat([group.z.flatten(1) for group in groups], dim=1)
 
     @torch.no_grad()
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Return mean images (B, C, H, W) in [-1, 1] of the result of `encode_vector`."""
+        """Decode vectors (B, d) of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
         parts = vector.split(self.group_sizes, dim=1)
         shaped = zip(parts, self.latent_shapes, strict=True)
         return self.decode([part.unflatten(1, shape) for part, shape in shaped])
@@ -257,11 +259,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Return the mean image (B, C, H, W) in [-1, 1] for latents of the first groups.
+        """Decode latents of the first groups to mean images (B, C, H, W) in [-1, 1].
 
         Args:
-            latents: tensors (B, D, side, side), coarsest first. Groups after the last one have the
-                means of their priors.
+            latents: one tensor (B, D, side, side) for each of the first groups, coarsest first.
+                Later groups take the means of their priors.
 
         Raises:
             UserError: there are no latents, too many, or a tensor has a wrong shape.
@@ -269,7 +271,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return self.pixels.mean(self.decode_parameters(latents))
 
     def decode_parameters(self, latents: Sequence[Tensor]) -> Tensor:
-        """Return the parameters (B, M, H, W) of the pixels' distribution, see `decode`."""
+        """Decode latents to the M maps (B, M, H, W) of pixel parameters. See `decode`."""
         shapes = [tuple(z.shape[1:]) for z in latents]
         if not 1 <= len(latents) <= self.num_groups or shapes != self.latent_shapes[: len(shapes)]:
             raise UserError(
@@ -300,9 +302,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_at(self, mean_image: Tensor) -> None:
-        """Let the decoder start at the mean image (C, H, W), if the likelihood has such a start.
+        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it.
 
-        The last layer has one bias for all positions. So it starts at the mean over them.
+        The last layer has one bias for all positions, so each bias is a mean over positions.
         """
         padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
         if (bias := self.pixels.start_bias(padded)) is not None:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from latentvae.models.hierarchical.blocks import Residual, convolution
 
-# The paper's share of new batch statistics, and the factor of a cell's output.
+# From the paper: the share of new batch statistics in their running averages, and the factor on a
+# cell's output.
 _MOMENTUM = 0.05
 _CELL_GAIN = 0.1
 _EXPANSION = 6
 
 
 class SqueezeExcite(nn.Module):
-    """Multiply each channel by a share that depends on the means of all channels."""
+    """Multiply each channel by a factor in (0, 1) that depends on the means of all channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
 
     Args:
         net: any network.
-        iterations: steps of the power iteration. The result is at most the exact one.
+        iterations: steps of the power iteration. The result is at most the exact value.
     """
     matrices: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     factors: list[Tensor] = []

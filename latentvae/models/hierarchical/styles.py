@@ -15,5 +15,5 @@ STYLES: dict[str, Callable[[float, str], Style]] = {
 
 
 def build_style(name: str, *, bottleneck_multiple: float, activation: str) -> Style:
-    """Return a style of blocks. The style "nvae" has its own widths and activation."""
+    """Return a style of blocks. The style "nvae" ignores both options."""
     return STYLES[name](bottleneck_multiple, activation)

@@ -19,12 +19,12 @@ from latentvae.models.hierarchical.encoder import Features, run, with_channels
 from latentvae.models.hierarchical.gaussian import Gaussian, Posterior
 from latentvae.models.hierarchical.layers import Layer
 
-# A pick returns the latents of a group for its prior and its posterior.
+# A pick is a function that chooses the latents of a group, given its prior and its posterior.
 Pick = Callable[[Gaussian, Gaussian | None], Tensor]
 
 
 class Group(NamedTuple):
-    """What a block says about its latents. The posterior is None without an image."""
+    """A block's prior, posterior and latents. The posterior is None without an image."""
 
     prior: Gaussian
     posterior: Gaussian | None
@@ -32,13 +32,13 @@ class Group(NamedTuple):
 
     @property
     def required_posterior(self) -> Gaussian:
-        """The posterior, in computations that always have an image."""
+        """The posterior, which must not be None. Use it only in computations with an image."""
         assert self.posterior is not None
         return self.posterior
 
 
 class Latents(NamedTuple):
-    """How latents are described: D, the kind of posterior, and the function to ln(std)."""
+    """Settings that all groups share: D channels, kind of posterior, function to ln(std)."""
 
     channels: int
     posterior: Posterior
@@ -64,8 +64,8 @@ class TopDownBlock(nn.Module):
 
         Args:
             x: the decoder's maps, (B, W, side, side).
-            features: the encoder's features of the same shape, or None without an image.
-            pick: chooses the latents.
+            features: the encoder's features, (B, W, side, side), or None without an image.
+            pick: function that chooses the latents, given prior and posterior.
         """
         D = self.latents.channels
         mean, raw_std, shift = self.prior(x).split([D, D, x.shape[1]], dim=1)
@@ -91,11 +91,12 @@ class Decoder(nn.Module):
     Args:
         layers: the blocks.
         widths: number of channels of each resolution.
-        latents: what all groups of latents have in common.
+        latents: settings that all groups of latents share.
         style: what blocks are built from.
         no_bias_above: largest resolution that has a learned bias.
-        mirrored: the first block of a resolution reads the features of the encoder's last block
-            there, and the last block those of the first one. Otherwise all read the last features.
+        mirrored: whether the blocks of a resolution read the features of the encoder's blocks there
+            in reverse order. Otherwise all of them read the features of the encoder's last block
+            there.
     """
 
     def __init__(
@@ -137,10 +138,10 @@ class Decoder(nn.Module):
         """Return the finest maps (B, W, side, side), and the groups of latents in their order.
 
         Args:
-            features: the encoder's output, or None without an image. Features of fewer images are
-                repeated.
-            batch: B.
-            picks: what chooses the latents of each group.
+            features: the encoder's output, or None without an image. Features of fewer than B
+                images are repeated.
+            batch: number of samples B.
+            picks: for each group, the function that chooses its latents.
         """
         maps: dict[int, Tensor] = {}
         groups: list[Group] = []
@@ -182,7 +183,7 @@ def draw_posterior(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
 
 
 def draw_from_posterior(generator: torch.Generator | None) -> Pick:
-    """Return a pick that draws latents from the posterior by a generator."""
+    """Return a function that draws latents from the posterior with a generator."""
 
     def pick(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
         assert posterior is not None
@@ -203,10 +204,10 @@ def prior_mean(prior: Gaussian, posterior: Gaussian | None) -> Tensor:
 
 
 def draw_prior(temperature: float, generator: torch.Generator | None) -> Pick:
-    """Return a pick that draws latents from the prior."""
+    """Return a function that draws latents from the prior."""
     return lambda prior, _: prior.draw(temperature=temperature, generator=generator)
 
 
 def given(z: Tensor) -> Pick:
-    """Return a pick of given latents."""
+    """Return a function that returns the given latents for any prior and posterior."""
     return lambda prior, _: z.to(prior.mean.dtype)

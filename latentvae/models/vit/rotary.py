@@ -1,8 +1,8 @@
 """Rotary position embedding in two dimensions (RoFormer, arXiv:2104.09864).
 
-Half of a head's channels turn with the row of a token, and the other half with its column. Two
-tokens then see of their positions only the distance in rows and in columns. So a network works on
-grids of any height and width.
+Half of a head's channels turn with the row of a token, and the other half with its column.
+Attention between two tokens then uses only their distances in rows and in columns, not their
+positions. So a network works on grids of any height and width.
 
 `B` batch, `N` tokens (N = h w), `D` channels of a head.
 """
@@ -40,8 +40,8 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate queries or keys (B, heads, N, D) by the positions of their tokens.
 
     Args:
-        turns: the result of `rotations`. Channels i and i + D / 2 form a plane, which turns by the
-            angle i.
+        turns: the result of `rotations`. Channels i and i + D / 2 form a plane, which turns by
+            angle number i.
     """
     cos, sin = turns
     first, second = x.float().chunk(2, dim=-1)

@@ -77,7 +77,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm and added to its input."""
+    """Attention and a feed-forward layer. Each follows a norm, and is added to its input."""
 
     def __init__(self, channels: int, *, head_channels: int) -> None:
         super().__init__()

@@ -29,8 +29,8 @@ class ViTConfig(ModelConfig):
     patch_size: Positive = Field(
         default=8,
         description=(
-            "Side of a patch in pixels. Each patch is one latent position, so this is also the "
-            "downsampling factor f. The sides of images must be multiples of it."
+            "Side of a patch in pixels. Each patch is one latent position, so this number is also "
+            "the downsampling factor f. The sides of images must be multiples of this number."
         ),
     )
     encoder_channels: Annotated[Positive, Elsewhere("hidden_size encoder_width")] = Field(
@@ -61,7 +61,7 @@ class ViTConfig(ModelConfig):
         description=(
             "Last part of the decoder. `linear` computes the pixels of each patch from its token. "
             "`conv` adds two convolutions at full resolution, so that the edges of patches do not "
-            "show. It needs more memory."
+            "show. `conv` needs more memory."
         ),
     )
 

@@ -1,9 +1,9 @@
 """A tokenizer of vision transformers, with any quantiser of `latentvae.bottlenecks`.
 
-The source is ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627). As there, two layers with a tanh between
-them project each token to the few channels of its code. The blocks are newer (`vit.transformer`).
-Positions are rotary instead of learned, so images may have any size that is a multiple of the
-patch.
+The source is ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627). As in ViT-VQGAN, two layers with a tanh
+between them project each token to the few channels of its code. The blocks are newer
+(`vit.transformer`). Positions are rotary instead of learned, so images may have any size that is a
+multiple of the patch.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/p, W/p) -> quantize -> z (B, D,
 H/p, W/p) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
@@ -55,7 +55,7 @@ class ViTTokenizer(Tokenizer):
         indices = net.tokenize(images).indices
         recon = net.decode_indices(indices).sample
 
-    The defaults are the shape of ViT-VQGAN base.
+    The defaults give the shape of ViT-VQGAN base.
 
     Args:
         patch_size: side p of a patch in pixels, the downsampling factor f.

@@ -26,7 +26,7 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) to the features of each level, coarsest first.
+    """Encode images (B, C, H, W) to the features of each level, coarsest first.
 
     Args:
         channels: number of image channels C.
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The joined codes of all levels to images (B, C, H, W).
+    """Decode the joined codes of all levels to images (B, C, H, W).
 
     Args:
         channels: number of channels of the input.
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class Condition(nn.Sequential):
-    """Codes (B, D, h, w) of a level to what they tell the next level, (B, D, 2 h, 2 w)."""
+    """Map codes (B, D, h, w) of a level to a condition (B, D, 2 h, 2 w) for the next level."""
 
     def __init__(self, code_channels: int, width: int, *, layers: int, inner: int) -> None:
         super().__init__(
@@ -100,7 +100,7 @@ class Condition(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """Codes (B, D, h, w) of a level to the channels and the size of the decoder's input."""
+    """Map codes (B, D, h, w) of a level to the channels and the size of the decoder's input."""
 
     def __init__(self, code_channels: int, out_channels: int, *, doublings: int) -> None:
         widths = [code_channels, *[out_channels] * doublings]

@@ -8,8 +8,8 @@ The source is Razavi et al. 2019, arXiv:1906.00446. With two levels (the paper's
     all codes -> post_quant_conv -> (B, d, H/f_b, W/f_b) -> decoder -> recon (B, C, H, W)
 
 Each level is twice as fine as the level before it. The paper concatenates the bottom's features
-with the decoded top codes, and projects them to the code width. Here, each of the two is projected
-by itself and the results are added, which is the same.
+with the decoded top codes, and projects them to the code width. Here, the two are projected
+separately and the results are added, which computes the same function.
 
 `B` batch, `C` image channels, `D` code width, `P` codes per coarsest position, `h w` coarsest
 positions, `f` downsampling factor of the coarsest level.
@@ -40,7 +40,7 @@ _QUANTIZER = {"type": "vq", "num_codes": 512, "code_channels": 64, "ema_decay": 
 class FoldLevels(nn.Module):
     """Fold the features of all levels into one tensor of the coarsest level's size.
 
-    A level that is s times as fine as the coarsest gives s x s times its channels.
+    A level that is s times as fine as the coarsest level gives s x s times as many channels.
     """
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:

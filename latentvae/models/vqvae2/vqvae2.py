@@ -34,9 +34,9 @@ class VQVAE2Config(ModelConfig):
     block_out_channels: Widths = Field(
         default=(64, 128, 128),
         description=(
-            "Number of channels of each level of the network, from full resolution down. For "
-            "VQ-VAE-2, the first level already has half of the resolution, and the last levels "
-            "have codes."
+            "Number of channels of each level of the network, from fine to coarse. The first level "
+            "has half of the image's resolution, and each further level halves the resolution "
+            "again. The last levels have codes (see code_levels)."
         ),
     )
     code_levels: Positive = Field(
@@ -49,8 +49,8 @@ class VQVAE2Config(ModelConfig):
     layers_per_block: Positive = Field(
         default=2,
         description=(
-            "Number of residual blocks per level of the encoder. The decoder has as many at its "
-            "lowest resolution."
+            "Number of residual blocks per level of the encoder. The decoder has the same number "
+            "of residual blocks, at its lowest resolution only."
         ),
     )
     residual_channels: Positive = Field(

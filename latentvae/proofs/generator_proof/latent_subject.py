@@ -1,4 +1,4 @@
-"""Latents as the subject of a proof. The generator is a DiT that learns by flow matching.
+"""Examine latents in a proof. The generator is a DiT that learns by flow matching.
 
 `n` images, `d` latent channels, `h w` latent positions.
 """
@@ -32,7 +32,7 @@ HEAD_DIM = 32
 
 
 class ProofFlow(FlowTask):
-    """The training of a proof's generator: its latents are given, and it draws no pictures.
+    """Train a proof's generator on given latents. The training draws no pictures.
 
     Args:
         config: options of the run.
@@ -68,9 +68,9 @@ class LatentSubject(Subject):
     Args:
         folder: the folder.
         settings: settings of the proof.
-        name: its name in the results.
+        name: name of the folder in the results.
         data: the images that were encoded. None takes the data that the manifest names.
-        model: the autoencoder. None takes the one that the manifest names.
+        model: the autoencoder. None takes the autoencoder that the manifest names.
     """
 
     kind = "latents"
@@ -161,7 +161,7 @@ class LatentSubject(Subject):
         return F.pixel_unshuffle(means, k)
 
     def decode(self, variant: str, z: Tensor) -> Tensor:
-        """Decode latents of a variant to pictures in [-1, 1]."""
+        """Decode latents (n, d, h, w) of a variant to pictures (n, C, H, W) in [-1, 1]."""
         if variant == "blocks":
             k = round((z.shape[1] / self.content.image_channels) ** 0.5)
             means = F.pixel_shuffle(z, k)

@@ -18,7 +18,7 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.distribution import kernel_matrix, trunk_features, unbiased_mmd
 
 NEIGHBOURS = 10
-SUBSETS = 100  # subsets of the samples over which the spread of a distance is measured
+SUBSETS = 100  # number of subsets of the samples over which the spread of a distance is measured
 FEATURES = "relu5_3 of LPIPS' VGG16, mean over positions, pictures at their own size"
 
 
@@ -49,8 +49,8 @@ class References:
     """Features that samples are compared with.
 
     Attributes:
-        train, held: of real training and held-out pictures.
-        train_recon, held_recon: of their reconstructions.
+        train, held: features of real training pictures and of real held-out pictures.
+        train_recon, held_recon: features of the reconstructions of these pictures.
         train_classes: classes of the training pictures, (N,).
     """
 
@@ -61,20 +61,20 @@ class References:
     train_classes: Tensor
 
     def measure(self, found: Tensor, classes: Tensor) -> dict[str, Any]:
-        """Return the measures of pictures.
+        """Return the measures of generated pictures.
 
         Args:
-            found: their features, (N, D).
-            classes: their intended classes, (N,), -1 for none.
+            found: features of the pictures, (N, D).
+            classes: class that each picture should show, (N,), -1 for none.
 
         Returns:
-            - kd, kd_train: kernel distance to the held-out and to the training pictures.
+            - kd, kd_train: kernel distance to the held-out pictures, and to the training pictures.
             - kd_subsets: standard deviation of kd over random halves of the samples.
             - class_accuracy_plain: `class_accuracy` of these pictures.
-            - copies: share that is nearer to the reconstruction of a training picture than 99 % of
-              the reconstructions of held-out pictures are.
-            - near_train, near_held: median distance to the nearest of equally many training and
-              held-out reconstructions.
+            - copies: share of the pictures that are nearer to the reconstruction of a training
+              picture than 99 % of the reconstructions of held-out pictures are.
+            - near_train, near_held: median distance of the pictures to the nearest reconstruction
+              of a training picture, and of a held-out picture. Both sets have the same size.
         """
         result = {
             "kd": unbiased_mmd(found, self.held),
@@ -93,12 +93,15 @@ class References:
         return result
 
     def class_accuracy(self, found: Tensor, classes: Tensor) -> float:
-        """Return the share of pictures whose class is that of most nearest training pictures."""
+        """Return the share of pictures with the majority class of the nearest training pictures."""
         return class_share(found, classes, self.train, self.train_classes)
 
 
 def spread_of_subsets(x: Tensor, y: Tensor) -> float:
-    """Return the standard deviation of the distance over random halves of x, (N, D) and (M, D)."""
+    """Return the standard deviation of the kernel distance of x and y over random halves of x.
+
+    `x` is (N, D), and `y` is (M, D).
+    """
     size = len(x) // 2
     if size < 2:
         return 0.0
@@ -114,7 +117,7 @@ def spread_of_subsets(x: Tensor, y: Tensor) -> float:
 
 
 def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
-    """Return the share of pictures whose class is that of most of their nearest neighbours."""
+    """Return the share of pictures with the majority class of their nearest neighbours."""
     count = min(NEIGHBOURS, len(train))
     places = torch.cdist(found, train).topk(count, largest=False).indices
     total = int(max(train_classes.max(), classes.max())) + 1
@@ -124,5 +127,5 @@ def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Te
 
 
 def nearest(found: Tensor, others: Tensor) -> Tensor:
-    """Return the distance of each picture to the nearest of the others, (N,)."""
+    """Return the distance of each picture to the nearest picture of `others`, (N,)."""
     return torch.cdist(found, others).amin(dim=1)

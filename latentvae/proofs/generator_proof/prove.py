@@ -1,8 +1,9 @@
 """Prove what latents or tokens are worth to a generator (`latentvae prove`).
 
 The same small generator is trained on each folder of codes, and on controls: changed codes for
-which it must do worse. All generators have the same size and budget. Their samples are measured
-beside floors: real pictures, reconstructions, and an untrained generator.
+which the generator must do worse. All generators have the same size and budget. Their samples are
+compared with reference values (called floors): the measures of real pictures, of reconstructions,
+and of an untrained generator.
 
     OUT/proof.json   settings and results, the same bytes for the same seeds on the same machine
     OUT/proof.html   the results as a page
@@ -36,7 +37,7 @@ from latentvae.proofs.generator_proof.subject import CODE, Subject
 from latentvae.proofs.generator_proof.token_subject import TokenSubject
 from latentvae.report.proof_page import write_page
 
-SHOWN = 40  # samples in a picture
+SHOWN = 40  # number of samples in a picture
 SUBJECTS: dict[str, type[Any]] = {"latents": LatentSubject, "tokens": TokenSubject}
 FORMAT = 1
 
@@ -59,9 +60,10 @@ def prove(
         out: folder of the results. An interrupted proof is continued.
         settings: size and budget of the generators.
         data: the images that were encoded. None takes the data that each manifest names.
-        models: the autoencoder of each folder. Empty takes those that the manifests name.
+        models: the autoencoder of each folder. Empty takes the autoencoders that the manifests
+            name.
         controls: names of the controls to run. None runs all.
-        say: prints a line.
+        say: function that prints a line.
 
     Returns:
         The content of proof.json.
@@ -195,7 +197,7 @@ class _Proof:
         subject: the codes and their controls.
         folder: folder of the trainings.
         features: computes the features of pictures.
-        say: prints a line.
+        say: function that prints a line.
     """
 
     def __init__(

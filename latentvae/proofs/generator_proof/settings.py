@@ -1,4 +1,4 @@
-"""Settings of the generator proof. All generators of a proof are trained with the same settings."""
+"""Define the settings of the generator proof, which all generators of a proof share."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,16 +13,17 @@ class ProofSettings:
     Args:
         updates: length of each training, in updates of `batch_size` images.
         seeds: seeds of the generators. Two or more give a spread.
-        shifts: shifts of the noise levels that are tried with the first seed, for latents.
+        shifts: shifts of the noise levels that are tried with a seed of its own, for latents.
         samples: number of pictures that each generator draws, the same number for each class.
-        guidance: weight of classifier-free guidance of the samples whose classes are recognised.
-            All other measures take samples without guidance.
+        guidance: weight of classifier-free guidance for the samples of the measure
+            `class_accuracy`. All other measures take samples without guidance.
         width, depth: size of the generator.
         batch_size: images in an update, and in a batch of samples.
-        learning_rate: peak learning rate. It falls to 0 along a cosine.
+        learning_rate: peak learning rate. The rate falls to 0 along a cosine.
         sampling_steps: number of Euler steps, for latents.
-        noise: standard deviation of the noise of the control `noise`, relative to each channel's.
-            For tokens, the share of tokens that the control replaces by random tokens.
+        noise: standard deviation of the noise of the control `noise`, relative to the standard
+            deviation of each channel. For tokens, the share of tokens that the control replaces by
+            random tokens.
         max_images: at most this many training images are used, evenly spread.
         held_out: share of the images that no generator learns from.
 

@@ -1,7 +1,7 @@
-"""The interface of what a proof examines: a folder of latents or of tokens, with its controls.
+"""Define the interface of what a proof examines: a folder of codes, with its controls.
 
-A *variant* is the code itself (`code`) or a control, which is the code after a change that should
-make the generator better or worse in a known way.
+Codes are latents or tokens. A *variant* is either the unchanged codes (`code`) or a control. A
+control is a change of the codes that should make the generator better or worse in a known way.
 
 `n` images, `B` batch.
 """
@@ -56,11 +56,11 @@ class Subject(ABC):
 
     Args:
         shards: the opened folder.
-        table: all of its items.
+        table: all items of the folder.
         settings: settings of the proof.
-        name: its name in the results.
+        name: name of the folder in the results.
         data: the images that were encoded. None takes the data that the manifest names.
-        model: the autoencoder. None takes the one that the manifest names.
+        model: the autoencoder. None takes the autoencoder that the manifest names.
 
     Attributes:
         tables: the items of the training and of the held-out images.
@@ -138,7 +138,10 @@ class Subject(ABC):
 
     @abstractmethod
     def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
-        """Decode the real codes, in batches (B, C, H, W) in [-1, 1]."""
+        """Decode the real codes, in batches (B, C, H, W) in [-1, 1].
+
+        `held` chooses the held-out images instead of the training images.
+        """
 
     @abstractmethod
     def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
@@ -168,14 +171,17 @@ class Subject(ABC):
         }
 
     def own_classes(self) -> Tensor:
-        """Return the class of each sample (n,), as often as in the training images, or -1."""
+        """Return the class of each sample, (n,), with the frequencies of the training images.
+
+        If there are no classes, all values are -1.
+        """
         count, known = self.settings.samples, self.tables[0].classes
         if not self.num_classes:
             return torch.full((count,), -1)
         return known.sort().values[torch.arange(count) * len(known) // count]
 
     def even_classes(self) -> Tensor:
-        """Return the class of each sample (n,), all classes equally often."""
+        """Return the class of each sample, (n,), with all classes equally often."""
         return torch.arange(self.settings.samples) % self.num_classes
 
     @abstractmethod
@@ -199,7 +205,7 @@ def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) 
     """Read the pictures that were encoded, by their names.
 
     Raises:
-        UserError: the data lacks a picture, or it cannot be read.
+        UserError: the data lacks a picture, or a picture cannot be read.
     """
     pixels = PixelFormat(
         content.image_channels,
@@ -229,7 +235,7 @@ def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) 
 
 
 def batches(total: int, size: int) -> Iterator[range]:
-    """Yield ranges of at most `size` numbers below `total`."""
+    """Yield the numbers 0..total - 1 in ranges of at most `size` numbers."""
     for start in range(0, total, size):
         yield range(start, min(start + size, total))
 

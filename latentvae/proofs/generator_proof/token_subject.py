@@ -1,4 +1,4 @@
-"""Tokens as the subject of a proof. The generator is an autoregressive transformer.
+"""Examine tokens in a proof. The generator is an autoregressive transformer.
 
 `n` images, `T` tokens of an image, `K` codes.
 """
@@ -30,7 +30,7 @@ HEAD_DIM = 32
 
 
 class ProofPrior(PriorTask):
-    """The training of a proof's generator: its tokens are given, and it draws no pictures.
+    """Train a proof's generator on given tokens. The training draws no pictures.
 
     Args:
         config: options of the run.
@@ -64,9 +64,9 @@ class TokenSubject(Subject):
     Args:
         folder: the folder.
         settings: settings of the proof.
-        name: its name in the results.
+        name: name of the folder in the results.
         data: the images that were encoded. None takes the data that the manifest names.
-        model: the tokenizer. None takes the one that the manifest names.
+        model: the tokenizer. None takes the tokenizer that the manifest names.
     """
 
     kind = "tokens"
@@ -137,7 +137,7 @@ class TokenSubject(Subject):
 
     @torch.inference_mode()
     def decode(self, variant: str, tokens: Tensor) -> Tensor:
-        """Decode tokens (n, T) of a variant to pictures in [-1, 1]."""
+        """Decode tokens (n, T) of a variant to pictures (n, C, H, W) in [-1, 1]."""
         if variant == "permuted":
             tokens = tokens[:, torch.argsort(self._order)]
         device: torch.device = self.autoencoder.net.device

@@ -204,7 +204,7 @@ def precision(rehearsal: Rehearsal) -> Check:
 def average(rehearsal: Rehearsal) -> Check:
     """Check that the weight average moves once per update of the model, in float32.
 
-    In bf16 the average would not change.
+    An average in bf16 would not change.
     """
     training, worst = rehearsal.training, 0.0
     for i, seen in enumerate(rehearsal.seen):

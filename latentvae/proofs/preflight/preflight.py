@@ -48,13 +48,13 @@ GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
 
 
 def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
-    """Check a run before it starts, and print a line for each check. All ranks must call this.
+    """Check a run before it starts, and print a line for each check.
 
-    The preflight does not read or change the run's own folder.
+    All ranks must call this function. The preflight does not read or change the run's own folder.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
 
     Returns:
         The exit code: 0 if all checks hold, 1 if one failed.

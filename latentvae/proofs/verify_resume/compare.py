@@ -47,7 +47,8 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
     Args:
         folder: the run's folder.
         update: the update of the run's last checkpoint.
-        parts: groups of weights with a check of their own: name of the group and prefix of weights.
+        parts: groups of weights that have a check of their own: a dict from the group's name to the
+            prefix of its weights' names.
     """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -114,8 +115,8 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
     Args:
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
-        again: results of a second run that was never killed. They are needed if bitwise equality is
-            not promised. In this case the killed run may differ by `NOISE` times the
+        again: results of a second run that was never killed. These results are needed if bitwise
+            equality is not promised. In this case the killed run may differ by `NOISE` times the
             difference between the two uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))

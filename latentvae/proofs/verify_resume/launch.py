@@ -53,7 +53,7 @@ class Pace:
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
-    tail: float = 0.0  # from the last row of the log to the end, with save, validation and export
+    tail: float = 0.0  # seconds from the log's last row to the run's end, including the export
 
     @property
     def update(self) -> float:

@@ -15,7 +15,7 @@ def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check |
         starts: for each launch, the number of micro-steps done at its start.
 
     Returns:
-        The check, or None if the task cannot tell the order.
+        The check, or None if the task does not know the order of its data.
     """
     options, unit = task.config.run, task.unit
     total = options.max_train_steps * options.gradient_accumulation_steps

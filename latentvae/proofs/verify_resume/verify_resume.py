@@ -50,7 +50,7 @@ def verify_resume(
         kill_seed: seed of the moments of the kills.
         work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
             is kept if a check failed.
-        json: file for the results of the checks.
+        json: file for the results of the checks. None writes no file.
         launch_timeout: seconds after which a launch counts as hung.
 
     Returns:

@@ -160,8 +160,8 @@ def initialise_codebook(
 ) -> None:
     """Initialise the codes by k-means on the untrained encoder's features of random images.
 
-    The features of a latent may depend on the codes of earlier latents. So the codes of one latent
-    after the other are initialised.
+    The features of a latent may depend on the codes of earlier latents. So the codes are
+    initialised for one latent after the other.
 
     Args:
         net: the network, whose codes are changed.

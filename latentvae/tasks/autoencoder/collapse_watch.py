@@ -1,7 +1,7 @@
-"""The collapse watch: reads the values that a run logs, and warns when training goes wrong.
+"""Watch the values that a run logs, and warn when the training goes wrong.
 
 The watch warns of four conditions: the posterior collapses, the codebook collapses, the
-discriminator wins, or validation LPIPS diverges.
+discriminator wins (its loss is near 0), or validation LPIPS diverges.
 
     logged values -> is the condition present? -> for long enough? -> finding (printed once)
 

@@ -23,7 +23,7 @@ from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 from latentvae.tasks.autoencoder.posterior_checks import check_posterior
 from latentvae.tasks.image_config import ImageJobConfig
 
-BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of it, in pixels
+BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of this number of pixels
 
 
 class AutoencoderRunConfig(RunConfig):
@@ -54,8 +54,8 @@ class AutoencoderRunConfig(RunConfig):
         default=True,
         description=(
             "Compute 3 x 3 convolutions and their gradients with fewer multiplications (Winograd's "
-            "method). This option applies only to CPUs in float32. The rounding error is about "
-            "4e-6 of the size of the values."
+            "method). This option applies only to CPUs in float32. The rounding errors are about "
+            "4e-6 times the size of the values."
         ),
     )
     deterministic_posterior: bool = Field(
@@ -77,8 +77,9 @@ class AutoencoderRunConfig(RunConfig):
     lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
-            "Export the tokenizer as a VQModel for aMUSEd. Such a VQModel looks up codes by index, "
-            "and its pixels are in [0, 1]. Leave this option off for other pipelines."
+            "Export the tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. "
+            "Such a VQModel looks up codes by index, and its pixels are in [0, 1]. Leave this "
+            "option off for other pipelines."
         ),
     )
 

@@ -28,7 +28,8 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
     """Check the options that concern a new quantiser in a pretrained network.
 
     Raises:
-        UserError: an option has no meaning. The message names the option and its value.
+        UserError: an option has no effect or does not fit a new quantiser. The message names the
+            option.
     """
     # a new quantiser
     discretises = base is not None and base.discretised

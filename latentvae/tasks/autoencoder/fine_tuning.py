@@ -49,7 +49,7 @@ class Base:
         weights_sha256: hash of all weights as they were loaded.
         whole: whether the network has the class that was loaded. False if a new asymmetric decoder
             replaced the pretrained decoder, or if a `VQModel` was converted.
-        discretised: whether a KL autoencoder was loaded, and `net` has a new quantiser.
+        discretised: whether `net` is a loaded KL autoencoder with a new quantiser.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """
 

@@ -1,4 +1,4 @@
-"""Check the options of a Gaussian posterior against those of the loss and the run."""
+"""Check the options of a Gaussian posterior against the options of the loss and the run."""
 
 import math
 
@@ -10,7 +10,7 @@ from latentvae.option_marks import marked
 def check_posterior(
     model: PosteriorConfig, objective: ObjectiveConfig, deterministic_posterior: bool
 ) -> None:
-    """Check that the posterior's variance and flow have a meaning.
+    """Check that the options of the posterior's variance and flow fit the other options.
 
     Args:
         model: options of the network.
@@ -18,7 +18,8 @@ def check_posterior(
         deterministic_posterior: whether training decodes the posterior's mean.
 
     Raises:
-        ValueError: an option has no meaning. The message names the option and its value.
+        ValueError: two options exclude each other, or an option has no effect. The message names
+            the options and their values.
     """
     if model.posterior_flow:
         _check_flow(model.posterior_flow, objective)

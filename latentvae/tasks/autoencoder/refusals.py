@@ -12,13 +12,17 @@ from latentvae.tasks.image_config import ImageJobConfig
 
 
 def check_images(config: TrainConfig) -> None:
-    """Check that the run has images, and that they are large enough for metrics and networks."""
+    """Check that the run has images, and that they are large enough for metrics and networks.
+
+    Raises:
+        UserError: no option names the images, or the images are too small.
+    """
     check_source(config)
     _check_resolution(config)
 
 
 def check_source(config: ImageJobConfig) -> None:
-    """Check that an option names the training images."""
+    """Check that an option names the training images. Otherwise raise UserError."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
             "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
@@ -83,7 +87,11 @@ def _least(config: TrainConfig, side: int) -> str:
 
 
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Check that torch_compile is used with one process only. Otherwise the compiler fails."""
+    """Check that torch_compile is used with one process only. Otherwise the compiler fails.
+
+    Raises:
+        UserError: torch_compile is used with several processes.
+    """
     if config.run.torch_compile and processes > 1:
         raise UserError(
             f"torch_compile works with one process only, and {processes} were started. With "

@@ -1,4 +1,4 @@
-"""The learning part of the task "autoencoder": networks, one update, and schedules.
+"""Define the learning part of the task "autoencoder": networks, one update, and schedules.
 
 A micro-step is one forward pass and one backward pass through the decoder. Then the discriminator
 learns from the same images and the detached reconstructions (see `backward`).

@@ -1,4 +1,4 @@
-"""Validation: PSNR, SSIM and LPIPS of the averaged weights on unaugmented images, and a grid."""
+"""Validate averaged weights on unaugmented images: PSNR, SSIM and LPIPS, and a grid."""
 
 import itertools
 import math
@@ -64,8 +64,8 @@ def validate(
         `validation/images`. A tokenizer also has `validation/usage` (share of the codes),
         `validation/perplexity`, `validation/entropy_bits` (per token) and `validation/tokens`, over
         all images. At most `validation/tokens` codes can be used. If each level has its own codes,
-        these values are means over the levels, and `validation/usage_level0` and so on are those of
-        each level (also perplexity and tokens).
+        these values are means over the levels. The values of single levels are
+        `validation/usage_level0` and so on, also for perplexity and tokens.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -131,9 +131,9 @@ def _token_measures(usage: TokenUsage) -> dict[str, float]:
 
 
 def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
-    """Return at most `count` evenly spread images, (n, C, R, R).
+    """Return at most `count` evenly spread images, (n, C, H, W) in [-1, 1].
 
-    Other images replace those that cannot be read.
+    Other images replace images that cannot be read.
 
     Raises:
         UserError: no image can be read.
@@ -200,7 +200,10 @@ def save_grid(
 
 
 def difference(images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """Return the enlarged difference of two batches of images by its label. Mid-grey means 0."""
+    """Return a dict from a label to the enlarged difference of two batches of images.
+
+    In the result, mid-grey means no difference.
+    """
     enlarged = (DIFFERENCE_GAIN / 2 * (recon - images)).clamp(-1.0, 1.0)
     return {f"{DIFFERENCE_GAIN:g} x difference": enlarged}
 

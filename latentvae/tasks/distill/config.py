@@ -1,4 +1,4 @@
-"""Options of a run that distils an autoencoder into a small one."""
+"""Define the options of a run that distils an autoencoder into a small one."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from latentvae.losses.objective_config import PixelLossConfig
 from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share, Weight
 from latentvae.tasks.image_config import ImageJobConfig
 
-BUCKET_MULTIPLE = 64  # heights and widths of buckets are multiples of it, in pixels
+BUCKET_MULTIPLE = 64  # heights and widths of buckets are multiples of this number of pixels
 
 
 class StudentConfig(Section):
@@ -20,36 +20,45 @@ class StudentConfig(Section):
     teacher: Annotated[str | None, MayChange(), Elsewhere("teacher_model vae")] = Field(
         default=None,
         description=(
-            "Autoencoder to distil: a folder, such as a run's export, a single file, or a name on "
-            "the Hub (owner/name/folder). It must not be a tokenizer."
+            "Autoencoder to distil (the teacher): a folder, such as a run's export, a single file, "
+            "or a name on the Hub (owner/name/folder). The teacher must not be a tokenizer. Every "
+            "run needs this option."
         ),
     )
     student: Annotated[Literal["decoder", "encoder", "both"], Elsewhere("train_part")] = Field(
         default="decoder",
         description=(
-            "Part that learns. `decoder` decodes the teacher's latents. `encoder` learns to make "
-            "the teacher's latents. `both` trains both parts, each from the teacher."
+            "Part of the small autoencoder (the student) that is trained. `decoder` learns to "
+            "decode the teacher's latents. `encoder` learns to make the teacher's latents. `both` "
+            "trains both parts, each with the teacher's latents."
         ),
     )
     student_channels: Annotated[Positive, Elsewhere("width")] = Field(
-        default=64, description="Width of the student (an AutoencoderTiny). TAESD has 64."
+        default=64,
+        description=(
+            "Number of channels of all layers of the student (an AutoencoderTiny). TAESD has 64."
+        ),
     )
     student_blocks: Positive = Field(
         default=3,
-        description="Residual blocks at each resolution of the student, except 1 at the full size.",
+        description=(
+            "Number of residual blocks of the student at each resolution. At full resolution, "
+            "there is always one block."
+        ),
     )
     decoder_block_out_channels: tuple[int, ...] = Field(
         default=(),
         description=(
-            "Widths of the small decoder of a FLUX.2 teacher, from fine to coarse. The default is "
-            "three quarters of the teacher's widths. Other teachers do not have this option."
+            "Number of channels of each level of the student's decoder, from full resolution down. "
+            "This option is only for a FLUX.2 teacher. The default is three quarters of the "
+            "teacher's numbers."
         ),
     )
     pretrained_model_name_or_path: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Small autoencoder to start from, such as TAESD. Its shape is kept. The default is a "
-            "new network."
+            "Small autoencoder to start from, such as TAESD. The student then has the shape of "
+            "this autoencoder. By default, the student is a new network."
         ),
     )
 
@@ -60,21 +69,24 @@ class DistillLossConfig(PixelLossConfig):
     teacher_share: Share = Field(
         default=0.0,
         description=(
-            "Share of the decoder's loss that compares with the teacher's reconstruction. The rest "
-            "compares with the image. With 0, the teacher's decoder is not needed in training, "
-            "which saves much time."
+            "Share (0 to 1) of the decoder's loss that compares the student's image with the "
+            "teacher's reconstruction. The rest of the loss compares it with the original image. "
+            "With 0, the teacher's decoder is not needed in training, which saves much time."
         ),
     )
     latent_scale: Weight = Field(
         default=1.0,
-        description="Weight of the encoder's loss, the mean squared error of the scaled latents.",
+        description=(
+            "Weight of the encoder's loss, which is the mean squared error of the scaled latents."
+        ),
     )
     latent_noise: Weight = Field(
         default=0.0,
         description=(
-            "Noise on the latents that the decoder reads in training. Its standard deviation is "
-            "drawn for each image, from 0 to this share of the latents' standard deviation. Noise "
-            "makes a decoder that forgives a generator's errors, but less sharp."
+            "Noise on the latents that the decoder reads in training. The noise's standard "
+            "deviation is drawn for each image, from 0 to this share of the latents' standard "
+            "deviation. With more noise, the decoder tolerates larger errors of a generator, but "
+            "its images are less sharp. 0 means no noise."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The teacher and the student of a run, and the module that training calls.
+"""Build the teacher and the student of a run, and the module that training calls.
 
 `B` batch, `C` image channels, `H W` pixels, `d h w` latents.
 """
@@ -119,7 +119,7 @@ class TrainedStudent(nn.Module):
     def forward(self, images: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the reconstruction (B, C, H, W) and the latents (B, d, h, w).
 
-        One of them is None if its part does not learn.
+        A result is None if its part of the student does not learn.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -147,7 +147,7 @@ class Pair:
     def teach(
         self, images: Tensor, *, decode: bool, autocast_dtype: torch.dtype | None = None
     ) -> Taught:
-        """Return the teacher's latents of images, and with `decode` its reconstructions.
+        """Return the teacher's latents of images, and with `decode` also its reconstructions.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -165,11 +165,11 @@ class Pair:
 
     @torch.no_grad()
     def reconstruct(self, taught: Taught) -> Tensor:
-        """Return images as the trained parts make them. The teacher takes the place of the others.
+        """Reconstruct images with the trained parts, and with the teacher's parts for the others.
 
-        - student decoder: from the teacher's latents
-        - student encoder: decoded by the teacher
-        - both: encoded and decoded by the student
+        - If the decoder learns, the student decodes the teacher's latents.
+        - If the encoder learns, the teacher decodes the student's latents.
+        - If both parts learn, the student encodes and decodes.
         """
         if self.part == "decoder":
             recon = calls.decode(self.student, taught.z)

@@ -1,4 +1,4 @@
-"""Validation of a student: against the images, against its teacher, and the teacher beside it."""
+"""Compare a student with the images and with its teacher, and the teacher with the images."""
 
 from pathlib import Path
 
@@ -33,18 +33,20 @@ def validate(
     Args:
         pair: teacher and student, in eval mode.
         source: validation images.
-        transform: turns images into tensors.
+        transform: transform that turns images into tensors.
         perceptual: LPIPS.
         batch_size: number of images per batch of a process.
         limit: largest number of images.
         device: device of the networks.
-        bad: collects the names of unreadable images.
+        bad: object that collects the names of unreadable images.
 
     Returns:
-        `validation/psnr` (dB) and `validation/lpips` of the student, the same with `_to_teacher`
-        (distance to the teacher's reconstruction) and with `_teacher` (the teacher's own), and
-        `validation/images`. If the encoder learns, also `validation/latent_error`: the root mean
-        square error of the latents, divided by their standard deviation.
+        `validation/psnr` (dB) and `validation/lpips` compare the student's reconstructions with the
+        images. With the suffix `_to_teacher`, they compare the student's with the teacher's
+        reconstructions. With the suffix `_teacher`, they compare the teacher's reconstructions with
+        the images. `validation/images` is the number of images. If the encoder learns,
+        `validation/latent_error` is the root mean square error of the latents, divided by their
+        standard deviation.
     """
     shard = validation_batches(
         some_of(source, limit),

@@ -1,4 +1,4 @@
-"""Options of a run that trains a flow matching model on latents."""
+"""Define the options of a run that trains a flow matching model on latents."""
 
 from typing import Annotated, Literal
 
@@ -44,25 +44,27 @@ class LatentsConfig(Section):
     autoencoder: Annotated[str | None, MayChange(), Elsewhere("vae vae_path")] = Field(
         default=None,
         description=(
-            "Autoencoder that made the latents, for pictures of samples and for the export. By "
-            "default, it is the autoencoder that the manifest of the latents names."
+            "Autoencoder that made the latents. The run needs it for pictures of samples and for "
+            "the export. By default, the autoencoder is the one that the manifest of the latents "
+            "names."
         ),
     )
     normalization: Literal["model", "channel"] = Field(
         default="model",
         description=(
-            "How latents are brought to about unit variance. `model` shifts and scales them as the "
-            "pipelines of the autoencoder do. `channel` measures mean and standard deviation of "
-            "each channel on the training latents. With `channel`, and for autoencoders whose "
-            "pipelines shift latents, the export loads with latentvae's FlowPipeline, and not with "
-            "diffusers alone."
+            "How latents are scaled to a variance of about 1. `model` shifts and scales them as "
+            "the pipelines of the autoencoder do. `channel` uses the mean and the standard "
+            "deviation of each channel, measured on the training latents. With `channel`, and for "
+            "autoencoders whose pipelines shift latents, the export loads with latentvae's "
+            "FlowPipeline, and not with diffusers alone."
         ),
     )
     posterior_sample: bool = Field(
         default=True,
         description=(
-            "Learn from new samples of the posterior in each update, if the latents were encoded "
-            "with --moments. Without this option, the model learns from the posterior means."
+            "Draw new samples of the posteriors in each update. This works if the latents were "
+            "encoded with `latentvae encode --moments`. Without this option, the model learns from "
+            "the posterior means."
         ),
     )
 
@@ -71,10 +73,14 @@ class FlowConfig(Section):
     """Options of the network, of its condition and of the noise levels."""
 
     width: Annotated[Positive, Elsewhere("dim d_model hidden_size")] = Field(
-        default=256, description="Number of channels of a block, a multiple of head_dim."
+        default=256,
+        description=(
+            "Number of channels of each transformer block. This number must be a multiple of "
+            "head_dim."
+        ),
     )
     depth: Annotated[Positive, Elsewhere("n_layer num_layers layers")] = Field(
-        default=6, description="Number of blocks."
+        default=6, description="Number of transformer blocks."
     )
     head_dim: Annotated[Positive, Elsewhere("attention_head_dim")] = Field(
         default=32, description="Number of channels of each attention head."
@@ -82,58 +88,60 @@ class FlowConfig(Section):
     patch_size: Positive = Field(
         default=1,
         description=(
-            "Side of the patches of latent positions that become one token. It must divide the "
-            "side of the latent. Larger patches compute faster."
+            "Side of a patch, in positions of the latent. Each patch becomes one token. The patch "
+            "size must divide the height and width of the latent. Larger patches compute faster."
         ),
     )
     condition: Literal["auto", "class", "text", "none"] = Field(
         default="auto",
         description=(
             "Condition that the model gets with an image. `class` is the image's class. `text` is "
-            "the image's caption (see captions and text_encoder). `auto` is text if text_encoder "
-            "is given, else class if the latents have classes, else none."
+            "the image's caption (see captions and text_encoder). `none` is no condition. `auto` "
+            "is text if text_encoder is given, else class if the latents have classes, else none."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
         default=0.1,
         description=(
             "Probability with which an image loses its condition, drawn anew in each update. "
-            "Sampling with guidance needs a value above 0."
+            "Sampling with classifier-free guidance needs a value above 0."
         ),
     )
     text_encoder: str | None = Field(
         default=None,
         description=(
-            "Frozen encoder of captions, for condition text: a folder or Hub id that the package "
-            "transformers loads, such as google-t5/t5-base. With a T5 encoder and most "
+            "Frozen encoder of captions, which condition `text` needs: a folder or Hub id that the "
+            "package transformers loads, such as google-t5/t5-base. With a T5 encoder and most "
             "autoencoders (see docs/flow.md), the export loads without latentvae."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is '
-            "the name of an image in the latents. By default, captions are those that `latentvae "
-            "encode` found beside the images."
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is the '
+            "name of an image in the latents. By default, the captions are the ones that "
+            "`latentvae encode` found beside the images."
         ),
     )
     shift: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
         default="auto",
         description=(
-            "Shift of the noise levels in training and sampling. Values above 1 give more weight "
-            "to high noise. `auto` is the square root of (values of a latent / 4096), at least 1. "
-            "The best shift depends on the latents, so also try 2 and 4."
+            "Shift of the noise levels in training and sampling. 1 is no shift. Values above 1 "
+            "give more weight to high noise. `auto` is the square root of (number of values in a "
+            "latent / 4096), at least 1. The best shift depends on the latents, so also try 2 and "
+            "4."
         ),
     )
     solver: Annotated[Literal["euler", "heun"], MayChange()] = Field(
         default="euler",
         description=(
-            "Solver for the pictures of the run. heun evaluates the network twice in a step and "
-            "is more exact."
+            "Solver that draws the sample pictures of the run. `heun` evaluates the network twice "
+            "in each step and is more exact than `euler`."
         ),
     )
     sampling_steps: Annotated[Positive, MayChange()] = Field(
-        default=25, description="Number of sampling steps for the pictures of the run."
+        default=25,
+        description="Number of steps from noise to latent for the sample pictures of the run.",
     )
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     Attributes:
         z: latents as stored, (B, d, h, w), float32.
-        stds: their posterior standard deviations, or None.
+        stds: posterior standard deviations of the latents, (B, d, h, w), or None.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
         captions: caption of each image, "" for an image without a caption.
         numbers: number of each image in the table.
@@ -81,7 +81,7 @@ class LatentData:
     Attributes:
         content: the content of the first folder's manifest.
         model: the autoencoder that the manifest names.
-        normalization: how latents are brought to about unit variance.
+        normalization: shift and scale that bring latents to about unit variance.
         shape: (d, h, w) of normalised latents.
     """
 

@@ -43,7 +43,7 @@ from latentvae.tasks.flow.trained_flow import TrainedFlow, flow_loss
 from latentvae.tasks.generator_task import GeneratorTask
 from latentvae.tasks.shards import check_captions, with_captions
 
-Known = TypeVar("Known", Tensor, list[str])  # what is known of images: classes (B,) or captions
+Known = TypeVar("Known", Tensor, list[str])  # condition of images: classes (B,) or captions
 PICTURE_BATCH = 40  # images that are sampled at once
 DECODE_BATCH = 4  # a decoder needs much memory
 WRONG = ("wrong_class", "wrong_text")
@@ -59,7 +59,7 @@ class FlowTask(GeneratorTask):
         autoencoder: the autoencoder that made the latents.
         net: the network, not wrapped by DDP.
         condition: the condition that the model gets with an image: "class", "text" or "none".
-        num_classes: number of classes, 0 with another condition.
+        num_classes: number of classes, 0 if the condition is not "class".
         words, encoder: tokenizer and frozen encoder of captions, or None.
         shift: shift of the noise levels.
         gaussian: validation loss of the best model of independent Gaussian values.
@@ -246,7 +246,7 @@ class FlowTask(GeneratorTask):
     def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
         """Return normalised latents (B, d, h, w) and classes (B,) on the device.
 
-        With condition text, return the captions in place of classes.
+        With the condition "text", return the captions in place of the classes.
 
         Args:
             batch: images of a table.
@@ -279,11 +279,11 @@ class FlowTask(GeneratorTask):
         return known if isinstance(known, Tensor) else self.states(known)
 
     def states(self, captions: list[str]) -> Text:
-        """Return the states of captions, without a gradient."""
+        """Return the text encoder's hidden states of captions, without a gradient."""
         return encode_captions(captions, self.words, self.encoder)
 
     def nothing(self, count: int) -> Tensor | list[str]:
-        """Return what is known of `count` images whose condition is dropped."""
+        """Return the condition of `count` images whose class or caption is dropped."""
         if self.condition == "text":
             return [""] * count
         return torch.full((count,), NO_CLASS, device=self.device)

@@ -1,4 +1,4 @@
-"""The module that training calls, and the loss of flow matching.
+"""Define the module that training calls, and the loss of flow matching.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -34,7 +34,7 @@ def flow_loss(
     Args:
         net: the DiT or PixArt network.
         x: normalised latents, (B, d, h, w).
-        noise: like `x`.
+        noise: standard normal noise, (B, d, h, w).
         sigma: noise level of each image in [0, 1], (B,).
         condition: classes (B,) or texts, see `velocity`.
     """

@@ -1,4 +1,4 @@
-"""Options of a run that trains a variational autoencoder by a bound of its likelihood."""
+"""Define the options of a run that trains a VAE by a bound of its likelihood."""
 
 from typing import Annotated, Literal
 
@@ -29,32 +29,35 @@ class LikelihoodDataConfig(DataConfig):
         default="none",
         description=(
             "How grey pixels become black or white. `dynamic` draws each pixel anew in each "
-            "update, white with its grey value as the probability. `static` draws each image once. "
-            "`threshold` cuts at mid-grey. Validation images are always drawn once. The likelihood "
-            "bernoulli needs one of these."
+            "update, with its grey value (0 to 1) as the probability of white. `static` draws each "
+            "pixel once. `threshold` makes pixels above mid-grey white. `none` keeps grey values. "
+            "With `dynamic`, validation images are drawn only once. `--likelihood bernoulli` needs "
+            "dynamic, static or threshold."
         ),
     )
     labels_per_class: int = Field(
         default=0,
         ge=0,
         description=(
-            "For architecture classes: number of labels of each class that the training sees, "
-            "drawn by the seed. 0 means all. Images in a folder `unlabelled` have no label."
+            "Number of labels of each class that the training sees, drawn at random by the seed. "
+            "All other images are used without labels. 0 means all labels. Images in a folder "
+            "`unlabelled` never have a label. This option is for the architecture `classes` "
+            "(preset m2_mnist)."
         ),
     )
     perturb_rate: Annotated[float, Field(ge=0.0, le=1.0), Elsewhere("mutation_rate")] = Field(
         default=0.0,
         description=(
-            "Share of the pixel values in training that become random. A value of 0.1 to 0.3 gives "
-            "a background model, which corrects the likelihoods of another model (`latentvae "
-            "anomaly fit --correction ratio`)."
+            "Share (0 to 1) of the pixel values in training that are replaced by random values. "
+            "0.1 to 0.3 gives a background model, which corrects the likelihoods of another model "
+            "(`latentvae anomaly fit --correction ratio`). 0 replaces no values."
         ),
     )
     cache_images: bool = Field(
         default=True,
         description=(
             "Read all images once, at the start, and keep them in memory as bytes. This is much "
-            "faster for small images. It needs crop center."
+            "faster for small images. This option needs `crop center`."
         ),
     )
 
@@ -102,7 +105,7 @@ class LikelihoodConfig(ImageJobConfig):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of the images."""
         return (self.data.image_channels, *self.data.size)
 
     @model_validator(mode="after")

@@ -39,13 +39,13 @@ class ClassTraining(nn.Module):
     def forward(
         self, images: Tensor, labelled: Tensor, classes: Tensor, *, least: float, all_images: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the means of -ln q(y|x) and L(x, y), and of U(x) unless `all_images` is False.
+        """Return the means of -ln q(y|x) and L(x, y), and of U(x) if `all_images` is True.
 
         Args:
-            images: images without a label, (B, C, H, W).
-            labelled, classes: images with a label, and their classes.
+            images: images of the batch, whose labels are not used, (B, C, H, W).
+            labelled, classes: images with a label, (n, C, H, W), and their classes, (n,).
             least: see `ClassVAE.unlabelled_bound`.
-            all_images: compute U(x).
+            all_images: whether to compute U(x). Otherwise the third result is None.
         """
         error = F.cross_entropy(self.net.logits(labelled), classes)
         bound = self.net.labelled_bound(labelled, classes).mean()
@@ -59,8 +59,8 @@ class Classes:
 
     Attributes:
         names: names of the classes.
-        train: class of each training image, -1 without one.
-        validation: class of each validation image, -1 without one.
+        train: class of each training image, -1 for an image without a class.
+        validation: class of each validation image, -1 for an image without a class.
 
     Raises:
         UserError: the training images have no classes, or a validation image has another class.
@@ -92,7 +92,10 @@ class Classes:
 
 
 def class_names_of(source: ImageSource) -> list[str | None] | None:
-    """Return the name of each image's class, None without one. None if there are no classes."""
+    """Return the name of each image's class, None for an image without a class.
+
+    Return None instead of a list if there are no classes.
+    """
     found = find_labels(source, label_column=None)
     if found is None:
         return None
@@ -113,10 +116,10 @@ def _by_number(name: str) -> tuple[int, str]:
 
 
 def some_labels(classes: Tensor, names: list[str], *, per_class: int, seed: int) -> Tensor:
-    """Keep `per_class` labels of each class, drawn at random. The others become -1.
+    """Keep `per_class` labels of each class, drawn at random. All other labels become -1.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: a class has fewer labels than `per_class`.
     """
     generator, kept = torch.Generator().manual_seed(seed), torch.full_like(classes, NO_LABEL)
     for number, name in enumerate(names):
@@ -135,8 +138,8 @@ class ClassLoss:
 
     Args:
         classes: class of each training image in memory, -1 without a label.
-        options: the weights.
-        num_classes: K.
+        options: options of the loss, with its weights.
+        num_classes: number of classes K.
     """
 
     def __init__(self, classes: Tensor, options: VariationalConfig, num_classes: int) -> None:
@@ -148,10 +151,11 @@ class ClassLoss:
         self.least = options.class_floor / num_classes
 
     def draw(self, batch: Tensor) -> Tensor:
-        """Draw numbers of images with a label, by the global generator.
+        """Draw the numbers of images with a label, by torch's global generator.
 
         Args:
-            batch: numbers of the images of the batch. If all images have a label, these are taken.
+            batch: numbers of the images of the batch. If all images have a label, these numbers are
+                returned.
         """
         if self.share == 1.0:
             return batch
@@ -188,7 +192,7 @@ class ClassLoss:
 
 @torch.no_grad()
 def count_errors(net: Any, images: Tensor, classes: Tensor) -> tuple[int, int]:
-    """Return the numbers of wrong classes and of images that have a class."""
+    """Return the number of wrongly classified images, and the number of images with a class."""
     known = classes != NO_LABEL
     if not known.any():
         return 0, 0

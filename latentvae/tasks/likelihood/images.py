@@ -1,4 +1,4 @@
-"""Images in memory, and binary images made of grey ones.
+"""Keep images in memory, and make binary images from grey images.
 
 Symbols: `N` images, `B` batch, `C` channels, `H W` image size.
 """
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from latentvae.data import BadImages, Batch, EvalTransform, ImageSource, UnreadableImage
 from latentvae.errors import UserError, printable
 
-MEMORY_SHARE = 0.8  # of the free memory that images may take
+MEMORY_SHARE = 0.8  # share of the free memory that images may take
 
 DRAWN_AT_ONCE = 1024  # images that are made binary at once
 
@@ -26,8 +26,8 @@ def read_all(
 
     Args:
         source: the images.
-        transform: gives every image the same size.
-        bad: collects the unreadable files, which are left out.
+        transform: transform that gives every image the same size.
+        bad: object that collects the unreadable files, which are left out.
         progress: label of a progress bar. None shows none.
 
     Raises:
@@ -67,7 +67,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def batches_of(pixels: Tensor, steps: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
-    """Yield a batch for each list of (epoch, index)."""
+    """Yield a batch of images for each list of pairs (epoch, index)."""
     for step in steps:
         indices = torch.tensor([index for _, index in step])
         yield Batch(pixels[indices], indices, [])
@@ -79,7 +79,7 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
     Args:
         images: grey values in [-1, 1].
         kind: "threshold" cuts at 0. Otherwise a pixel is 1 with probability (1 + x) / 2.
-        generator: draws the pixels. None is torch's global generator.
+        generator: generator that draws the pixels. None takes torch's global generator.
     """
     if kind == "threshold":
         return torch.where(images > 0, 1.0, -1.0)
@@ -91,7 +91,7 @@ def perturbed(images: Tensor, *, rate: float) -> Tensor:
     """Return images in which random values are replaced, to train a background model.
 
     Each value is replaced with probability `rate` by a uniform 8-bit value (arXiv:1906.02845, which
-    uses rates of 0.1 to 0.3). The global generator draws.
+    uses rates of 0.1 to 0.3). torch's global generator draws the values.
 
     Args:
         images: (B, C, H, W) in [-1, 1].

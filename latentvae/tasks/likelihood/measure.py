@@ -45,7 +45,7 @@ def measure_folder(
     """Measure images, print the results, and write them as JSON.
 
     Args:
-        model: an exported network, or a finished run.
+        model: folder of an exported network or of a finished run.
         data: images, in any form that `open_source` reads.
         samples: latent samples per image.
         max_images: largest number of images.
@@ -59,7 +59,7 @@ def measure_folder(
         The content of the JSON file.
 
     Raises:
-        UserError: an option is wrong, or model or images cannot be read.
+        UserError: an option is wrong, or the model or the images cannot be read.
     """
     # checks
     for name, value in (("samples", samples), ("batch_size", batch_size)):

@@ -54,7 +54,7 @@ from latentvae.tasks.likelihood.total_correlation import (
     build_discriminator,
 )
 
-STATIC_SEED = 0  # of images that are made binary once
+STATIC_SEED = 0  # seed of images that are made binary once
 START_IMAGES = 1000  # training images whose mean is the start of the decoder
 
 
@@ -324,7 +324,10 @@ class LikelihoodTask(ImageTask):
         return logged
 
     def prepared_images(self, batch: Batch) -> Tensor:
-        """Return the images on the device. The global generator changes them as options say."""
+        """Return the images on the device.
+
+        The options may ask for random changes, which torch's global generator draws.
+        """
         images, data = batch.on(self.device), self.config.data
         if self.pixels is not None and data.random_flip:
             mirrored = torch.rand(len(images), device=self.device) < 0.5

@@ -1,4 +1,4 @@
-"""The term of the total correlation, by the posteriors of a batch or by a discriminator.
+"""Estimate the total correlation, from the posteriors of a batch or by a discriminator.
 
 Symbols: `B` batch, `U` latent units.
 """
@@ -29,11 +29,11 @@ class TotalCorrelation(Protocol):
     """An estimate of the total correlation of the latents of a batch."""
 
     def of(self, bound: Bound) -> Tensor:
-        """Return the total correlation in nats, a scalar with its graph."""
+        """Return the total correlation in nats, a scalar with its autograd graph."""
         ...
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
-        """Add the gradients of the estimate's own network, times `share`. Return log values."""
+        """Add `share` times the gradients of the estimate's own network. Return values to log."""
         ...
 
 
@@ -60,7 +60,7 @@ class BatchEstimate:
 class DiscriminatorEstimate:
     """The estimate of FactorVAE, by a discriminator that learns beside the network.
 
-    One half of the batch gives the joint codes, and the other half the permuted ones.
+    One half of the batch gives the joint codes, and the other half gives the permuted codes.
 
     Args:
         learner: the discriminator and its optimizer.

@@ -1,4 +1,4 @@
-"""Options of a run that trains a prior on tokens."""
+"""Define the options of a run that trains a prior on tokens."""
 
 from typing import Annotated, Literal
 
@@ -46,15 +46,15 @@ class TokensConfig(Section):
     tokenizer: Annotated[str | None, MayChange(), Elsewhere("vq_model vqvae")] = Field(
         default=None,
         description=(
-            "Tokenizer that made the tokens, for pictures of samples and for the export. By "
-            "default, it is the tokenizer that the manifest of the tokens names."
+            "Tokenizer that made the tokens. The run needs it for pictures of samples and for the "
+            "export. By default, the tokenizer is the one that the manifest of the tokens names."
         ),
     )
     shuffle_tokens: bool = Field(
         default=False,
         description=(
-            "Shuffle the tokens of each image within their level. This is a control experiment: a "
-            "prior should be clearly better without this option."
+            "Shuffle the tokens of each image, separately in each level of codes. This is a "
+            "control experiment: a prior should be clearly better without this option."
         ),
     )
 
@@ -63,37 +63,45 @@ class NetworkConfig(Section):
     """Options of the prior's network and of its condition."""
 
     width: Annotated[Positive, Elsewhere("dim n_embd d_model hidden_size")] = Field(
-        default=256, description="Number of channels, a multiple of 4 times num_heads."
+        default=256,
+        description=(
+            "Number of channels of each transformer block. This number must be a multiple of 4 "
+            "times num_heads."
+        ),
     )
     depth: Annotated[Positive, Elsewhere("n_layer num_layers layers")] = Field(
-        default=6, description="Number of blocks."
+        default=6, description="Number of transformer blocks."
     )
     num_heads: Annotated[Positive, Elsewhere("n_head heads")] = Field(
-        default=8, description="Number of attention heads in each block."
+        default=8, description="Number of attention heads in each transformer block."
     )
     dropout: Share = Field(
-        default=0.1, description="Share of values that are dropped in training, in each block."
+        default=0.1,
+        description=(
+            "Share (0 to 1) of values that are dropped in training, in each transformer block."
+        ),
     )
     condition: Literal["auto", "class", "text", "none"] = Field(
         default="auto",
         description=(
             "Condition that the prior gets with an image. `class` is the image's class. `text` is "
-            "the image's caption (see captions and text_encoder). `auto` is text if all "
-            "images have captions, else class if they have classes, else none."
+            "the image's caption (see captions and text_encoder). `none` is no condition. `auto` "
+            "is text if all images have captions, else class if the images have classes, else "
+            "none."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
         default=0.1,
         description=(
             "Probability with which an image loses its condition, drawn anew in each update. "
-            "Sampling with guidance needs a value above 0."
+            "Sampling with classifier-free guidance needs a value above 0."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is '
-            "the name of an image in the tokens. By default, captions are those that `latentvae "
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is the '
+            "name of an image in the tokens. By default, the captions are the ones that `latentvae "
             "encode` found beside the images."
         ),
     )
@@ -101,8 +109,8 @@ class NetworkConfig(Section):
         default=BYTES,
         description=(
             "Encoder of captions. `bytes` is a small encoder of the captions' bytes, which learns "
-            "together with the prior. Or a frozen encoder: a folder or Hub id that the package "
-            "transformers loads, such as a T5 or CLIP text encoder."
+            "together with the prior. You may also give a frozen encoder: a folder or Hub id that "
+            "the package transformers loads, such as a T5 or CLIP text encoder."
         ),
     )
 

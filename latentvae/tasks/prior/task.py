@@ -223,7 +223,7 @@ class PriorTask(GeneratorTask):
         return indices, None, self.states(prompts) if encode else self.encoder.split(prompts)
 
     def states(self, prompts: Sequence[str]) -> Text:
-        """Return the states of prompts, without a gradient."""
+        """Return the text encoder's hidden states of prompts, without a gradient."""
         return encode_prompts(prompts, self.words, self.encoder)
 
     def drop_condition(

@@ -56,7 +56,7 @@ class TokenTable(ItemTable):
         return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
 
     def shuffled(self, seed: int, *, level_sizes: Sequence[int]) -> "TokenTable":
-        """Return a table in which each image has an order of its own for the tokens of a level."""
+        """Return a table in which each level's tokens are shuffled, differently for each image."""
         orders = []
         for number in range(len(self)):
             rng, ends = np.random.default_rng([seed, number]), np.cumsum([0, *level_sizes])
@@ -129,7 +129,7 @@ def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
 
 
 def mean_unigram_bits(data: TokenData) -> float:
-    """Return the bits per token of codes drawn by their frequencies in each level."""
+    """Return the bits per token of codes that are drawn by their frequencies in each level."""
     sizes = [height * width for height, width in data.levels]
     tables = (data.train, data.validation)
     parts = [table.sequences.split(sizes, dim=1) for table in tables]

@@ -1,4 +1,4 @@
-"""The module that the training of a prior calls, and the bits of its tokens.
+"""Define the module that the training of a prior calls, and the bits of its tokens.
 
 `B` batch, `T` tokens of an image.
 """
