@@ -60,12 +60,12 @@ class Prove:
     """Folder for the results: proof.json, proof.html, pictures and trainings."""
 
     data: str | None = None
-    """The images that were encoded. By default, the command uses the data that the manifests of the
-    folders name."""
+    """The images that were encoded. By default, they are the images that manifest.json names in the
+    folders of latents or tokens."""
 
     models: tuple[str, ...] = ()
-    """The autoencoder of each folder, in the order of the folders. By default, the command uses the
-    models that the manifests of the folders name."""
+    """The autoencoder that encoded each folder of latents or tokens, in the folders' order. By
+    default, it is the model that manifest.json in the folder names."""
 
     controls: tuple[str, ...] | None = None
     """Controls to train beside the code itself. `noise` adds noise to latents, or replaces some

@@ -120,7 +120,7 @@ class ConvVAEConfig(VectorVAEConfig):
 
 
 class ClassVAEConfig(VAEConfig):
-    """Options of the network: a VAE with a class beside its latent vector (M2)."""
+    """Options of the network: a VAE whose latent is a vector and a class (M2, arXiv:1406.5298)."""
 
     has_convolutions: ClassVar[bool] = False
     has_classes: ClassVar[bool] = True
