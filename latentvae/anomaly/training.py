@@ -86,7 +86,7 @@ def train_network(
 
 def _diverged(epoch: int) -> str:
     return (
-        f"the loss is no number after {epoch + 1} epoch(s). Use a smaller learning_rate, or "
+        f"the loss is NaN or infinite after {epoch + 1} epoch(s). Use a smaller learning_rate, or "
         "scaling='standard'."
     )
 

@@ -22,7 +22,11 @@ MARGIN, CAPTION_HEIGHT = 8, 40  # pixels
 
 
 def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
-    """Return the reconstruction of images (1, 3, H, W) on the 8-bit grid, and its raw rate."""
+    """Reconstruct an image (1, 3, H, W).
+
+    Return the reconstruction, rounded to 8 bits, and the rate of the latent without entropy coding,
+    in bits per pixel.
+    """
     z = model.encode(images)
     size = images.shape[2], images.shape[3]
     decoded: Any = model.decode(z, size=size)

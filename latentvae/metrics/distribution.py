@@ -61,7 +61,7 @@ class FrechetDistance:
         return max(0.0, (shift + spread).item())
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the moments of both sets by name."""
+        """Return the moments of originals and reconstructions by name."""
         parts = {"real": self._real, "recon": self._recon}
         return {f"{p}_{k}": v for p, part in parts.items() for k, v in part.state_dict().items()}
 

@@ -75,9 +75,10 @@ def train_classes(
     warmup: int,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Train M2 by the bounds of all rows and the cross entropy of the labelled rows.
+    """Train M2 (arXiv:1406.5298) on rows with and without labels.
 
-    The loss is the objective of the paper (equation 9), negated and divided by N. In the paper, the
+    The loss has the bound of ln p for all N rows, and the cross entropy of the labelled rows. It is
+    the objective of the paper (equation 9), negated and divided by N. In the paper, the
     weight of the mean cross entropy is alpha N. After the division by N it is `alpha`.
 
     Args:
@@ -154,8 +155,8 @@ def run(
             falling.step()
         if not value.isfinite():
             raise UserError(
-                f"the loss is no number after {epoch + 1} epoch(s); use a learning_rate below "
-                f"{schedule.learning_rate:g}."
+                f"the loss is NaN or infinite after {epoch + 1} epoch(s). "
+                f"Use a learning_rate below {schedule.learning_rate:g}."
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)

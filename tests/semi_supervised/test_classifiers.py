@@ -187,7 +187,7 @@ def test_wrong_rows_and_labels_are_one_sentence(
         ({"alpha": -1}, "alpha must be a number above 0"),
         ({"skip_below": 1.0}, r"skip_below must be in \[0, 1\)"),
         ({"random_state": "a"}, "random_state must be"),
-        ({"learning_rate": 1e9, "likelihood": "gaussian"}, "loss is no number"),
+        ({"learning_rate": 1e9, "likelihood": "gaussian"}, "loss is NaN or infinite"),
     ],
 )
 def test_wrong_options_are_one_sentence(options: dict[str, Any], said: str) -> None:

@@ -151,7 +151,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
 
-        The mean of the bound over draws is the result of `unlabelled_bound`.
+        Each call draws a class for each image. The bound's expected value is `unlabelled_bound`.
         """
         check_images(images, self.image_shape)
         if detach_posterior:

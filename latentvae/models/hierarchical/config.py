@@ -89,7 +89,7 @@ class HierarchicalConfig(VAEConfig):
         default="exp",
         description=(
             "Function that makes a standard deviation from the network's output: `exp`, or "
-            "`softplus` with the smooth gradient of Efficient-VDVAE."
+            "`softplus` scaled as in Efficient-VDVAE (arXiv:2203.13751), so that softplus(0) = 1."
         ),
     )
     links: Literal["last", "mirrored"] = Field(
