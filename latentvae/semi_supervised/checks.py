@@ -23,15 +23,15 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
     try:
         values = np.asarray(rows)
     except ValueError as error:
-        raise UserError("X has rows of different lengths. Give a table of numbers.") from error
+        raise UserError("X has rows of different lengths; give a table of numbers.") from error
     if values.dtype.kind not in "biuf":
         raise UserError(
-            f"X must hold numbers (got values of type {values.dtype}). Turn text into "
+            f"X must hold numbers (got values of type {values.dtype}); turn text into "
             "numbers first."
         )
     if values.ndim != 2 or not values.size:
         raise UserError(
-            f"X must be a table of rows and columns (got shape {values.shape}). Images need "
+            f"X must be a table of rows and columns (got shape {values.shape}); images need "
             "X.reshape(len(X), -1)."
         )
     if columns is not None and values.shape[1] != columns:
@@ -39,7 +39,7 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
 
     values = values.astype(np.float32)
     if not np.isfinite(values).all():
-        raise UserError("X holds NaN or infinite values. Fill or remove these rows.")
+        raise UserError("X holds NaN or infinite values; fill or remove these rows.")
     least, most = values.min(), values.max()
     if likelihood == "bernoulli" and (least < 0 or most > 1):
         raise UserError(
@@ -75,7 +75,7 @@ def checked_labels(
     if not whole:
         raise UserError(
             f"y must hold whole numbers, and {UNLABELLED} for rows without a label (got values of "
-            f"type {values.dtype}). Number the classes first."
+            f"type {values.dtype}); number the classes first."
         )
 
     values = values.astype(np.int64)
@@ -93,7 +93,7 @@ def checked_labels(
 def _checked_classes(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     if len(missing := np.setdiff1d(expected, found)):
         raise UserError(
-            f"class {missing[0]} has no labelled row. Label at least one row of each class, or "
+            f"class {missing[0]} has no labelled row; label at least one row of each class, or "
             "remove it from classes."
         )
     if len(more := np.setdiff1d(found, expected)):

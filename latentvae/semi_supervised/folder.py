@@ -53,7 +53,7 @@ def read_images(
     found = find_labels(source, label_column=None)
     if found is None:
         raise UserError(
-            f"'{data}' has no classes. Put the images of each class into a folder of its own, and "
+            f"'{data}' has no classes; put the images of each class into a folder of its own, and "
             f"the others into a folder '{UNLABELLED_FOLDER}'."
         )
     pictures = Pictures(source, EvalTransform(resolution))

@@ -58,7 +58,7 @@ def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
     net: Any = load_likelihood_net(path)[0]
     if net.num_groups > 1 or net.posterior_moments(torch.zeros(1, *net.image_shape)) is None:
         raise UserError(
-            f"the posterior of vae='{path}' is not one Gaussian vector. Train one with a single "
+            f"the posterior of vae='{path}' is not one Gaussian vector; train one with a single "
             "entry in latent_units and posterior_flow none."
         )
     return net

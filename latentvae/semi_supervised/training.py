@@ -155,8 +155,8 @@ def run(
             falling.step()
         if not value.isfinite():
             raise UserError(
-                f"the loss is NaN or infinite after {epoch + 1} epoch(s). "
-                f"Use a learning_rate below {schedule.learning_rate:g}."
+                f"the loss is NaN or infinite after {epoch + 1} epoch(s); "
+                f"use a learning_rate below {schedule.learning_rate:g}."
             )
         if after_epoch is not None:
             after_epoch(epoch + 1)
