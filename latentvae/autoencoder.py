@@ -74,8 +74,8 @@ class Autoencoder:
             can compute in strips.
 
     Attributes:
-        optimization: the network that computes the results. `str(optimization)` says how close they
-            are to the results of `net`. The weights of `net` do not change.
+        optimization: the network that computes the results. `str(optimization)` says how close
+            these results are to the results of `net`. The weights of `net` do not change.
         f: downsampling factor.
         image_channels: number of image channels C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the images in pixels if the network supports only one size

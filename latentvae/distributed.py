@@ -72,7 +72,7 @@ def gather_cat(tensor: Tensor) -> Tensor:
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Return the tensors of all ranks, joined along the first axis in rank order, with the graph.
+    """Return the tensors of all ranks, joined along the first axis in rank order, with gradients.
 
     The gradient of this rank's part is the sum of the gradients that all ranks have for it. So a
     loss that every rank computes from the gathered tensor has, after DDP's mean over ranks, the

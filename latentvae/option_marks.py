@@ -73,12 +73,12 @@ class ChosenByPreset(Mark):
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The run uses the option. It is no argument of the object that is built from the section."""
+    """The training itself uses the option. An object built from the section does not get it."""
 
 
 @dataclass(frozen=True)
 class Elsewhere(Mark):
-    """Names that other training programs have for the option, separated by spaces."""
+    """Names that other training programs use for the option, separated by spaces."""
 
     names: str
 
@@ -154,7 +154,11 @@ def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
 
 
 def tag_in(name: str, default: str) -> Callable[[Any], str]:
-    """Return a function that returns the value of the option `name`, to choose an option class."""
+    """Return a function that reads the option `name` from values.
+
+    The option's value decides which class of a union type parses the values. Without a value, the
+    function returns `default`.
+    """
 
     def tag(values: Any) -> str:
         if isinstance(values, dict):

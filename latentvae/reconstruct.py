@@ -100,8 +100,8 @@ def reconstruct(
             size.
         strips: compute strip by strip, see `Autoencoder`. The option has an effect only if `model`
             is a folder or Hub id.
-        value_range: the stored numbers of black and white, as in training. Float files need this
-            argument with a grey or RGBA model.
+        value_range: the numbers that files store for black and white, as in training. Files of
+            floats need this argument if the model is grey or RGBA.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             such files are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.

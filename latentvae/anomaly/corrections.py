@@ -1,7 +1,8 @@
 """Correct log-likelihoods, which are too high for simple images of other kinds.
 
 A likelihood model of photos gives plain images a higher likelihood than its own training images
-(arXiv:1810.09136). Both corrections subtract what any model can explain:
+(arXiv:1810.09136). Both corrections subtract the log-likelihood of a more general model (a
+background model or a codec):
 
     likelihood ratio    log p(x) - log p_background(x)       arXiv:1906.02845
     input complexity    log p(x) + L(x) log 2                arXiv:1909.11480, minus its score S
@@ -84,8 +85,9 @@ def lossless_bits(images: Tensor, *, codec: Codec = "png", headerless: bool = Tr
     Args:
         images: (N, C, H, W) in [-1, 1]. Pixels are rounded to 8 bits.
         codec: "png" or "webp".
-        headerless: subtract the size of a black image of one pixel, which is all header. For images
-            of 28 or 32 pixels a side, the header would be a large part of the file.
+        headerless: subtract the size of a black image of one pixel, whose file consists of the
+            header only. For images of 28 or 32 pixels a side, the header would be a large part of
+            the file.
 
     Raises:
         UserError: `codec` is unknown, or the images have the wrong shape.

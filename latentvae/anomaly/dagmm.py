@@ -139,7 +139,7 @@ class DAGMM(Detector):
         self.random_state = random_state
 
     def latents(self, X: Any) -> np.ndarray:
-        """Return z of each row: the latent, the relative distance and the cosine, (N, D).
+        """Return z of each row (N, D): latent, relative distance and cosine to the reconstruction.
 
         With several networks, the columns of all networks are side by side.
         """
@@ -233,7 +233,7 @@ class DAGMM(Detector):
 
 
 def seed_of_network(seed: int, number: int) -> int:
-    """Return the seed of one of several networks. The first has the given seed."""
+    """Return the seed of network `number`. The first network has the seed `seed`."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])

@@ -26,7 +26,7 @@ SLACK = 1e-9  # relative distance of a threshold from the score that sets it
 
 
 class Detector(OutlierMixin, BaseEstimator):
-    """A detector of anomalous rows. Subclasses train and score scaled rows.
+    """Base class of detectors of anomalous rows. Subclasses train on scaled rows and score them.
 
     Subclasses have the options `false_alarm_rate`, `scaling`, `constant_columns` and
     `random_state`, and define `_train`, `_anomaly_scores`, `_tensors` and `_restore`.
@@ -106,7 +106,7 @@ class Detector(OutlierMixin, BaseEstimator):
         }
 
     def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
-        """Restore the result of `learned` of a detector with the same options."""
+        """Restore what a detector with equal options learned, from the result of its `learned`."""
         own = {"columns.shift", "columns.scale", "offset"}
         self.shift_ = tensors["columns.shift"].numpy()
         self.scale_ = tensors["columns.scale"].numpy()
@@ -160,10 +160,10 @@ def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarr
 def clean_threshold(scores: np.ndarray, rate: float) -> float:
     """Return the threshold below which a new clean row falls with probability at most `rate`.
 
-    This is the conformal quantile: with n clean scores, the floor(rate (n + 1))-th smallest. A new
-    row of the same distribution is equally likely to have any rank among n + 1 scores. If there are
-    too few rows for the rate, the quantile is the smallest score. The threshold lies just below the
-    quantile, so that rounding never flags the row that set it.
+    The threshold is the conformal quantile: the floor(rate (n + 1))-th smallest of n clean scores.
+    A new row of the same distribution is equally likely to have any rank among n + 1 scores. If
+    there are too few rows for the rate, the quantile is the smallest score. The threshold lies just
+    below the quantile, so that rounding never flags the row whose score is the quantile.
 
     Args:
         scores: `score_samples` of clean rows, (N,).

@@ -58,7 +58,7 @@ class ImageMethod(Protocol):
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options of all methods. Each method reads its own.
+    """Options of all methods. Each method uses only some of these options.
 
     Attributes:
         distance: distance of the method `reconstruction`, "l1" or "lpips".
@@ -130,7 +130,7 @@ class PooledDensity:
         self.seed = seed
 
     def fit(self, latents: Tensor) -> Self:
-        """Fit the density of images and the density of positions."""
+        """Fit a density of whole images and a density of single positions."""
         self.image.fit(pooled(latents).double().numpy())
         vectors = latents.movedim(1, -1).flatten(0, 2)
         order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(self.seed))
@@ -151,7 +151,7 @@ class PooledDensity:
         return Scored(scores, enlarged(maps, images))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what both densities learned."""
+        """Return what the densities of images and of positions learned."""
         return {
             f"{name}.{key}": value
             for name, part in (("image", self.image), ("local", self.local))
@@ -159,7 +159,7 @@ class PooledDensity:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Restore the result of `tensors`."""
+        """Restore the learned values from the result of `tensors`."""
         for name, part in (("image", self.image), ("local", self.local)):
             part.relearn(part_of(tensors, f"{name}."))
         return self
@@ -168,8 +168,8 @@ class PooledDensity:
 class Positions:
     """Score images by the Mahalanobis distance of each latent from clean latents of its position.
 
-    The latent of a position is put together with its eight neighbours. The score of an image is
-    the largest distance, after an average over neighbouring positions.
+    The latent of a position is concatenated with the latents of its eight neighbours. The score of
+    an image is the largest distance, after an average over neighbouring positions.
 
     Args:
         floor: share of the mean variance that is added to each variance.
@@ -208,7 +208,7 @@ class Positions:
         return {"means": self.means, "factors": self.factors}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Restore the result of `tensors`."""
+        """Restore the learned values from the result of `tensors`."""
         self.means, self.factors = tensors["means"], tensors["factors"]
         return self
 
@@ -339,7 +339,7 @@ def pooled(latents: Tensor) -> Tensor:
 
 
 def neighbourhoods(latents: Tensor) -> Tensor:
-    """Return each latent together with its eight neighbours, (N, 9 d, h, w)."""
+    """Return each latent, concatenated with its eight neighbours, (N, 9 d, h, w)."""
     padded = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
     return F.unfold(padded, 3).unflatten(2, latents.shape[2:])
 

@@ -83,7 +83,7 @@ def fit_images(
     held_out_share: float = 0.2,
     false_alarm_rate: float = 0.01,
 ) -> ImageMethod:
-    """Fit a detector on clean images, take the threshold from held-out images, and save both.
+    """Fit a detector on clean images, set its threshold from held-out images, and save it.
 
     Args:
         data: folder of clean images.
@@ -92,7 +92,7 @@ def fit_images(
         method: a key of `image_methods.METHODS`.
         resolution: side in pixels. None takes the model's image size if the model supports only one
             size, else 128.
-        options: options of the method. Their seed also decides the held-out images.
+        options: options of the method. Their `seed` also decides which images are held out.
         held_out_share: share of the clean images that only set the threshold. A method that learns
             nothing uses all clean images for the threshold.
         false_alarm_rate: share of clean images that may be flagged.
@@ -157,14 +157,14 @@ def score_images(
     num_pictures: int = 8,
     heat_maps: bool = False,
 ) -> Results:
-    """Score images, and write a sheet of the most anomalous ones with their heat maps.
+    """Score images, and write a sheet of the most anomalous images with heat maps.
 
     Args:
         folder: folder that `fit_images` wrote.
         data: folder of images.
         out: folder for the pictures.
         normal_folder: first-level folder of `data` with the normal images. The images of all other
-            folders are anomalies. None if the truth is unknown.
+            folders are anomalies. None if it is unknown which images are normal.
         num_pictures: number of images on the sheet.
         heat_maps: write the heat map of every image too.
 

@@ -71,10 +71,13 @@ def shortened(text: str, *, width: int) -> str:
 
 
 def colour_scale(clean_maps: Tensor, maps: Tensor) -> tuple[float, float]:
-    """Return the ends of a colour scale: the median of clean pixels and a high quantile of both.
+    """Return the ends of a colour scale for heat maps.
+
+    The lower end is the median of `clean_maps`. The upper end is the larger of two values: the
+    maximum of `clean_maps`, and the 99.5 percent quantile of `maps`.
 
     Args:
-        clean_maps: sorted sample of clean heat, (M,).
+        clean_maps: sorted sample of the heat-map values of clean images, (M,).
         maps: heat maps of the images to show, (N, H, W).
     """
     high = max(float(clean_maps[-1]), float(quantile(maps.flatten(), 0.995)))

@@ -50,13 +50,13 @@ class Mixture:
 def fit_mixture(z: Tensor, assignments: Tensor, *, floor: float) -> tuple[Mixture, Tensor]:
     """Return the mixture that soft assignments describe, and its covariances (K, D, D).
 
-    These are the equations of DAGMM's estimation network, and the M step of EM.
+    The equations are those of DAGMM, and of the M step of the EM algorithm.
 
     Args:
         z: rows, (N, D).
         assignments: probability of each component for each row, (N, K). Each row sums to 1.
-        floor: variance that is added to each diagonal of the covariances. Without it, the
-            covariance of a few rows has no Cholesky factor.
+        floor: variance that is added to each diagonal of the covariances. Without this variance,
+            the covariance of a few rows has no Cholesky factor.
     """
     z, assignments = z.double(), assignments.double()
     counts = assignments.sum(dim=0).clamp_min(MIN_COUNT)  # (K,)

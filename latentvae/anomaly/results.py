@@ -1,4 +1,4 @@
-"""Write the anomaly scores of items, and measures of the scores if there are labels."""
+"""Write the anomaly scores of items, and measures such as AUROC if there are labels."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ class Results:
         return self.scores > self.threshold
 
     def summary(self) -> dict[str, int | float]:
-        """Return the number of items and of flagged items, the threshold, and measures.
+        """Return the number of items, the number of flagged items, the threshold, and measures.
 
         The measures `auroc`, `average_precision` and `f1` need labels. `auroc` and
         `average_precision` do not depend on the threshold, but `f1` does.
@@ -85,7 +85,7 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
 
 
 def held_out(num_items: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the numbers of the items for training and of those held out, both sorted.
+    """Return the sorted numbers of the training items, and of the held-out items.
 
     Raises:
         UserError: `share` is not between 0 and 1, or there are too few items.

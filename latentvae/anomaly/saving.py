@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Load a detector that `save_detector` wrote. Its scores are bit-equal.
+    """Load a detector that `save_detector` wrote. It gives exactly the same scores as before.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

@@ -38,7 +38,7 @@ def fit_table(
     false_alarm_rate: float = 0.01,
     seed: int = 0,
 ) -> Detector:
-    """Fit a detector on clean rows, take the threshold from held-out rows, and save both.
+    """Fit a detector on clean rows, set its threshold from held-out rows, and save it.
 
     Args:
         data: file with a table of clean rows.
@@ -93,7 +93,8 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
     Args:
         folder: folder of the detector.
-        data: file with a table. It has the columns that the detector was fitted on, and any others.
+        data: file with a table. The table needs the columns that the detector was fitted on, and
+            may have more columns.
         labels: column of 0 (normal) and 1 (anomaly).
 
     Raises:

@@ -97,7 +97,7 @@ class BottleneckConfig(Section):
 
     @property
     def starts_by_kmeans(self) -> bool:
-        """Whether k-means on features of training images gives the initial codes of a new run."""
+        """Whether a new run sets the initial codes by k-means on features of training images."""
         return False
 
     @property
@@ -116,7 +116,7 @@ class BottleneckConfig(Section):
         return 1
 
     def temperature_at(self, update: int) -> float:
-        """Return the temperature in an update, counted from 0. Only the Gumbel-softmax uses it."""
+        """Return the softmax temperature in update number `update`, from 0. Only Gumbel uses it."""
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class EntropyConfig(CommitmentConfig):
 
 
 class CodebookConfig(CommitmentConfig):
-    """Options of a codebook, and of a loss that pulls its codes towards the encoder's vectors."""
+    """Options of a codebook, and of a loss that pulls the codes towards the encoder's vectors."""
 
     num_codes: NumCodes = Field(
         default=1024,
@@ -244,7 +244,7 @@ class CodebookConfig(CommitmentConfig):
 
 
 class LearnedCodebookConfig(CodebookConfig):
-    """Options of a codebook whose codes learn separately, so that some may become unused."""
+    """Options of a codebook whose codes learn separately, so that some codes may become unused."""
 
     codebook_decay: Annotated[
         # In a preset, the name `ema_decay` belongs to the moving average of the model's weights.
@@ -256,15 +256,16 @@ class LearnedCodebookConfig(CodebookConfig):
         description=(
             "Compute each code as the moving average of the vectors that choose it, with this "
             "decay per update, such as 0.99. A larger decay averages over more updates. By "
-            "default, the codes learn by gradient."
+            "default, the codes learn by gradient descent."
         ),
     )
     gradient: GradientName = Field(
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
-            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` applies to the gradient "
+            "the rotation and scaling that turn the encoder's vector into its code (rotation "
+            "trick)."
         ),
     )
     restart_threshold: Annotated[
@@ -274,9 +275,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0.0,
         description=(
-            "Replace each rarely used code by a vector of the batch. A code is rarely used if its "
-            "use is below this share (0 to 1) of the mean use of all codes. For a smaller share, "
-            "the use is measured over more updates. With 0, no code is replaced."
+            "Replace each rarely used code by one of the encoder's vectors in the batch. A code is "
+            "rarely used if its use is below this share (0 to 1) of the mean use of all codes. For "
+            "a smaller share, the use is measured over more updates. With 0, no code is replaced."
         ),
     )
     kmeans_iterations: Annotated[
@@ -287,8 +288,8 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0,
         description=(
-            "Number of k-means iterations on features of training images, which give the initial "
-            "codes. With 0, the initial codes are random."
+            "Number of iterations of k-means, which computes the initial codes from the encoder's "
+            "vectors of training images. With 0, the initial codes are random."
         ),
     )
 
@@ -305,7 +306,7 @@ class LearnedCodebookConfig(CodebookConfig):
 
     @property
     def starts_by_kmeans(self) -> bool:
-        """Whether k-means on features of training images gives the initial codes of a new run."""
+        """Whether a new run sets the initial codes by k-means on features of training images."""
         return self.kmeans_iterations > 0
 
     @property

@@ -3,10 +3,11 @@
 z (B, d, h, w) -> coupling -> ... -> coupling -> f(z) (B, d, h, w), log |det df/dz| (B,)
 
 A coupling (Dinh et al. 2016, arXiv:1605.08803) leaves one part of its input as it is. A small
-network reads this part and chooses an affine map and a spline (Durkan et al. 2019,
+network reads the unchanged part and chooses an affine map and a spline (Durkan et al. 2019,
 arXiv:1906.04032) for each element of the other part. The parts are the two colours of a
 checkerboard of positions, or two halves of the channels. The convolutions see neighbouring
-positions, so the map works for latents of any size. The monotonic maps are those of zuko.
+positions, so the map works for latents of any size. The affine maps and splines come from the
+package zuko.
 
 `B` batch, `d` latent channels, `h w` latent positions, `w` hidden channels, `K` bins of a spline.
 """

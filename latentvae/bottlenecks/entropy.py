@@ -2,10 +2,10 @@
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
-Training makes the entropy of each vector's p low, so that its choice is clear. Training makes the
-entropy of the mean p over the batch high, so that all codes are used. The N x K probabilities are
-never in memory at once. They are computed for a few vectors at a time, and computed again in the
-backward pass.
+Training lowers the entropy of p for each vector, so that each vector clearly prefers one code.
+Training raises the entropy of the mean of p over the batch, so that all codes are used. The N x K
+probabilities are never in memory at once. They are computed for a few vectors at a time, and
+computed again in the backward pass.
 
 `N` vectors, `K` codes, `D` code width.
 """

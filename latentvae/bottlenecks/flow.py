@@ -35,9 +35,9 @@ class FlowConfig(GaussianConfig):
 
 
 class FlowBottleneck(GaussianBottleneck):
-    """A Gaussian posterior whose KL is to the prior that a flow describes.
+    """A Gaussian posterior. Its KL is the divergence from the prior that a flow describes.
 
-    At the start the flow is the identity, so the KL is that of `GaussianBottleneck`.
+    At the start the flow is the identity, so the KL equals the KL of `GaussianBottleneck`.
 
     Args:
         latent_channels: number of latent channels d.
@@ -69,7 +69,8 @@ class FlowBottleneck(GaussianBottleneck):
 
             KL = KL(q, N(0, I)) + (f(z)^2 - z^2) / 2 - log |det df/dz|
 
-        Its mean is the KL. The flow mixes channels, so the KL of one channel is not defined.
+        The expected value of the estimate is the KL. The flow mixes channels, so the KL of one
+        channel is not defined.
 
         Args:
             moments: mean and log-variance, (B, 2d, h, w).

@@ -29,7 +29,7 @@ Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 class GumbelConfig(BottleneckConfig):
     """Options of the quantiser Gumbel-softmax, which draws a relaxed sample from K logits.
 
-    The weight of its KL is kl_scale.
+    The option kl_scale of the loss is the weight of the KL.
     """
 
     type: Literal["gumbel"] = "gumbel"
@@ -104,8 +104,9 @@ class GumbelQuantizer(Quantizer):
     Args:
         num_codes: number of codes K, also the number of feature channels.
         code_channels: code width D.
-        straight_through: in training, `z` is the single code of the largest weight, with the
-            gradient of the mixture. By default `z` is the mixture of codes itself.
+        straight_through: in training, `z` is the single code with the largest weight, but the
+            gradient is the gradient of the mixture of codes. By default `z` is the mixture of codes
+            itself.
 
     Raises:
         UserError: there are fewer than 2 codes, or no channel.

@@ -14,8 +14,8 @@ is exactly the sum of its bits' entropies.
 
 The mean of p over tokens is not a product. The entropy of the mean is computed exactly for each
 group of bits, and the entropies of the groups are added. So no table of all K codes is needed. The
-sum is an upper bound, because entropy is subadditive. The bound is exact if the groups are
-independent.
+sum is an upper bound of the exact entropy, because entropy is subadditive. The sum is exact if the
+groups are independent.
 
 `B` batch, `D` bits, `K` = 2^D codes, `N = B * h * w` tokens, `s` scale, `t` entropy temperature.
 """
@@ -56,7 +56,10 @@ class LFQConfig(EntropyConfig):
     )
     spherical: Annotated[bool, Shape()] = Field(
         default=False,
-        description="Use BSQ instead of LFQ. In BSQ, vectors and codes lie on the unit sphere.",
+        description=(
+            "Use BSQ (binary spherical quantisation) instead of LFQ (lookup-free quantisation). In "
+            "BSQ, vectors and codes lie on the unit sphere."
+        ),
     )
 
 
@@ -67,10 +70,10 @@ class LookupFreeQuantizer(Quantizer):
     (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
-    In training, `batch_entropy` covers one micro-step of all ranks. Every rank must have the same
-    number of tokens. The mean of the ranks' gradients, which DDP computes, is then the gradient of
-    one batch of all these tokens. In evaluation each rank uses only its own batch, because ranks
-    may have different numbers of batches.
+    In training, `batch_entropy` is computed over the tokens of one micro-step on all ranks. Every
+    rank must have the same number of tokens. The mean of the ranks' gradients, which DDP computes,
+    is then the gradient of one batch of all these tokens. In evaluation each rank uses only its own
+    batch, because ranks may have different numbers of batches.
 
     Args:
         num_bits: number of bits D = log2 K, also the number of feature channels.

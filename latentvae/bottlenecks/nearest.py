@@ -1,9 +1,9 @@
-"""Search for the nearest code in tiles, so that memory grows with the tile and not with N x K.
+"""Search for the nearest code in tiles, so that memory grows with the tile, not with N x K.
 
-argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2, so a tile of scores is one matrix product
-with a bias. The search first finds the largest score of each block of 32 codes, then the position
-within the best block. This is faster than one argmax over all codes: a maximum over rows runs at
-memory speed, and an argmax is many times slower.
+argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2. The scores on the right are computed for one
+tile of vectors at a time, by one matrix product with a bias. The search first finds the largest
+score of each block of 32 codes, then the position within the best block. This is faster than one
+argmax over all codes: a maximum over rows runs at memory speed, and an argmax is many times slower.
 
 `N` vectors, `K` codes, `D` code width, `n` vectors of a tile.
 """

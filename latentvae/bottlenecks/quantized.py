@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Base class of discrete bottlenecks. The caller computes a scheduled temperature.
+    """Base class of discrete bottlenecks, also called quantisers.
 
     A subclass sets the sizes and defines `forward` and `codes`. The other methods have defaults for
     a bottleneck that learns only by gradient, or has nothing to learn.
@@ -65,7 +65,8 @@ class Quantizer(nn.Module):
 
         Args:
             features: (B, C, h, w).
-            temperature: above 0. Only Gumbel-softmax uses it, in training.
+            temperature: temperature of the softmax, above 0. Only Gumbel-softmax uses this value,
+                and only in training.
         """
         raise NotImplementedError  # Every bottleneck defines its own `forward`.
 
@@ -97,7 +98,7 @@ class Quantizer(nn.Module):
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Move the codes' moving averages, and restart unused codes.
+        """Update the moving averages of the codes, and restart unused codes.
 
         Call this method once per update, after the optimiser's step. By default it changes nothing.
 

@@ -26,14 +26,15 @@ from latentvae.option_marks import Elsewhere, Positive
 class ResidualConfig(LearnedCodebookConfig):
     """Options of the residual quantiser (RQ), which gives each position L codes.
 
-    Each code approximates the residual that the codes before it leave.
+    Each code approximates what the sum of the codes before it does not represent.
     """
 
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
         default=4,
         description=(
-            "Number L of quantisers in a row, called levels. Each position has one code per level."
+            "Number L of quantisers in a row, called levels. Each level quantises the error that "
+            "the levels before it leave. Each position has one code per level."
         ),
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
@@ -69,7 +70,7 @@ class ResidualQuantizer(Quantizer):
             residuals of any level.
 
     Raises:
-        UserError: `num_levels` is below 1, or `VectorQuantizer` raises this error.
+        UserError: `num_levels` is below 1, or an argument of `VectorQuantizer` is out of range.
     """
 
     kind = "residual"

@@ -2,10 +2,10 @@
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
 
-C (K, D) is frozen, and W (D, D) is learned. A gradient at one code moves all codes, so every code
-stays near the vectors and no code needs a restart. C is drawn from a normal distribution with
-variance 1 / D, and W has the default initialisation of a linear layer. The authors' code and
-vector-quantize-pytorch do the same.
+C (K, D) is frozen, and W (D, D) is learned. The gradient of one code changes W, and so moves all
+codes. So every code stays near the vectors, and no code needs a restart. C is drawn from a normal
+distribution with variance 1 / D, and W has the default initialisation of a linear layer. The
+authors' code and vector-quantize-pytorch do the same.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -36,8 +36,9 @@ class SimVQConfig(CodebookConfig):
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "`straight_through` passes the gradient unchanged. `rotation` rotates and scales the "
-            "gradient, as the quantiser rotates and scales the vector (rotation trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` applies to the gradient "
+            "the rotation and scaling that turn the encoder's vector into its code (rotation "
+            "trick)."
         ),
     )
 
@@ -47,7 +48,7 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """A `Quantizer` with one code per position, from a codebook whose codes all move together.
+    """A `Quantizer` that takes the nearest code of a codebook C W, in which only W learns.
 
     The losses are the losses of VQ-VAE. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) -
     code|^2. Here sg stops the gradient. The gradient of `codebook` reaches only W.

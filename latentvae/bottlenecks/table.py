@@ -93,7 +93,7 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
 def rebuilt_quantizer(old: Quantizer, arguments: Mapping[str, Any]) -> Quantizer:
     """Return a quantiser of the same shape as `old` with other training options.
 
-    The codes and the train or eval mode are those of `old`.
+    The new quantiser has the codes and the train or eval mode of `old`.
 
     Args:
         arguments: `type` and arguments of the new quantiser.

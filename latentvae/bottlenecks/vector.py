@@ -4,9 +4,9 @@ features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
 
 The codebook learns from its loss, or each code is a moving average of the vectors that chose it
 (the paper's appendix A.1). With `l2_normalize`, vectors and codes lie on the unit sphere
-(ViT-VQGAN, arXiv:2110.04627). The gradient passes through the quantiser unchanged, or rotated and
-scaled like the vector (rotation trick, arXiv:2410.06424). Codes that are hardly used restart at
-vectors of the batch.
+(ViT-VQGAN, arXiv:2110.04627). The gradient passes through the quantiser unchanged. Or the gradient
+is rotated and scaled, as the code is relative to the vector (rotation trick, arXiv:2410.06424).
+Codes that are hardly used restart at vectors of the batch.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -76,9 +76,9 @@ class VectorQuantizer(Quantizer):
             with the largest cosine similarity. The losses and the decoder see unit vectors.
         gradient: `"straight_through"` or `"rotation"`.
         restart_threshold: a code restarts when its use falls below this share of the mean use. 0
-            never restarts a code. Use is a moving average over a window of at least
-            `SMALLEST_WINDOW` updates. The window is so long that a code at the threshold is chosen
-            about once in a window.
+            never restarts a code. The use of a code is a moving average of how often vectors choose
+            it, over at least `SMALLEST_WINDOW` updates. The window is so long that a code at the
+            threshold is chosen about once per window.
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
             `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
             losses out.
@@ -154,7 +154,7 @@ class VectorQuantizer(Quantizer):
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
         """Quantise features (B, D, h, w). ``temperature`` has no effect.
 
-        Statistics are returned only in training mode.
+        The result has the statistics for `update` only in training mode.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):

@@ -22,8 +22,8 @@ class AnomalyFit:
         latentvae anomaly fit --data clean.csv --out detector
         latentvae anomaly fit --data photos/good --model runs/kl/export --out detector
 
-    A part of the clean items is held out. It sets the threshold, so that about one clean item in a
-    hundred is flagged (`--false_alarm_rate`).
+    A part of the clean rows or images is held out. The threshold is set on this part, so that about
+    one clean item in a hundred is flagged (`--false_alarm_rate`).
     """
 
     data: Path
@@ -211,8 +211,8 @@ class AnomalyScore:
     rows and 1 for anomalies. For images: the first-level folder whose images are normal."""
 
     json: Path | None = None
-    """JSON file for the number of items, the threshold, the number of flagged items, and with
-    labels the measures."""
+    """JSON file for the number of items, the threshold and the number of flagged items. With
+    labels, it also holds AUROC, average precision and F1."""
 
     num_pictures: int = 8
     """For images: number of images in most_anomalous.png."""

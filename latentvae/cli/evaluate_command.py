@@ -53,13 +53,14 @@ def evaluate_command(
         max_images: measure at most this many images.
         resolution: resize images to cover this side, or this height and width, and crop the centre.
             None keeps the size of each image.
-        max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
+        max_pixels: largest number of pixels of an image that is read, see `data.set_pixel_limit`.
         latent: whether to decode the posterior's mode or a sample.
         rfid: measure rFID and KID.
-        inception_weights: file with the weights for rFID and KID. This file turns `rfid` on.
+        inception_weights: file with the Inception weights for rFID and KID. If given, rFID and KID
+            are measured.
         allow_download: download weights that this machine does not have.
         sheet_images: number of images in sheet.png.
-        overwrite: replace the evaluation in `out`.
+        overwrite: replace an existing evaluation in `out`.
         device: torch device. None means the GPU if there is one.
 
     Raises:
@@ -145,7 +146,7 @@ def load_models(
     variant: str | None = None,
     optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
-    """Load models. The keys are the models' names, or parts of their paths if names are equal."""
+    """Return the loaded models by name. Models with equal names get parts of their paths."""
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]

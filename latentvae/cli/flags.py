@@ -151,7 +151,7 @@ def unknown_flags(arguments: Sequence[str], names: Iterable[str]) -> Iterator[tu
 
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn the errors that tyro would print in a box into a UserError."""
+    """Raise a UserError for an error that tyro would otherwise print in a box."""
     printed = _Captured()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
@@ -167,7 +167,7 @@ def settled_output() -> Iterator[None]:
     - A character that the locale cannot show is printed as an escape such as ``\\xe9``.
     - Output is dropped if stdout or stderr is closed.
     - If no program reads the output pipe any more, the exit code is 141 (SIGPIPE).
-    - Help is at least ``MIN_COLUMNS`` characters wide. tyro would take minutes for a narrower help.
+    - Help is at least ``MIN_COLUMNS`` characters wide. For narrower help, tyro would take minutes.
     """
     # before the command
     if shutil.get_terminal_size().columns < MIN_COLUMNS:

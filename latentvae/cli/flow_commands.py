@@ -39,11 +39,12 @@ def train_flow_command(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Prove:
-    """Prove what latents or tokens are worth: train the same small generator on each of them.
+    """Prove what latents or tokens are worth: train the same small generator on each folder.
 
     The same generator, with the same budget, is also trained on controls, such as the same latents
-    with noise or with shuffled classes. The samples are measured beside real pictures,
-    reconstructions and an untrained generator. OUT/proof.html shows the result.
+    with noise or with shuffled classes. The samples are compared with real
+    pictures, reconstructions and samples of an untrained generator. OUT/proof.html shows the
+    result.
 
         latentvae encode runs/kl/export --data photos --resolution 64 --out latents
         latentvae prove latents --out proof
@@ -57,52 +58,55 @@ class Prove:
     """Folders of latents or tokens of the same images, which `latentvae encode` wrote."""
 
     out: Path
-    """Folder for the results: proof.json, proof.html, pictures and trainings."""
+    """Folder for the results: proof.json, proof.html, the pictures and the files of the
+    trainings."""
 
     data: str | None = None
-    """The images that were encoded. By default, they are the images that manifest.json names in the
-    folders of latents or tokens."""
+    """The images that were encoded. By default, manifest.json in the folders of latents or tokens
+    says where these images are."""
 
     models: tuple[str, ...] = ()
-    """The autoencoder that encoded each folder of latents or tokens, in the folders' order. By
-    default, it is the model that manifest.json in the folder names."""
+    """The autoencoders that encoded the folders of latents or tokens, in the order of these
+    folders. By default, manifest.json in each folder says which autoencoder encoded the images."""
 
     controls: tuple[str, ...] | None = None
-    """Controls to train beside the code itself. `noise` adds noise to latents, or replaces some
-    tokens by random tokens. `labels` shuffles the classes of the training images. `permuted`
-    permutes the positions of all latents or tokens in the same way. `blocks` (for latents) uses
-    mean colours of square blocks of pixels instead. `shuffled` (for tokens) gives each image its
-    own random order of tokens. By default, all controls are trained."""
+    """Control experiments: for comparison, train the same generator on altered latents, tokens or
+    classes. `noise` adds noise to latents, or replaces some tokens by random tokens. `labels`
+    shuffles the classes of the training images. `permuted` permutes the positions of all latents or
+    tokens in the same way. `blocks` (for latents) trains on mean colours of square blocks of pixels
+    instead of latents. `shuffled` (for tokens) gives each image its own random order of tokens. By
+    default, all controls are trained."""
 
     updates: int = 400
     """Number of updates of each training."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the trainings. Each generator is trained once with each seed. The spread over the
-    seeds shows how large a difference must be to count."""
+    """Seeds of the trainings. Each generator is trained once with each seed. The spread of the
+    results over the seeds shows which differences may be chance."""
 
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """For latents: shifts of the noise levels to try, with an extra seed. The best shift is used. 1
-    is no shift, and larger values give more weight to high noise."""
+    """For latents: shifts of the noise levels to try, in extra trainings with a separate seed. All
+    other trainings then use the best shift. 1 is no shift, and larger values give more weight to
+    high noise."""
 
     samples: int = 500
     """Number of pictures that each generator draws."""
 
     guidance: float = 3.0
-    """Weight of classifier-free guidance for the samples whose classes are recognised. 1 is no
-    guidance. All other measures take samples without guidance."""
+    """Weight of classifier-free guidance for the samples on which class_accuracy is measured. 1 is
+    no guidance. All other measures take samples without guidance."""
 
     width: int = 192
     """Number of channels of the generator, a multiple of 32."""
 
     depth: int = 4
-    """Number of blocks of the generator."""
+    """Number of transformer blocks of the generator."""
 
     batch_size: int = 64
-    """Number of images in an update."""
+    """Number of training images in each update."""
 
     max_images: int = 10_000
-    """Use at most this many training images, evenly spread over all of them."""
+    """Use at most this many training images, evenly spread over all training images."""
 
     def run(self) -> None:
         """Train and measure all generators, and write the results."""

@@ -16,7 +16,8 @@ Use = Literal["interpolate", "neighbours", "attribute", "traverse"]
 class Latents:
     """Draw pictures of the latent space of an autoencoder with your images.
 
-    interpolate draws the way from one image to the next: on a line, on an arc, and in pixels.
+    interpolate draws images between one image and the next: on a line and on an arc through the
+    latents, and as a mix of the pixels.
     neighbours draws the images with the most similar latents. attribute moves images towards a
     class, such as smiling faces. traverse moves an image along the principal components of the
     latents.
@@ -24,14 +25,14 @@ class Latents:
         latentvae latents runs/first/export interpolate --data photos --out walk
         latentvae latents runs/first/export attribute --data faces --attribute smiling --out smile
 
-    The command writes a PNG and a JSON file with the name of the use.
+    The command writes a PNG and a JSON file, which are named after the use, such as interpolate.
     """
 
     model: Positional[str]
     """Folder or Hub id of an autoencoder, such as a run's export."""
 
     use: Positional[Use]
-    """What to draw. The text above explains each choice."""
+    """Kind of picture to draw. The text at the top of this help explains each kind."""
 
     data: str
     """Your images: a folder of images, of tar files or of tables (parquet, arrow), or a single tar

@@ -43,12 +43,13 @@ class Reconstruct:
     image is shrunk."""
 
     strips: bool = False
-    """Compute each image strip by strip. The result is exact and needs little memory, but the
-    computation takes longer. For large images, the command prints an estimate of the time."""
+    """Compute each image strip by strip. The result is the same as for the whole image and needs
+    little memory, but the computation takes longer. For large images, the command prints an
+    estimate of the time."""
 
     value_range: tuple[float, float] | None = None
-    """The two stored pixel values that become black and white, as in training. Files with
-    floating-point values may need this option."""
+    """The two pixel values that mean black and white in the files. Give the same values as in
+    training. Files with floating-point values may need this option."""
 
     ignore_icc: bool = False
     """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
@@ -61,8 +62,8 @@ class Reconstruct:
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
-    these is used."""
+    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
+    of these three changes is made."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
@@ -88,15 +89,16 @@ class Evaluate:
     """Autoencoders to measure: folders, such as exports of runs, or Hub ids (owner/name/folder)."""
 
     data: str
-    """Folder of images that no model was trained on. `samples` means two photos from scikit-image.
-    Training on `samples` holds these two photos out."""
+    """Folder of images that none of the models was trained on. `samples` means two photos from
+    scikit-image. A training on `samples` does not use these two photos."""
 
     out: Path
     """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Make a short evaluation of 8 images, with fewer points on the rate curves. Speed is measured
-    at 256 px only. Metrics that use VGG (LPIPS with VGG, distribution metrics) are not measured."""
+    """Make a short evaluation of 8 images, with fewer points on the rate-distortion curves. Speed
+    is measured at 256 px only. Metrics that use VGG (LPIPS with VGG, distribution metrics) are not
+    measured."""
 
     max_images: int | None = None
     """Largest number of images to measure. If there are more, they are chosen at equal distances in
@@ -144,7 +146,8 @@ class Evaluate:
     """Download the weights of Inception and LPIPS if this machine does not have them."""
 
     sheet_images: int = 4
-    """Number of images that sheet.png shows."""
+    """Number of images that sheet.png shows. Beside each image are the reconstructions of the
+    models."""
 
     overwrite: bool = False
     """Delete the evaluation that is in the folder `out` and start again."""
@@ -173,7 +176,8 @@ class Compare:
 
     force: bool = False
     """Compare reports even if they were measured on different images or with different settings.
-    There is then no table of paired differences."""
+    The output then has no table of paired differences (differences between models on the same
+    images)."""
 
     markdown: bool = False
     """Print the tables as Markdown, for a model card."""
@@ -195,7 +199,7 @@ class Compare:
 class Export:
     """Write a run's newest checkpoint as a diffusers folder.
 
-    The run may be of any kind of training, and it may still be going on. For an autoencoder, the
+    The run may be of any kind of training, and may still be training. For an autoencoder, the
     command measures scaling and shift of the latents. The data of the run must still exist.
     """
 
@@ -321,8 +325,8 @@ class Encode:
     """Filter for resizing images."""
 
     value_range: tuple[float, float] | None = None
-    """The two stored pixel values that become black and white, as in training. Files with
-    floating-point values may need this option."""
+    """The two pixel values that mean black and white in the files. Give the same values as in
+    training. Files with floating-point values may need this option."""
 
     ignore_icc: bool = False
     """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
@@ -337,8 +341,8 @@ class Encode:
     used."""
 
     flip: bool = False
-    """Mirror every image left to right. With plain and mirrored shards together, a generator learns
-    from twice as many images."""
+    """Mirror every image left to right before it is encoded. A generator that trains on plain and
+    mirrored shards learns from twice as many images."""
 
     label_column: str | None = None
     """Column of a table that holds the class of each image. The default is `label`. For folders and
@@ -355,8 +359,8 @@ class Encode:
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
-    these is used. manifest.json records this option."""
+    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
+    of these three changes is made. manifest.json records this option."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -388,7 +392,8 @@ class Decode:
     """Folder for the pictures. The folder is created if it does not exist."""
 
     model: str | None = None
-    """Folder or Hub id of the autoencoder. Default: the autoencoder that manifest.json names."""
+    """Folder or Hub id of the autoencoder. The default is the autoencoder that encoded the images,
+    as manifest.json records it."""
 
     limit: int | None = None
     """Decode only this many images, starting with the first. By default, all images are decoded."""
@@ -398,8 +403,8 @@ class Decode:
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
     """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where that is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none of
-    these is used."""
+    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
+    of these three changes is made."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -471,11 +476,12 @@ class VerifyResume:
     """Preset or YAML file of the run."""
 
     updates: int = 12
-    """Number of updates of each of the two trainings."""
+    """Number of updates of each of the two trainings (one without interruptions, one that is killed
+    and resumed)."""
 
     kills: int = 3
-    """Number of times that the second training is killed. Every second kill happens while a
-    checkpoint is saved."""
+    """Number of times that the second training is killed and resumed. The first training is not
+    killed. Every second kill happens while a checkpoint is saved."""
 
     processes: int = 1
     """Number of processes of each training, as in `accelerate launch --num_processes`."""
@@ -484,8 +490,8 @@ class VerifyResume:
     """Seed of the random moments at which processes are killed."""
 
     work_dir: Path | None = None
-    """New folder for the files of both trainings, which is kept afterwards. By default, a temporary
-    folder is used and deleted if all checks pass."""
+    """New folder for the files of both trainings. The command keeps this folder. By default, the
+    command uses a temporary folder, and deletes it if all checks pass."""
 
     json: Path | None = None
     """JSON file to write the results of the checks to."""

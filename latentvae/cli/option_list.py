@@ -1,8 +1,8 @@
 """The options of a preset as plain data. Flags and help are made from this data.
 
-Importing the classes of the options imports torch and diffusers, which takes seconds. For the
-presets of autoencoders, options.json therefore holds the same data. With this
-file, help and messages about wrong flags need no import. If a file that defines options has
+Importing the classes of the options also imports torch and diffusers, which takes seconds. So the
+file options.json holds the options of the autoencoders' presets as plain data. With this file, help
+and messages about wrong flags need no such import. If a file that defines options has
 changed, options.json is out of date and is ignored. Help is then slow, but correct. `python -m
 latentvae.cli.option_list` writes options.json again.
 """

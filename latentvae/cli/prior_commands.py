@@ -17,7 +17,7 @@ class Sample:
 
     A generator is a prior on tokens (`latentvae train-prior`), a flow matching model on latents
     (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The export of
-    the first two also holds the autoencoder, which decodes tokens or latents.
+    a prior or flow matching model also holds the autoencoder, which decodes tokens or latents.
 
         latentvae sample runs/prior --num 16 --class church --guidance 2 --out pictures
     """

@@ -109,7 +109,8 @@ def check_early(
 ) -> None:
     """Print the help or report wrong flags, before anything slow is imported.
 
-    The function does nothing if the config is no preset, or if options.json is out of date.
+    The function does nothing if the config is not a preset, or if options.json (the list
+    of options) is out of date.
     `config_from_arguments` takes the same arguments and checks them again.
     """
     # the preset, by its name or its file

@@ -1,6 +1,6 @@
 """The table of everything that latentvae trains. A new kind of training needs a row here.
 
-The classes are imported only when they are needed, because torch and diffusers take seconds.
+Classes are imported only when they are needed, because torch and diffusers load for seconds.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ class Likelihood:
 
     The command prints two lower bounds of ln p(x): the ELBO, and the importance-weighted bound,
     which comes closer to ln p(x) with more samples. It also prints the KL of each group of latents,
-    and the published number if the preset has one.
+    and the likelihood that the paper reports if the preset has this number.
     """
 
     model: Annotated[Path, Positional]
@@ -29,7 +29,7 @@ class Likelihood:
 
     samples: int = 100
     """Number of latent samples for each image. More samples bring the importance-weighted bound
-    closer to ln p(x). Papers use 5,000 for images of digits."""
+    closer to ln p(x), the log-likelihood of an image. Papers use 5,000 for images of digits."""
 
     max_images: int | None = None
     """Measure at most this many images, evenly spread over the data. The default is all images."""
@@ -39,8 +39,7 @@ class Likelihood:
 
     binarize: Literal["static", "threshold"] | None = None
     """How grey pixels become black or white. `static` draws each pixel once. `threshold` makes
-    pixels above mid-grey white. By default, the command uses the form that the model was trained
-    for."""
+    pixels above mid-grey white. By default, the pixels are prepared as the model expects them."""
 
     seed: int = 0
     """Seed of the latents and of binary images. The same seed gives the same numbers."""

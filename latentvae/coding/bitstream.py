@@ -24,7 +24,7 @@ def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
 
     Args:
         magic: the first 4 bytes of the file. The last of them is the version of the format.
-        numbers: at most 255 whole numbers of at least 0.
+        numbers: the header numbers: at most 255 whole numbers, each at least 0.
         coder: the range encoder.
     """
     head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))
@@ -75,7 +75,7 @@ def _read_varint(body: bytes, start: int) -> tuple[int, int]:
 
 
 def decode_symbols(coder: Any, model: Any, count: int) -> Integers:
-    """Return the next `count` symbols. Raise UserError for words that no encoder writes."""
+    """Return the next `count` symbols of `coder`. Raise UserError if the file is damaged."""
     try:
         return coder.decode(model, count).astype(np.int64)
     except AssertionError as error:  # constriction raises AssertionError for impossible words
@@ -88,5 +88,5 @@ def require(holds: bool) -> None:
 
 
 def damaged() -> UserError:
-    """Return the error for bytes that no encoder wrote."""
+    """Return the error to raise if the bytes of a file are damaged."""
     return UserError("the file is damaged or incomplete. Encode it again.")

@@ -1,4 +1,4 @@
-"""Encode images with Pillow's codecs, for a comparison with models. Rates count whole files."""
+"""Encode images with Pillow's codecs, for a comparison with models. Rates count all bytes."""
 
 import io
 import itertools

@@ -79,7 +79,7 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Fit to each channel a Laplace and a Gaussian distribution, and keep the likelier one.
+        """Return a Laplace or a Gaussian distribution for each channel, whichever is more likely.
 
         Args:
             samples: latents of several images, (d, n).
@@ -141,7 +141,7 @@ def channel_gains(
 
 
 def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
-    """Return the quantiser steps (d,), float64, whose error alone gives a PSNR of `noise_psnr` dB.
+    """Return the quantiser steps (d,), float64, whose rounding error has a PSNR of `noise_psnr`.
 
     A step D makes a squared error of D^2 / 12 per latent element. With gains g_c, the error over
     the 3 f^2 outputs of a position is MSE = sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest

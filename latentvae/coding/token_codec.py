@@ -74,7 +74,7 @@ def decode_tokens(content: bytes) -> Integers:
 
 
 def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> bytes:
-    """Return one image's maps of codes as one complete file. Each map has its own counts.
+    """Return one image's maps of tokens as one complete file. Codes are counted per map.
 
     Args:
         levels: the indices (h, w) of each level, in 0..num_codes - 1. At most 8 levels.
@@ -97,7 +97,7 @@ def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> b
 
 
 def decode_levels(content: bytes) -> list[Integers]:
-    """Return the maps of a file that `encode_levels` wrote, int64 (h, w) each.
+    """Return the token maps of a file that `encode_levels` wrote, int64 (h, w) each.
 
     Raises:
         UserError: the bytes are damaged, incomplete or another kind of file.

@@ -9,8 +9,9 @@ new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
 Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). Where Winograd
-is not available or not faster, maps are in channels-last order and upsampling is folded into these
-convolutions (see the module `upsampling`). Activations and residual sums are computed in place.
+is not available or not faster, feature maps are in channels-last order and upsampling is folded
+into these convolutions (see the module `upsampling`). Activations and residual sums are computed in
+place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
@@ -47,7 +48,7 @@ WIDE = 256
 
 
 def build_exact(net: Any) -> Any:
-    """Return a copy of a network with the same results up to rounding, in the same precision."""
+    """Return a faster copy of a network, with equal results up to rounding and equal precision."""
     copied = sharing_copy(net)
     for half in (copied.encoder, copied.decoder):
         _make_exact(half)

@@ -18,10 +18,10 @@ def keep_freed_memory(device: torch.device) -> bool:
     for every 4 KiB. In a virtual machine, page faults take about a tenth of the time of an update
     or a decode on the CPU.
 
-    The process then keeps about its peak memory. For large images it keeps 1.5 times the peak or
-    more, because of fragmentation. Tensors of more than 64 MiB are kept only in the main thread.
-    After a fork, the system copies each page that one of the two processes writes. So start worker
-    processes before the computation begins, or keep them alive.
+    After this call, the process keeps about its peak memory. For large images it keeps 1.5 times
+    the peak or more, because of fragmentation. Tensors of more than 64 MiB are kept only in the
+    main thread. After a fork, the system copies each page that one of the two processes writes. So
+    start worker processes before the computation begins, or keep them alive.
 
     Args:
         device: device of the tensors. The function has an effect only for the CPU.
@@ -40,7 +40,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give the freed memory that the C library keeps back to the system. This needs glibc."""
+    """Return the freed memory, which the C library keeps, to the system. Works only with glibc."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 

@@ -1,9 +1,9 @@
 """Run the encoder and the decoder of a network in OpenVINO, on the CPU.
 
 Encoder and decoder are traced and converted once, with folded upsampling (see the module
-`upsampling`). The result takes images of any size and batches of any size. torch still computes
-quantisers and the small convolutions around the latent. There are no gradients, and the weights are
-copied.
+`upsampling`). The converted networks take images of any size and batches of any size. torch still
+computes quantisers and the small convolutions around the latent. There are no gradients, and the
+weights are copied.
 """
 
 import warnings
@@ -27,7 +27,7 @@ class CompiledHalf(nn.Module):
     Args:
         half: the encoder or the decoder, in float32 on the CPU.
         example: a small input for tracing.
-        precision: dtype of products, `"f32"` or `"bf16"`. Sums are float32.
+        precision: dtype of multiplications, `"f32"` or `"bf16"`. Sums are float32.
     """
 
     def __init__(self, half: nn.Module, example: Tensor, *, precision: str) -> None:
@@ -59,7 +59,7 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 
     Args:
         net: the network, which is not changed.
-        precision: dtype of products, `"f32"` or `"bf16"`.
+        precision: dtype of multiplications, `"f32"` or `"bf16"`.
 
     Raises:
         UserError: OpenVINO is not installed or cannot convert the network, or the network is not

@@ -65,8 +65,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
         mode: how to compute: `"exact"`, `"fast"` or `"openvino"`.
 
     Raises:
-        UserError: the mode is unknown, or the mode chooses the precision and `net` is not float32.
-            The error also occurs if OpenVINO is missing, does not support the device, or returns
+        UserError: the mode is unknown, or `net` is not float32 and `mode` is not `"exact"`. The
+            error also occurs if OpenVINO is missing, does not support the device, or returns
             different images.
     """
     check_mode(mode)

@@ -1,4 +1,4 @@
-"""Choose the precision of products: full float32, or bfloat16 where that is faster.
+"""Choose the precision of multiplications: full float32, or bfloat16 where that is faster.
 
 By default torch computes the convolutions of float32 networks in TensorFloat-32 (TF32) on NVIDIA
 GPUs since Ampere. TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about
@@ -39,7 +39,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def has_instructions(*names: str) -> bool:
-    """Return whether the processor has one of these sets of instructions."""
+    """Return whether the processor supports one of the named instruction sets."""
     if not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
         return False
     found = torch.cpu.get_capabilities()

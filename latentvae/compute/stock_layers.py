@@ -1,4 +1,4 @@
-"""Restore the stock layers in place of the faster layers of training."""
+"""Replace the faster layers of training by the stock layers of diffusers and torch."""
 
 from torch import nn
 

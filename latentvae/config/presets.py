@@ -29,13 +29,13 @@ def presets_folder() -> Path:
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Return the names of the presets whose sections all belong to this task, sorted."""
+    """Return the sorted names of the presets whose sections all belong to the task of `schema`."""
     found = _preset_sections(presets_folder())
     return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
 
 
 def belongs_to(name_or_path: str, schema: type[JobConfig]) -> bool:
-    """Return whether a preset or YAML file has only sections of this task."""
+    """Return whether a preset or YAML file has only sections of the task of `schema`."""
     path = Path(name_or_path)
     path = path if path.is_file() else presets_folder() / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -59,7 +59,7 @@ def load_preset(
         name_or_path: name of the preset, or path of the file.
         schema: class of the options of the task.
         max_train_steps: length of the run in updates, instead of the length in the file. Options
-            that are a share of the run then refer to this length.
+            that are a share of the run's length then refer to this length.
 
     Raises:
         UserError: the file or preset does not exist, the YAML is unreadable, or an option is

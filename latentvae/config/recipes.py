@@ -1,4 +1,4 @@
-"""Named recipes: options that decide how fast a new model learns, for the flag `--recipe`.
+"""Recipes for the flag `--recipe`: named sets of options that decide how fast a new model learns.
 
 A recipe changes the defaults of other flags. The run's config.yaml then holds the changed options,
 not the name of the recipe.
@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def take_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return the arguments without `--recipe NAME`, and the name or None.
+    """Return the arguments without `--recipe NAME`, and the recipe's name (None without it).
 
     Raises:
         UserError: the name is missing, or there is no such recipe.
@@ -41,7 +41,7 @@ def take_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def with_recipe(config: Config, name: str) -> Config:
-    """Return a copy in which the recipe has set those of its options that the config has."""
+    """Return a copy with the recipe's options, except options that the config does not have."""
     changes = {}
     for section, values in RECIPES[name].items():
         options = getattr(config, section, None)

@@ -104,8 +104,8 @@ class OptimizerConfig(Section):
         default=None,
         description=(
             "Skip an update if the norm of a gradient, before clipping, is above this value. "
-            "Hierarchical VAEs need this option, because a single bad batch can destroy them. By "
-            "default, an update is skipped only if a gradient is infinite or NaN."
+            "Hierarchical VAEs need this option, because a single bad batch can destroy such a "
+            "network. By default, an update is skipped only if a gradient is infinite or NaN."
         ),
     )
     max_skipped_updates: Positive = Field(
@@ -185,10 +185,10 @@ class RunConfig(Section):
         default=None,
         description=(
             "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
-            "float32. `no` computes in float32. `auto` means bf16 if the machine multiplies "
-            "bfloat16 faster than float32, else no. A resumed run with `auto` keeps the precision "
-            "that it was started with. By default, the precision is the one that you give to "
-            "`accelerate launch`. `fp16` is not supported."
+            "float32. `no` computes in float32. `auto` means `bf16` if the machine multiplies "
+            "bfloat16 faster than float32, else `no`. A resumed run with `auto` keeps the "
+            "precision that it was started with. By default, the precision is the one that you "
+            "give to `accelerate launch`. `fp16` is not supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
@@ -262,7 +262,7 @@ class RunConfig(Section):
         default=1800,
         description=(
             "Longest time in seconds that processes wait for each other. If one process hangs for "
-            "longer, the run ends."
+            "longer than this, the run ends."
         ),
     )
 

@@ -26,7 +26,8 @@ def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> 
     Without `global_batch_size`, these numbers are `train_batch_size` and
     `gradient_accumulation_steps`. With `global_batch_size`, each process takes an equal part of the
     images of an update. If `gradient_accumulation_steps` is set, a process divides its part into
-    that many micro-steps. Otherwise it makes as few equal micro-steps as `train_batch_size` allows.
+    that many micro-steps. Otherwise the process makes as few equal micro-steps as possible, with at
+    most `train_batch_size` images in each.
 
     Args:
         options: the three options that set the number of images per update.

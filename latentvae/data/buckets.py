@@ -4,8 +4,8 @@ The method follows NovelAI 2022, "Aspect ratio bucketing", and the option `enabl
 training scripts.
 
 All images of a batch come from one bucket, and all ranks use the same bucket in the same step. The
-order is a function of (seed, epoch), so a resumed run needs only the number of steps done, as with
-`IndexSampler`.
+order of the images is a function of (seed, epoch). So a resumed run needs only the number of steps
+done, as with `IndexSampler`.
 
 Symbols: `N` images, `B` images per rank and micro-step, `W` ranks.
 """
@@ -56,7 +56,7 @@ def bucket_sizes(
 
     Args:
         resolution: height and width. The area of each size is close to the area of this resolution.
-        count: number of sizes to ask for, 1 or more. Equal sizes are merged.
+        count: largest number of sizes, 1 or more. Equal sizes are merged.
         multiple: every side is a multiple of this number of pixels.
     """
     area = resolution[0] * resolution[1]

@@ -1,9 +1,10 @@
 """Convert pictures with an embedded colour profile (ICC) to sRGB.
 
 Pillow's ImageCms (LittleCMS) converts pictures of 8 bits, with the perceptual intent. ImageCms does
-not support deeper RGB. So this module converts 16-bit and float pictures itself if their profile
-consists of three primaries with curves, or of one grey curve (ICC.1:2010, sections 8.3, 10.5 and
-10.15). With other profiles, such as a scanner's table, deep pictures are converted at 8 bits.
+not support RGB of more than 8 bits. So this module converts 16-bit and float pictures itself if
+their profile consists of three primaries with curves, or of one grey curve (ICC.1:2010, sections
+8.3, 10.5 and 10.15). With other profiles, such as the colour table of a scanner, these pictures are
+converted at 8 bits.
 
 A profile that changes no colour by more than one level of 255 counts as sRGB and is not applied. A
 damaged profile, or a profile of another colour space than its picture, is ignored with a warning.
@@ -87,7 +88,7 @@ def _converted(image: Image.Image, icc: bytes) -> Image.Image | None:
 
 @functools.lru_cache(maxsize=64)
 def profile_space(icc: bytes) -> str | None:
-    """Return the colour space of a profile: one of `MODES`, or None for an unusable profile."""
+    """Return the colour space of a profile: a key of `MODES`, or None for an unusable profile."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         space: str = profile.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
@@ -131,7 +132,7 @@ def _transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
 
 
 def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.ndarray]:
-    """Return the colour planes of a deep picture in sRGB.
+    """Convert the colour planes of a picture of more than 8 bits to sRGB, and return them.
 
     Args:
         planes: one grey plane, or red, green and blue: (H, W), float32 in [-1, 1].

@@ -64,7 +64,7 @@ class DataConfig(Section):
         default="train",
         description=(
             "Split of the data set that the model is trained on (see dataset_name). If the data "
-            "set has only one split, `train` also selects this split."
+            "set has only one split, `train` selects this split, whatever its name is."
         ),
     )
     image_column: Annotated[str | None, MayChange()] = Field(
@@ -136,9 +136,9 @@ class DataConfig(Section):
     value_range: tuple[float, float] | None = Field(
         default=None,
         description=(
-            "The two stored pixel values that become black and white, such as -1000 3000. Values "
-            "outside this range are clipped. The default is 0 255 for 8-bit files and 0 65535 for "
-            "integers of more bits. Files with floating-point values need this option."
+            "The two pixel values that mean black and white in the files, such as -1000 3000. "
+            "Values outside this range are clipped. The default is 0 255 for 8-bit files and 0 "
+            "65535 for integers of more bits. Files with floating-point values need this option."
         ),
     )
     all_pages: bool = Field(
@@ -214,9 +214,9 @@ class DataConfig(Section):
     jpeg_draft: bool = Field(
         default=True,
         description=(
-            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster. A JPEG is "
-            "decoded at a smaller size only if each side keeps at least twice the pixels that the "
-            "crop needs."
+            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their height and width, which is faster. "
+            "A JPEG is decoded at a smaller size only if each side keeps at least twice the pixels "
+            "that the crop needs."
         ),
     )
     max_pixels: Positive | None = Field(

@@ -43,8 +43,8 @@ class Batch(NamedTuple):
     """The images of one micro-step on one rank.
 
     Attributes:
-        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. The
-            transfer from the workers to the device needs four times fewer bytes for uint8.
+        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. A
+            uint8 batch has four times fewer bytes to transfer from the workers to the device.
         indices: (B,), int64, the numbers of the images in the batch. A replaced image has the
             number of its replacement.
         bad: (name, reason) of each unreadable file that was tried.
@@ -67,8 +67,8 @@ class TrainImages(Dataset[TrainItem]):
 
     The crops depend only on epoch, index and seed.
 
-    An unreadable file is replaced by a random image, which depends only on (seed, epoch, index,
-    attempt).
+    An unreadable file is replaced by a random image. The choice of this image depends only on seed,
+    epoch, index and the number of replacements that were tried before.
 
     Args:
         source: the images.

@@ -1,8 +1,8 @@
-"""Read files that Pillow cannot represent: NumPy arrays, colours of 16 bits, float TIFFs.
+"""Read pictures that Pillow cannot represent: NumPy arrays, colours of 16 bits, float TIFFs.
 
     .npy                  NumPy, never unpickled
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
-    TIFF, deep colours    tifffile (Pillow drops the lower byte, or has no such mode)
+    TIFF, > 8-bit colours tifffile (Pillow drops the lower byte, or has no such mode)
 
 The functions return the stored numbers (H, W, C), and whether the last channel is alpha. A file
 whose header states more pixels than Pillow's limit for decompression bombs is rejected before
@@ -148,7 +148,7 @@ def too_many_pixels(count: int) -> str:
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:
-    """Check that an array has exactly the requested channels.
+    """Check that an array has exactly the requested number of channels.
 
     An array does not say what its channels mean, so no channel is added or dropped.
     """
@@ -211,7 +211,7 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
 
 
 def with_key(values: np.ndarray, key: int | tuple[int, ...]) -> np.ndarray:
-    """Return the values with an added 16-bit alpha channel that makes one colour transparent."""
+    """Return the values with a 16-bit alpha channel that makes the colour `key` transparent."""
     hidden = (values == np.asarray(key)).all(axis=2, keepdims=True)
     return np.concatenate([values, np.where(hidden, 0, 65535).astype(values.dtype)], axis=2)
 

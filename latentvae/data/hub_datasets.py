@@ -59,7 +59,7 @@ class HubImages:
     """An image source that reads a table, sorted by the path stored with each image.
 
     A row without a path, or with the path of another row, is named by its split and number:
-    ``train/000000012``. So a table without paths keeps its order.
+    ``train/000000012``. So a table without paths keeps the order of its rows.
 
     Args:
         spec: the data set.
@@ -67,8 +67,8 @@ class HubImages:
 
     Attributes:
         origin: path or name of the data set, configuration and split.
-        numbered: whether rows are named by their numbers. Another column or configuration of the
-            data set would have the same numbers.
+        numbered: whether some rows are named by their numbers. Rows of another column or
+            configuration of the data set would have the same names.
 
     Example:
         photos = HubImages(DatasetSpec(name="photos.parquet"))

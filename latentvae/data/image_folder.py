@@ -36,7 +36,7 @@ SAMPLE_PHOTOS = {
 
 
 class ImageSource(Protocol):
-    """A source of images, which are read by number.
+    """A source of images, which are read by their number in the source.
 
     ``read`` raises UnreadableImage for a damaged file. The argument ``at_least`` of ``read`` means
     the same as in ``read_image``. ``size`` returns width and height, and reads only the file's
@@ -55,9 +55,9 @@ class ImageSource(Protocol):
 class ImageFolder:
     """An image source that reads the image files below a folder, sorted by relative path.
 
-    Hidden files and folders are left out, and so are arrays that belong to an image
-    (``side_cars``). Links are followed. A folder that is reached by several paths is used only
-    once.
+    Hidden files and folders are left out, and so are ``.npy`` files that belong to an image, such
+    as masks (``side_cars``). Links are followed. A folder that is reached by several paths is used
+    only once.
 
     Args:
         root: the folder (``~`` allowed).
@@ -105,7 +105,7 @@ class ImageFolder:
 
 
 class SamplePhotos:
-    """An image source with scikit-image's photos, kept decoded in memory, without a download.
+    """An image source with the photos that come with scikit-image, decoded and kept in memory.
 
     Args:
         split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).

@@ -24,7 +24,7 @@ def stem(name: str) -> str:
 
 
 def belongs_to(name: str, stems: set[str]) -> bool:
-    """Return whether a file belongs to an image whose path without suffix is in ``stems``.
+    """Return whether a file belongs to an image. ``stems`` are the images' paths without suffix.
 
     ``0001.npy`` and ``0001.latent.npy`` belong to ``0001.jpg``, and so does ``0001.jpg.npy``.
     ``patient7.slice000.npy`` does not belong to ``patient7.overview.png``.
@@ -73,7 +73,7 @@ def suffix(name: str) -> str:
 
 
 def describe(counts: Counter[str]) -> str:
-    """Return the counts as text, with the largest count first."""
+    """Return the counts of kinds of files as text, with the largest count first."""
     shown = [f"{count:,} {kind}" for kind, count in counts.most_common(SHOWN)]
     if (rest := counts.total() - sum(count for _, count in counts.most_common(SHOWN))) > 0:
         shown.append(f"{rest:,} others")

@@ -28,8 +28,8 @@ def is_tiff(name: str) -> bool:
 def page_numbers(file: IO[bytes]) -> list[int]:
     """Return the numbers, from 0, of the pages that are separate pictures.
 
-    Smaller versions of another page and transparency masks do not count. A file that cannot be
-    read has page 0, so that reading it reports the reason.
+    Smaller versions of another page and transparency masks do not count. For a file that
+    cannot be read, the result is page 0, so that a later attempt to read it reports the reason.
     """
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -56,9 +56,9 @@ def file_of_page(name: str) -> str:
 def find_pages(
     names: Sequence[str], open_file: Open, *, all_pages: bool, place: str
 ) -> list[tuple[int, int | None]]:
-    """Return (file number, page number) of each image: one entry per page, or one per file.
+    """Return (file number, page number) of each image: one image per page, or one per file.
 
-    If only first pages are used, a warning says how many files have more pages.
+    If only the first page of each file is used, a warning says how many files have more pages.
 
     Args:
         names: the files.

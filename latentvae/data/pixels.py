@@ -1,8 +1,8 @@
-"""Represent pictures for which Pillow has no mode, as planes of floats in [-1, 1].
+"""Represent pictures for which Pillow has no image mode, as planes of floats in [-1, 1].
 
-8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a stated
-range become a `DeepImage`. This class has the methods of a Pillow image that the transforms use.
-Nothing is rounded to 8 bits between the file and the tensor.
+8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a
+`value_range` become a `DeepImage`. This class has the methods of a Pillow image that the transforms
+use. Nothing is rounded to 8 bits between the file and the tensor.
 
 Symbols: `C` channels, `H W` height and width in pixels. A picture is grey (1), grey and alpha (2),
 RGB (3) or RGBA (4).
@@ -139,7 +139,7 @@ def deep_image(
     white_is_zero: bool = False,
     icc: bytes | None = None,
 ) -> DeepImage:
-    """Convert stored numbers to the picture that they represent.
+    """Convert the numbers that are stored in a file to the picture that they represent.
 
     Args:
         values: (H, W, C), of booleans, integers or floats.

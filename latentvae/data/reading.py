@@ -9,7 +9,7 @@ Each kind of file is treated as follows.
 - An embedded colour profile is converted to sRGB (``colour_profiles.py``), unless it is ignored.
 - CMYK without a profile is converted by plain subtraction. CMYK JPEGs count as inverted, because
   Adobe writes them so.
-- A grey TIFF whose lowest number is white is inverted, at every depth.
+- A grey TIFF whose lowest number means white is inverted, at 8 bits and at more.
 - A ``.npy`` file contains (H, W) for one channel, or (H, W, C) with exactly the requested channels.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison with codecs.
@@ -92,10 +92,11 @@ def read_image(
 
     Args:
         source: a path, or the bytes of a file.
-        at_least: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size (much faster) as long
-            as its shorter side keeps this many pixels. None decodes at full size.
+        at_least: smallest allowed length of a decoded JPEG's shorter side, in pixels. Within this
+            limit, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is much faster. None
+            decodes at full size.
         pixels: channels and range. Pictures deeper than 8 bits are returned as a ``DeepImage``,
-            others as a Pillow image of mode "L", "RGB" or "RGBA".
+            other pictures as a Pillow image of mode "L", "RGB" or "RGBA".
         page: the page of a TIFF, from 0.
 
     Raises:

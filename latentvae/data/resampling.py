@@ -1,10 +1,10 @@
 """Resize a window of a picture by torch (fast, vectorised kernels for 8 bits) or by Pillow.
 
-Torch and Pillow antialias with the same kernels, but torch rounds its weights differently: about
-one value in 200 differs by one level of 255. Torch resizes windows of one to four times the output
-size, with the kernels that torch supports. Pillow resizes in all other cases: enlarging, larger
-windows (first reduced to twice the output size), pictures with alpha (which weights the colours),
-and pictures of more than 8 bits.
+Torch and Pillow antialias with the same kernels, but torch rounds the kernel weights differently:
+about one value in 200 differs by one level of 255. Torch resizes windows of one to four times the
+output size, with the kernels that torch supports. Pillow resizes in all other cases: small windows
+that are enlarged, larger windows (first reduced to twice the output size), pictures with alpha
+(which weights the colours), and pictures of more than 8 bits.
 
 Symbols: `C` channels, `H W` height and width in pixels.
 """
@@ -36,7 +36,7 @@ Box = tuple[int, int, int, int]
 
 
 def check_interpolation(name: str) -> str:
-    """Check the name of a kernel and return it."""
+    """Return the name of a resampling kernel. Raise an error if the name is unknown."""
     if name not in INTERPOLATIONS:
         allowed = ", ".join(INTERPOLATIONS)
         raise UserError(
@@ -46,7 +46,7 @@ def check_interpolation(name: str) -> str:
 
 
 def check_resizer(name: str) -> str:
-    """Check the name of a resizer and return it."""
+    """Return the name of a resizer. Raise an error if the name is unknown."""
     if name not in get_args(Resizer):
         raise UserError(
             f"resize_with must be {' or '.join(get_args(Resizer))} (got '{name}')"

@@ -1,9 +1,9 @@
 """Open images in any form, and choose which are for training and which for validation.
 
 Every source sorts its images by a name that does not depend on how they are stored. The hash of
-that name decides whether an image is held out for validation. So the same images give the same two
-sets as a folder, as tar files or as a table with paths. With the same seed they also give the same
-batches.
+that name decides whether an image is held out for validation. So the two sets are the same whether
+the images are stored as a folder, as tar files or as a table with paths. With the same seed, the
+batches are also the same.
 """
 
 import hashlib
@@ -99,8 +99,8 @@ def open_source(
 
     Args:
         spec: the images, in one of these forms.
-        split: the split of the sample photos or of a local table. All images of other forms are
-            used. A ``DatasetSpec`` has its own split.
+        split: the split of the sample photos or of a local table. Other forms have no splits, so
+            all images are used. A ``DatasetSpec`` names its split itself.
         pixels: the format of every image. None means 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):

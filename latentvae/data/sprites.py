@@ -6,7 +6,7 @@ same order. Nothing is downloaded or stored. Every image is drawn when it is rea
 
 Differences from dSprites:
 
-- Our shapes have other outlines and sizes, so results are close to those on dSprites, not equal.
+- Our shapes have other outlines and sizes, so results are close to results on dSprites, not equal.
 - Our 40 rotations are k * 2 pi / 40. In dSprites, the first and the last rotation are the same.
 - The 32 positions of the centre are one pixel apart, so a shape has the same pixels everywhere.
 
@@ -42,13 +42,13 @@ _HEART_CENTROID = 0.2935  # height of the centre of mass of the curve, in units 
 
 
 def sprite_factors(indices: np.ndarray) -> np.ndarray:
-    """Return the factors of images, given their numbers: (N, 5), int64, ordered as `FACTORS`.
+    """Return the factors of images with these numbers: (N, 5), int64, ordered as `FACTORS`.
 
     Args:
         indices: (N,), integers in 0..737,279. The last factor changes fastest.
 
     Raises:
-        UserError: a number is too small or too large.
+        UserError: an image number is outside 0..737,279.
     """
     numbers = np.asarray(indices, dtype=np.int64)
     if numbers.size and not 0 <= numbers.min() <= numbers.max() < COUNT:

@@ -1,8 +1,8 @@
 """Training images from a data set too large to download, read row by row.
 
-Streams have no access by number. So the order is only as random as the shuffle buffer makes it, and
-a run resumes only approximately. If the images fit on disk, ``open_images`` avoids both
-limitations.
+Streams have no access by number. So the order of the images is only as random as the shuffle
+buffer makes it, and a run resumes only approximately. If the images fit on disk, use
+``open_images``, which avoids both limitations.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ class ImageStream:
         return splits[self.split].num_examples if self.split in splits else None
 
     def part(self, epoch: int, *, seed: int, rank: int, world_size: int) -> Any:
-        """Return one rank's rows of one epoch, shuffled by (seed, epoch)."""
+        """Return the rows that one rank reads in one epoch, shuffled by (seed, epoch)."""
         from datasets.distributed import split_dataset_by_node
 
         order = int(counter_rng(Stream.ORDER, seed, epoch).integers(2**31))
@@ -133,7 +133,7 @@ def stream_loader(
     """Return a loader of endless batches (``Batch``) of a stream, like ``train_loader``.
 
     The stream's files are divided among the ranks, and each rank's files among its workers. So the
-    number of workers changes the order. There are at most as many workers as files.
+    number of workers changes the order of the images. There are at most as many workers as files.
 
     Args:
         stream: the images.

@@ -39,8 +39,8 @@ class TarShards:
 
     An image has the name of its member, so the same images have the same names and order as in a
     folder. A name that occurs in several shards gets the shard's name as a prefix:
-    ``000001.tar/0007.jpg``. From a damaged or cut-off shard, the images before the damage are used,
-    with a warning.
+    ``000001.tar/0007.jpg``. From a damaged or incomplete shard, only the images before the damage
+    are used, with a warning.
 
     Args:
         spec: a .tar file, a folder of .tar files, or a pattern: ``shards/train-{000..012}.tar``,

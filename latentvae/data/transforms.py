@@ -2,8 +2,8 @@
 
 A window consists of whole source pixels, and the resize is antialiased. So "resize the shorter side
 to R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
-enlarged. An image whose shorter side is R already is not resampled. Sizes that are not square use
-the largest window of their shape. ``R``, and ``H W``, are in pixels.
+enlarged. An image whose shorter side is R already is not resampled. For an output size that is not
+square, the window is the largest window of that shape. ``R``, and ``H W``, are in pixels.
 """
 
 import math
@@ -51,7 +51,7 @@ class Window:
         """Return left, top, right and bottom of the window in pixels.
 
         Args:
-            size: width and height of the image.
+            size: width and height of the image in pixels.
             shape: width and height that give the proportions of the window.
         """
         (width, height), (across, down) = size, shape
@@ -76,7 +76,8 @@ class TrainTransform:
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
-        jpeg_draft: decode large JPEGs at reduced size, down to twice the side that a window needs.
+        jpeg_draft: decode large JPEGs at reduced size, but not below twice the side that a window
+            needs.
 
     Example:
         transform = TrainTransform(256, crop="random")
@@ -115,7 +116,7 @@ class TrainTransform:
     def draw(self, rng: np.random.Generator) -> Window:
         """Draw a random window.
 
-        The method always draws four numbers from ``rng``, also if the options need fewer.
+        The method always draws four numbers from ``rng``, even if the options need fewer numbers.
         """
         share, x, y, flip = rng.random(4).tolist()
         low, high = self.crop_scale
@@ -130,9 +131,9 @@ class TrainTransform:
         None means that JPEGs are decoded at full size.
 
         The side is twice the side that the narrowest window needs, because JPEG decoders shrink an
-        image blockwise. Compared with decoding at full size, the results have a PSNR of 47 dB. The
-        PSNR would be 43 dB with 1.5 times the needed side, and 38 dB with the needed side (means
-        over photos of BSDS500 at JPEG quality 90).
+        image blockwise. Compared with crops of the image decoded at full size, the crops have a
+        PSNR of 47 dB. The PSNR would be 43 dB with 1.5 times the needed side, and 38 dB with the
+        needed side (means over photos of BSDS500 at JPEG quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -144,7 +145,7 @@ class TrainTransform:
 
         Args:
             image: the picture.
-            window: the place of the window.
+            window: relative size and position of the crop, and whether to flip it.
             size: height and width of the image's bucket. None means the transform's own size.
         """
         height, width = size or self.size

@@ -5,7 +5,8 @@
     state.json                                       SavedValues
 
 Random numbers are computed from counters (see `randomness`). The data position is the number of
-micro-steps done. So rank 0 writes one checkpoint for all ranks.
+micro-steps done. So the ranks have no random or data state of their own, and rank 0 writes one
+checkpoint for all ranks.
 """
 
 from collections.abc import Mapping
@@ -62,8 +63,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     """Load a snapshot into a freshly built training. Return this rank's sums of logged values.
 
     Raises:
-        UserError: no run has written the snapshot, or its run used another number of processes,
-            another precision, other data or another network.
+        UserError: the snapshot was not written by a run, or its run used another number of
+            processes, another precision, other data or another network.
     """
     # checks, before anything changes
     if "update" in snapshot.values:
@@ -107,7 +108,7 @@ def load_for_export(training: Training, snapshot: Snapshot) -> None:
     those of the run.
 
     Raises:
-        UserError: the snapshot is of another network, or no run has written it.
+        UserError: the snapshot is of another network, or was not written by a run.
     """
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors

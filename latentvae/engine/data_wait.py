@@ -55,7 +55,7 @@ class DataWait(Iterator[Any]):
         return seconds
 
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
-        """Return a warning if updates wait long for data, once per run, otherwise None.
+        """Return a warning if updates wait long for data, but only once per run. Otherwise None.
 
         Args:
             waited: seconds of `elapsed` in which updates waited for batches.

@@ -37,13 +37,13 @@ def is_exported(task: Task, folder: Path, *, update: int) -> bool:
 def export_checkpoint(task: Task, folder: Path, out: Path) -> int:
     """Export the newest usable checkpoint of a run, and return its number of updates.
 
-    The data of the run must still exist. Nothing in the run's folder changes. The run may have had
-    another precision and another number of processes.
+    The data of the run must still exist. Nothing in the run's folder changes. The run may have used
+    another precision and another number of processes than this export.
 
     Args:
         task: the task with the options of the run, not opened.
         folder: the run's folder.
-        out: the export's folder. An export that is there is replaced.
+        out: the export's folder. An existing export in this folder is replaced.
 
     Raises:
         UserError: there is no checkpoint that can be used, or the data are not there any more.

@@ -23,7 +23,7 @@ class Setting(NamedTuple):
         variable: the environment variable through which the launcher passes the setting on.
         allowed: the values of the setting that training supports, in lower case.
         key: the setting's name in the launcher's configuration file.
-        name: text that stands for the setting in a message, before its value.
+        name: name of the setting in messages.
         remedy: what the user can do.
     """
 

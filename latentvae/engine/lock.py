@@ -1,6 +1,6 @@
 """Lock the folder of a run, so that no two runs use the folder at the same time.
 
-The lock ends with its process, so it is never stale.
+The lock ends when its process ends, so a dead process never leaves a locked folder behind.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     Rank 0 holds the lock for all ranks. The lock is a POSIX record lock, which the operating system
     releases when the process ends in any way. Processes that load data do not inherit the lock. On
-    network file systems the lock holds for other machines too.
+    network file systems the lock also keeps runs on other machines out.
 
     Raises:
         UserError: another run holds the lock, or the folder cannot be written. Every rank raises

@@ -58,12 +58,12 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        accelerator: knows the ranks and the tracker.
-        start: number of updates already done. Rows of later updates, left by a killed run, are
-            dropped.
+        accelerator: the `Accelerator`, which knows the ranks and the tracker.
+        start: number of updates already done. Rows of later updates in log.jsonl, left by a
+            killed run, are dropped.
         total: number of updates of the complete run.
         items_per_update: effective batch size.
-        unit: name of the items.
+        unit: name of the items, such as images.
         shown: names of the logged values on the progress line.
         waiting: measures how long updates wait for batches, for `time/data_wait_share` and a
             warning.

@@ -58,7 +58,7 @@ def train(task: Task) -> Path:
     Another call with the same task resumes where the last call ended.
 
     Raises:
-        UserError: an option, a path or the data is wrong. No work was done.
+        UserError: an option, a path or the data is wrong. Nothing was trained.
         RunError: the machine ended the run, for example by a full disk, too little memory or a dead
             process.
         UploadError: the run is finished and exported, but the upload to the Hub failed.

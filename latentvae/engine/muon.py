@@ -93,9 +93,9 @@ class MuonWithAdamW(optim.AdamW):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices (N, R, S) with singular values between about 0.7 and 1.2.
 
-    The iteration X <- a X + b (X X') X + c (X X')^2 X, with the `COEFFICIENTS` a, b and c, is a
-    polynomial of G = X X' times X. So the iteration computes with G only, which is cheaper if X is
-    not square.
+    The iteration X <- a X + b (X X') X + c (X X')^2 X uses the `COEFFICIENTS` a, b and c. Each step
+    multiplies X by a polynomial of G = X X'. So the function computes these polynomials from G
+    alone, which is cheaper if X is not square.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

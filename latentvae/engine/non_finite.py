@@ -1,4 +1,4 @@
-"""Say why an update failed: which terms were not finite, and from which items they came."""
+"""Say why an update failed: which loss terms were not finite, and from which items they came."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ SHOWN = 4  # largest number of names shown for each process
 
 
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
-    """Return text that says which terms and items were not finite, the same on every rank.
+    """Return text that says which loss terms and items were not finite, equal on every rank.
 
     All ranks call this function, but only for a skipped update, because the function waits for the
     device.
 
     Args:
         values: the logged scalars of each micro-step of this rank.
-        keys: `Task.keys` of each micro-step.
-        task: returns the names of the items.
+        keys: the result of `Task.keys` for each micro-step.
+        task: the task, whose `names` returns the names of the items.
     """
     # this rank
     found = []

@@ -77,7 +77,7 @@ def checked_values(model: type[Model], values: Any) -> Model:
     """Convert the plain values of a checkpoint to an object of class `model`.
 
     Raises:
-        UserError: no run has written these values. The message names the wrong entry.
+        UserError: the values were not written by a run. The message names the wrong entry.
     """
     try:
         checked = model.model_validate(values)
@@ -101,7 +101,7 @@ def _not_given(values: BaseModel) -> list[str]:
 
 
 def not_of_a_run(fault: str) -> UserError:
-    """Return the `UserError` for a `state.json` that no run has written."""
+    """Return the `UserError` for a `state.json` that was not written by a run."""
     return UserError(
         f"the checkpoint's state.json was not written by a run ({fault[:SHOWN]}). Delete that "
         "checkpoint, and the same command resumes from the checkpoint before it."

@@ -1,6 +1,6 @@
-"""Seed the global random generators at each micro-step from counters.
+"""Seed the global random generators at each micro-step from counters, such as step and rank.
 
-So checkpoints contain no state of a random generator.
+So checkpoints need no state of a random generator.
 """
 
 import random

@@ -42,13 +42,13 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def find_start(asked: JobConfig, folder: Path) -> Path | None:
-    """Return the checkpoint to resume from, or None. The function changes no file of a run.
+    """Return the checkpoint to resume from, or None for a new run. No file is changed.
 
     Rank 0 searches, and every rank gets the same result or error.
 
     Raises:
-        UserError: the folder holds other files but no run, the options differ, or a named
-            checkpoint cannot be used.
+        UserError: the folder holds other files but no run, the options differ from those of the
+            run in the folder, or a named checkpoint cannot be used.
     """
     return _on_main(lambda: _find_start(asked, folder))
 
@@ -105,7 +105,7 @@ def settle_precision(config: Config, folder: Path) -> Config:
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:
-    """Raise UserError, with the names of the options, if options that change the result differ."""
+    """Raise UserError, which names the options, if options that change the result differ."""
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]

@@ -12,8 +12,8 @@ def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range =
         update: number of the update, from 0.
         peak: the learning rate after the warm-up.
         config: the options, which set the warm-up, the scheduler and the length of the run.
-        pause: updates in which the learner does not learn. The warm-up does not count these
-            updates.
+        pause: updates in which the module with this learning rate does not learn. The warm-up does
+            not count these updates.
     """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)

@@ -130,12 +130,13 @@ class Task(ABC):
 
     Attributes:
         config: the options. `open` may replace it.
-        learners: learners by name, created by `build`. The names of files and log values contain
-            the name of the learner.
+        learners: learners by name, created by `build`. The names of checkpoint files and log
+            values contain the name of the learner.
         device: the device of modules and batches. The engine sets it before `build`.
         say: prints a line above the progress bar. The function works only after `begin` was called,
             and only on the first rank.
-        steps_per_epoch: number of micro-steps in which every item is used once. None means unknown.
+        steps_per_epoch: number of micro-steps in an epoch, in which every item is used once. None
+            means unknown.
     """
 
     config_class: ClassVar[type[JobConfig]]  # schema of `config.yaml`
@@ -234,9 +235,9 @@ class Task(ABC):
         return []
 
     def step_size(self) -> str:
-        """Return text that names the options that decide the memory of a micro-step.
+        """Return text that names the options that decide how much memory a micro-step needs.
 
-        The error for too little memory shows this text.
+        The error about too little memory shows this text.
         """
         return f"train_batch_size {self.config.run.train_batch_size}"
 
@@ -283,17 +284,18 @@ class Task(ABC):
         """
 
     def keys(self, batch: Any) -> Any:
-        """Return small keys from which `names` can name the items of a batch later."""
+        """Return small values from which `names` can later make the names of a batch's items."""
         return None
 
     def names(self, keys: Any) -> list[str]:
-        """Return the names of a batch's items, for a message."""
+        """Return the names of a batch's items, given the result of `keys`, for a message."""
         return []
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        """Return the values whose means over ranks the controllers need, (n,) on `device`.
+        """Return the values that controllers (`after_update`) need as means over ranks, (n,).
 
-        The engine averages these values over ranks in the update's only host synchronisation.
+        The values are on `device`. The engine averages them over ranks in the update's only host
+        synchronisation.
 
         Args:
             values: logged values of each micro-step of this rank.
@@ -309,7 +311,7 @@ class Task(ABC):
         means: Sequence[float],
         averages: Averages,
     ) -> dict[str, Tensor]:
-        """Update the controllers after an update whose gradients were finite.
+        """Adapt values such as loss weights after an update whose gradients were finite.
 
         The optimizers have already stepped.
 
@@ -339,7 +341,9 @@ class Task(ABC):
         return {}
 
     def validate(self, update: int) -> dict[str, float]:
-        """Measure the averaged weights in eval mode on all ranks. Gradients are enabled.
+        """Measure the averaged weights in eval mode on all ranks.
+
+        The engine leaves gradients enabled.
 
         Returns:
             Metrics by log name, the same on every rank. Names start with `validation/`. The result
@@ -384,7 +388,7 @@ class Task(ABC):
         """Load values that `state` returned.
 
         Raises:
-            UserError: no run of this kind has written these values.
+            UserError: the values were not written by a run of this task.
         """
 
     def rank_state(self) -> State:
@@ -410,7 +414,7 @@ class Task(ABC):
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return the options that change an export of the same weights, by log name."""
+        """Return the options by which exports of the same weights can differ, by log name."""
         return {}
 
     def has_export(self, out: Path) -> bool:
@@ -425,7 +429,7 @@ class Task(ABC):
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """Return options of a short run, for `verify-resume`, with all phases in a few updates."""
+        """Return the options of a short run for `verify-resume`: all phases fit in `updates`."""
         return config
 
     def check_repeatable(self) -> None:

@@ -62,7 +62,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put every learner in eval mode in this context, with its averaged weights if any."""
+        """Use eval mode, and averaged weights for each learner that has them, in this context."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged

@@ -24,13 +24,13 @@ class UpdateResult:
     """The outcome of one update: finiteness, signals and values to log.
 
     Attributes:
-        finite: whether all gradients of all ranks were finite, and none was above skip_grad_norm.
-            If not, the update changed only counters.
+        finite: whether all gradients of all ranks were finite, and no gradient norm was above
+            skip_grad_norm. If not, the update changed only counters.
         norms: norms of the gradients of this rank before clipping, by log name.
         signal: number of a signal that some rank has received, or 0.
         values: values to log for each micro-step and for the update: scalars on the device by log
             name.
-        keys: `Task.keys` of each micro-step's batch.
+        keys: the result of `Task.keys` for each micro-step's batch.
     """
 
     finite: bool = True
@@ -194,7 +194,7 @@ class Updates:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Clip the norm of all gradients together, in place. Return the unclipped norm, a scalar.
+    """Clip the joint norm of all gradients, in place. Return the norm before clipping, a scalar.
 
     The norm is not finite if any gradient is not finite.
     """

@@ -13,8 +13,8 @@ from latentvae.compute.compilation import not_compiled
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel` with a faster step, which reads and writes every weight once.
 
-    The step of diffusers computes the difference first, so all weights pass through memory three
-    times.
+    The step of diffusers first computes the difference between each average and its weight. So all
+    weights pass through memory three times.
     """
 
     @torch.no_grad()

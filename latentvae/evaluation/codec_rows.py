@@ -19,7 +19,7 @@ from latentvae.evaluation.measures import Judge, Original, Row, row
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a picture by one codec.
+    """The files that one codec made from a picture.
 
     Attributes:
         by_quality: complete files by quality.

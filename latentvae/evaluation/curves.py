@@ -1,5 +1,7 @@
 """Compute rate curves of models and codecs (quality over bits per pixel), and their BD-rates.
 
+A BD-rate is the mean difference in bits between two curves at equal quality, in percent.
+
 A point of a curve is the mean rate and the mean quality over the same images. Some images have no
 usable quality: an exact copy has an infinite PSNR, and small images have no LPIPS. So an image
 counts for the curves of a metric only if every coder has a finite value at every setting. A coder
@@ -95,7 +97,7 @@ MIN_BD_POINTS = 3  # two points only give a straight line, which may be far from
 
 
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
-    """Return the BD-rate of every curve relative to the curve of JPEG.
+    """Return every curve's BD-rate: its extra bits at JPEG's quality, in percent of JPEG's bits.
 
     The result is empty if JPEG was not measured.
     """

@@ -42,7 +42,7 @@ Posterior = tuple[Tensor, Tensor | None]
 class HalfPrior:
     """The distribution of the latents, and the decoder's gain for each latent channel (d,).
 
-    Both were measured on one half of the images.
+    The distribution and the gains were measured on one half of the images.
     """
 
     prior: LatentPrior
@@ -73,8 +73,8 @@ class Priors:
         """Fit both entropy models, each on at most `plan.prior_images` images, evenly spread.
 
         Args:
-            encoded: a dictionary that this function fills with the small posteriors, by the
-                image's position. The measurement then need not encode these images again.
+            encoded: a dictionary that this function fills with the posteriors of small images, by
+                the image's position. The measurement then need not encode these images again.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]

@@ -83,7 +83,7 @@ def evaluate(
         inception: the network that `metrics.inception.load_inception` returns, or None.
         plan: what is measured, and with which settings.
         max_images: measure at most this many images, evenly spread over the source.
-        sheet_images: number of images in the sheet, evenly spread over the measured images.
+        sheet_images: number of images in sheet.png, evenly spread over the measured images.
         overwrite: delete an earlier evaluation in `out`, and start a new evaluation.
         device: where models and metrics run.
 

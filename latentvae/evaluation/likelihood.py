@@ -28,8 +28,8 @@ class Sums:
         kl: sum of the KL of each group of latents, (G,), in nats.
         means, squares: sums of the posterior means and of their squares, (U,), or 0.0 if a network
             has no such means.
-        unit_kl: sum of the KL of each unit, (U,), in nats, or None.
-        each: both bounds of each image, (2, B) for each batch.
+        unit_kl: sum of the KL of each unit, (U,), in nats. None if the KL of units is unknown.
+        each: both bounds (evidence and importance-weighted) of each image, (2, B) for each batch.
     """
 
     images: int = 0
@@ -78,7 +78,7 @@ def bounds_of(
     samples: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Sums:
-    """Return the bounds of a batch, computed with a few samples at a time.
+    """Return the sums of the likelihood bounds of a batch. Few samples are computed at a time.
 
     Args:
         net: the network, in eval mode.
@@ -118,7 +118,7 @@ def bounds_of(
 
 
 def total_of(parts: Iterable[Sums]) -> Sums:
-    """Return the sum of all parts."""
+    """Return the sums over the images of all parts."""
     total = Sums()
     for part in parts:
         total.add(part)

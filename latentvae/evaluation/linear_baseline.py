@@ -122,11 +122,11 @@ class LinearBaseline:
 def baselines(
     shapes: Sequence[tuple[int, int]], *, judge: Judge
 ) -> dict[tuple[int, int], LinearBaseline]:
-    """Return a `LinearBaseline` for each different (f, d) in `shapes`.
+    """Return a `LinearBaseline` for each different (patch side f, numbers d) in `shapes`.
 
-    The first baseline is called `linear`. Some models have no baseline. If d is at least the number
-    of values of a patch, a linear code is exact. If a patch has more than `MAX_VALUES` values, the
-    fit would take too long.
+    The first baseline is called `linear`. In two cases there is no baseline. If d is at least the
+    number of values of a patch, a linear code would be exact. If a patch has more than `MAX_VALUES`
+    values, the fit would take too long.
     """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:

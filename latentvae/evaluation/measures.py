@@ -69,7 +69,7 @@ class Original:
     Args:
         position: number of the picture in the evaluation.
         images: (1, 3, H, W) on the 8-bit grid.
-        levels: features of the levels of LPIPS, by backbone.
+        levels: features of each level of LPIPS, by backbone.
         inception: Inception features (1, 2048), or None if they are not needed.
     """
 
@@ -145,7 +145,7 @@ class Judge:
     def compare_points(
         self, original: Original, recons: Sequence[Tensor]
     ) -> list[dict[str, float]]:
-        """Return only PSNR and LPIPS (alex) of each picture (1, 3, H, W), for points of curves.
+        """Return only PSNR and LPIPS (alex) of each picture (1, 3, H, W), for rate curves.
 
         LPIPS processes several small pictures in one batch.
         """

@@ -99,10 +99,11 @@ class ModelMeasures:
         num_pictures: number of pictures in the evaluation.
 
     Attributes:
-        priors: entropy models of a continuous latent. None if its bitstream is not measured.
-        failure: why the model is no longer measured, or None.
-        shown: reconstructions for sheet.png by the picture's position. None until the picture is
+        priors: entropy models of a continuous latent. None if the bitstream of the latent is not
             measured.
+        failure: why the model is no longer measured, or None.
+        shown: reconstructions for sheet.png by the picture's position. The value is None until the
+            picture is measured.
         cost: time of encoding and decoding.
     """
 
@@ -230,7 +231,10 @@ class ModelMeasures:
         passport: Mapping[str, Any] | None,
         speed: Any | None,
     ) -> ModelReport:
-        """Return the model's part of the report, with passport and speed if they were measured."""
+        """Return the model's part of the report.
+
+        `passport` (half precision and tiles) and `speed` are None if they were not measured.
+        """
         if self.failure is not None:
             return ModelReport(info=self._info(), warnings=[self.failure])
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A published number.
+    """A likelihood that a paper reports.
 
     Attributes:
         value: the number.
         unit: "nats" per image or "bits" per dimension.
-        source: paper, and what exactly was measured.
+        source: the paper, and what exactly the paper measured.
     """
 
     value: float

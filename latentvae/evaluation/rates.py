@@ -1,4 +1,4 @@
-"""Measure the bits of an image's latent: without entropy coding, and of real files of tokens.
+"""Measure the bits of an image's latent: without entropy coding, and in real files of tokens.
 
 `h w` latent positions, `L` codes per position.
 """
@@ -37,7 +37,7 @@ def raw_bits(model: Autoencoder, z: Tensor) -> float:
 
 
 def encode_indices(indices: Tensor, codes: Codes) -> bytes:
-    """Return the file of one image's indices (h, w) or (L, h, w)."""
+    """Return the bytes of a file with one image's token indices (h, w) or (L, h, w)."""
     if codes.maps == 1:
         return encode_tokens(indices.cpu().numpy(), num_codes=codes.number)
     return encode_levels(_levels(indices, codes), num_codes=codes.number)
@@ -54,7 +54,7 @@ class LevelBits:
     """Measures how many bits per pixel the tokens of each level need in a file of their own.
 
     Args:
-        codes: the model's codes, which have several maps.
+        codes: the model's codes, with several maps of tokens per image.
     """
 
     def __init__(self, codes: Codes) -> None:
@@ -80,7 +80,7 @@ class LevelBits:
 
 
 def level_bits_of(codes: Codes | None) -> LevelBits | None:
-    """Return a `LevelBits` for codes of several maps, or None for other codes."""
+    """Return a `LevelBits` if each image has several maps of tokens, else None."""
     if codes is None or codes.maps == 1 or codes.number > MAX_CODES:
         return None
     return LevelBits(codes)

@@ -22,14 +22,14 @@ class Plan:
     An empty tuple or 0 skips the measurement that the setting belongs to.
 
     Args:
-        sections: names of the sections to measure. All sections, in their order: metrics of
-            reconstructions, rates of models and codecs, statistics of latents or tokens, half
+        sections: names of the sections to measure. There are six sections, in this order: metrics
+            of reconstructions, rates of models and codecs, statistics of latents or tokens, half
             precision, tiles, and speed.
         lpips_nets: backbones of LPIPS. With `"vgg"`, the report also has distances between the sets
             of originals and reconstructions (`fd_vgg`, `kd_vgg`).
-        qualities: settings of each image codec, 1 to 100.
+        qualities: quality settings of each image codec, 1 to 100.
         noise_psnr: PSNRs in dB of the noise that rounding the latent adds to the image. Each value
-            is one step size, so one point of the rate curve (see `coding.latent_codec`).
+            gives one step size, and so one point of the rate curve (see `coding.latent_codec`).
         prior_images: number of images that an entropy model is fitted on. Each half of the images
             has its own entropy model.
         gain_images: number of images, among the `prior_images`, that the decoder's gains are

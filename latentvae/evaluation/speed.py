@@ -67,10 +67,10 @@ def measure_speed(
 
     Args:
         net: in eval mode, on `device`.
-        sizes: pixels on a side, rounded to multiples of `f`. A network with a fixed size needs
-            exactly that size.
-        budget_s: largest time of one call in seconds. The time of a size is predicted from the
-            size before. Sizes that would need more time are skipped.
+        sizes: pixels on a side, rounded to multiples of `f`. A network that supports only one size
+            needs exactly this size.
+        budget_s: largest time of one call in seconds. The time of a size is predicted from the next
+            smaller size. Sizes that would need more time are skipped.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
@@ -154,7 +154,8 @@ def measure_call(
         size: pixels on a side of the image.
         call: what is measured, on inputs that are already on `device`.
         device: device of the computation.
-        budget: seconds. A call that takes longer than a third of this is timed once.
+        budget: largest time in seconds. If a call takes longer than a third of this time, it is
+            timed once, else several times.
     """
     with peak_memory(device) as peak:  # only the first call: later calls may fragment the heap
         first = _time(call, device)

@@ -97,8 +97,8 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
     own tiles do not fit together.
 
     Args:
-        net: network in eval mode. The overlap of the tiles is the network's own. The network's
-            tiling settings are restored at the end.
+        net: network in eval mode. The tiles overlap as in the network's tiling settings. The
+            settings are restored at the end.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
 

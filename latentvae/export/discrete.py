@@ -50,8 +50,10 @@ class TokenizerReport:
             compared sizes.
         ties: number of indices that differ only because of rounding. 0 with `unit_range`, because
             ties are then not counted.
-        unit_range: whether pixels are in [0, 1] and codes are looked up by index, as aMUSEd needs.
-        compared_sizes: (H, W) of each comparison.
+        unit_range: whether pixels are in [0, 1] and codes are looked up by index, as the aMUSEd
+            pipeline needs.
+        compared_sizes: image sizes (H, W) at which the export was compared with the trained
+            tokenizer.
     """
 
     path: Path
@@ -144,8 +146,8 @@ def export_tokenizer(
         probe: real images (B, C, H, W) in [-1, 1] to compare on.
         frozen_encoder: keep the features and the `scaling_factor` of the pretrained network,
             because its encoder was not trained.
-        lookup_from_codebook: export for aMUSEd, which looks codes up by index and has pixels in
-            [0, 1].
+        lookup_from_codebook: export for the aMUSEd pipeline, which looks codes up by index and has
+            pixels in [0, 1].
         overwrite: replace an earlier export.
 
     Raises:

@@ -27,7 +27,7 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a folder holds an export: an autoencoder, or anything with our model card."""
+    """Return whether a folder holds an autoencoder, or a model with a model card of latentvae."""
     return _has_card(folder) or _is_autoencoder(folder)
 
 
@@ -112,7 +112,8 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return two test images: the first image of `probe`, and this image padded to another size.
 
-    The other size is not divisible by f, unless the network needs divisible sizes.
+    The other size is not divisible by the downsampling factor f, unless the network needs divisible
+    sizes.
     """
     multiple = family_of(net).side_multiple(net)
     more = (0, multiple, 0, 0) if multiple > 1 else (0, 3, 0, 1)

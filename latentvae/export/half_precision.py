@@ -48,12 +48,12 @@ class HalfPrecision:
 
     Args:
         max_activation: largest absolute value of any of `layers`.
-        psnr: PSNR of the 16-bit reconstruction against the float32 one, in dB, with peak 2, over
-            all images together. NaN if the 16-bit reconstruction is not finite, infinity if both
-            are equal.
+        psnr: PSNR of the 16-bit reconstruction against the float32 reconstruction, in dB, with peak
+            2, over all images together. NaN if the 16-bit reconstruction is not finite, infinity if
+            both are equal.
         psnr_cost: PSNR of the float32 reconstruction minus PSNR of the 16-bit reconstruction, in
-            dB, both against the images and as 8-bit pictures. NaN if this was not measured or if
-            the 16-bit reconstruction is not finite.
+            dB. Both are rounded to 8 bits and compared with the original images. NaN if this was
+            not measured or if the 16-bit reconstruction is not finite.
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order of execution. A
             block comes after its submodules. Latents and reconstruction have entries too.
@@ -70,7 +70,7 @@ class HalfPrecision:
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may use this type. For float16, `force_upcast` is the opposite."""
+        """Whether pipelines may use this dtype. For float16, `force_upcast` is the opposite."""
         as_good = self.psnr_cost <= MAX_COST
         if self.dtype == torch.bfloat16:
             return as_good

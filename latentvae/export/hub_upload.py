@@ -87,7 +87,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
     """Upload an export as one commit. A missing repository is created.
 
     Args:
-        private: make a new repository private. False uses the account's own setting.
+        private: make a new repository private. False uses the default of the account.
         message: message of the commit.
 
     Returns:

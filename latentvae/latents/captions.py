@@ -24,7 +24,7 @@ MAX_BYTES = 1 << 16  # largest size of a text file. The rest is cut
 
 
 def find_captions(source: ImageSource, *, caption_column: str | None = None) -> list[str] | None:
-    """Return each image's caption, "" for an image without one, or None if no image has one.
+    """Return each image's caption ("" if it is missing), or None if all captions are missing.
 
     The option `caption_column` names a column of a table. None takes `text` or `caption`.
 

@@ -1,8 +1,8 @@
 """Decode shards of tokens or latents to one PNG per item (`latentvae decode`).
 
-Pictures have 8 bits and the channels of the model. Rank r of W decodes the batches r, r + W,
-r + 2W and so on. A batch whose pictures all exist is skipped, so the same command continues a
-decoding that was killed.
+Pictures have 8 bits and the channels of the model. With W processes, process r (its rank) decodes
+the batches r, r + W, r + 2W and so on. A batch whose pictures all exist is skipped, so the same
+command continues a decoding that was killed.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ def decode_folder(
 
     Args:
         shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
-        model: the autoencoder, or its folder or Hub id. None loads the model that the manifest
-            names.
+        model: the autoencoder, or its folder or Hub id. None loads the model whose path or Hub id
+            is in the folder's manifest.
         limit: decode only the first `limit` items.
         batch_size: images per forward pass.
         optimize: option of `load`, for a folder or Hub id.
@@ -101,7 +101,7 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Return a different relative PNG path for each item's name. No path leaves the folder."""
+    """Return a different relative PNG path for each item's name, always inside the folder."""
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()

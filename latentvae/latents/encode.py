@@ -1,9 +1,10 @@
 """Encode every image of a data set once, into shards (`latentvae encode`).
 
-Rank r of W writes the shards r, r + W, r + 2W and so on that do not exist yet. No batch crosses the
-end of a shard. So the files depend neither on the number of ranks nor on when the command was
-killed. To write the missing shards, run the same command again. Ranks do not communicate. Any rank
-that finds all shards complete writes the manifest, and the manifest of every rank is the same.
+With W processes, process r (its rank) writes the shards r, r + W, r + 2W and so on that do not
+exist yet. No batch crosses the end of a shard. So the files depend neither on the number of ranks
+nor on when the command was killed. To write the missing shards, run the same command again. Ranks
+do not communicate. Any rank that finds all shards complete writes the manifest, and the manifest of
+every rank is the same.
 """
 
 import os
@@ -83,15 +84,16 @@ def encode_folder(
         model: an autoencoder, or its folder or Hub id.
         data: the images, as for `data.open_source`, or `owner/name` of a data set on the Hub. The
             training split of a table is encoded.
-        resolution: pixels on a side, or (height, width), in multiples of f (FLUX.2: 2 f).
+        resolution: pixels on a side, or (height, width), in multiples of the downsampling factor f
+            (for FLUX.2, of 2 f).
         batch_size: images per forward pass. Another batch size may change the last digits of
             latents.
         num_workers: extra processes that decode images.
         shard_items: images per shard.
         dtype: data type of stored latents. None means float16.
         moments: also store the standard deviations of the posteriors, for sampling.
-        value_range: the stored numbers of black and white, as in training. Float files need this
-            argument with a grey or RGBA model.
+        value_range: the numbers that files store for black and white, as in training. Files of
+            floats need this argument if the model is grey or RGBA.
         ignore_icc: use the stored numbers of files with an embedded colour profile. By default
             these files are converted to sRGB.
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).

@@ -1,8 +1,8 @@
 """Encode every image at the nearest of several shapes (`--aspect_ratio_buckets`).
 
-All items of a folder of shards have one shape. So each bucket gets a folder of its own, such as
-`OUT/192x320`. Every reader of shards can read such a folder. Class numbers are the same in all
-folders.
+All items of a folder of shards have one shape. So each shape (bucket) gets a folder of its own,
+such as `OUT/192x320`. Every reader of shards can read such a folder. A class has the same number in
+all folders.
 """
 
 import os
@@ -52,7 +52,7 @@ def encode_buckets(
         model, data, out, value_range, ignore_icc, max_pixels, all_pages, optimize, variant, device:
             see `encode_folder`.
         resolution: side of a square, or (height, width), in pixels. Each shape has about as many
-            pixels.
+            pixels as this size.
         aspect_ratio_buckets: largest number of shapes. Their aspect ratios lie between 1:2 and 2:1.
             A shape that is nearest to no image is left out.
         options: other options of `encode_folder`.

@@ -6,8 +6,8 @@
     model.decode(steps, scaled=True, output_type="pil")
 
 All functions take latents of any shape: (d, h, w) or a flat code. Use scaled latents
-(`scaled=True`), whose elements have a standard deviation near 1. Otherwise a shift of the latents
-changes angles.
+(`scaled=True`), whose elements have a standard deviation near 1. In unscaled latents, a mean far
+from 0 changes the angles between latents.
 
 `N` latents, `S` steps or strengths, `R` directions, `...` the shape of one latent.
 """
@@ -138,7 +138,7 @@ class Attribute:
         return move_along(latent, self.direction[None], strengths)[0]
 
     def scores(self, latents: Tensor) -> Tensor:
-        """Return a score of the attribute for each of the latents (N, ...), (N,).
+        """Return the attribute's score (N,) of each of the latents (N, ...).
 
         The mean latent with the attribute has the score 0.5, and the mean latent without the
         attribute has the score -0.5.
@@ -178,8 +178,9 @@ class Components:
     """The principal components of latents, the largest first.
 
     Attributes:
-        directions: (R, ...), each as long as one standard deviation of the latents along it.
-        shares: (R,), the share of the latents' variance.
+        directions: (R, ...), each as long as one standard deviation of the latents along this
+            direction.
+        shares: (R,), the share of the latents' variance along each direction.
     """
 
     directions: Tensor

@@ -169,7 +169,7 @@ def draw_interpolations(
 def draw_neighbours(
     encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
 ) -> dict[str, Any]:
-    """Draw a row for each query image: the image, then its nearest neighbours among the others.
+    """Draw a row for each query image: the image, then its neighbours with the nearest latents.
 
     Args:
         encoded: the images.
@@ -221,14 +221,15 @@ def draw_attribute(
     The strengths go from -1 to 2. Strength 1 is the distance between the means of the two classes.
 
     Two thirds of the images of each class make the direction. The other images test the direction:
-    the function returns the share of them on the correct side of the middle, as a mean over the two
-    classes. A share of 0.5 means that the direction does not separate the classes.
+    the function returns the share of test images that lie on their class's side of the middle. This
+    share is a mean over the two classes. A share of 0.5 means that the direction does not separate
+    the classes.
 
     Args:
         encoded: the images, with classes.
         path: the PNG.
         attribute: the class of images with the attribute.
-        against: the class of images without it. None takes all other classes.
+        against: the class of images without the attribute. None takes all other classes.
         images: names of the images that are moved. Empty takes images without the attribute.
         count: number of images, if `images` is empty.
         steps: number of strengths.
@@ -277,7 +278,7 @@ def draw_attribute(
 def draw_components(
     encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
 ) -> dict[str, Any]:
-    """Draw a row for each principal component of the latents: an image, moved.
+    """Draw a row for each principal component of the latents: an image that moves along it.
 
     The image is moved by -2 to 2 standard deviations along the component.
 
@@ -289,7 +290,7 @@ def draw_components(
         steps: number of images in a row.
 
     Raises:
-        UserError: several images are named.
+        UserError: `images` has more than one name.
     """
     if len(images) > 1:
         raise UserError(f"a traversal moves one image (got {len(images)}). Give one name.")

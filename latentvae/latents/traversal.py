@@ -2,7 +2,8 @@
 
     save_traversal(decode, mean, Path("traversal.png"), kl=kl_per_dimension)
 
-writes a grid with one row per dimension, sorted by KL, in which this dimension goes from -2 to 2.
+This call writes a grid of images with one row per dimension, sorted by KL. Along a row, the
+dimension goes from -2 to 2.
 
 `D` dimensions of a code, `R` rows, `V` values in a row, `C` image channels, `H W` image size.
 """

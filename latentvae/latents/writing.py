@@ -125,8 +125,8 @@ def save_shard(
 
     Args:
         out: folder of the shards.
-        header: the shard's number and content.
-        tensors: the tensors of the shard's items by name, without their names.
+        header: the shard's header, which has the shard's number.
+        tensors: the encoded items and their labels and sizes, as tensors by name.
         names: name of each item.
         captions: caption of each item, if the data has captions.
     """

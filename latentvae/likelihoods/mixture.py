@@ -47,7 +47,7 @@ class DiscretizedLogisticMixture(PixelDistribution):
         return torch.logsumexp(log_p + F.log_softmax(logits, dim=1), dim=1).flatten(1).sum(1)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Return the mean of the component means, (B, C, H, W), as if all bins were narrow."""
+        """Return the mean of the components' locations, (B, C, H, W), without discretisation."""
         logits, location, _, pairs = self._parts(parameters)
         centres: list[Tensor] = []
         for channel in range(location.shape[2]):

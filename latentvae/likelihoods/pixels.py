@@ -69,7 +69,7 @@ class PixelDistribution(ABC):
         """Draw images (B, C, H, W) in [-1, 1]. Each pixel is one of the `levels` values."""
 
     def start_bias(self, mean_image: Tensor) -> Tensor | None:
-        """Return biases (M, H, W) of a last layer that predict the mean image, or None."""
+        """Return biases (M, H, W) of the last layer that give `mean_image`, or None."""
         return None
 
     def rounded(self, pixels: Tensor) -> Tensor:

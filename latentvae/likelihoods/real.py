@@ -1,8 +1,8 @@
 """Gaussian densities of real values, for tables and for the latents of another network.
 
-The distributions of `pixels` give probabilities to 8-bit values. The distribution of this module is
-a density of any real value. It is not in the table of `train-vae`, because densities and
-probabilities cannot be compared in nats.
+The distributions in `likelihoods.pixels` give probabilities to 8-bit values. The distribution of
+this module is a density of any real value. `train-vae` does not offer this distribution, because
+densities and probabilities cannot be compared in nats.
 """
 
 import math

@@ -78,8 +78,9 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
     Args:
         discriminator: the network without DDP's wrapper, because DDP would prepare another
-            reduction of gradients in this forward pass. Add the penalty to the loss that went
-            through DDP, and call `backward` once. Then DDP reduces the sum of both gradients.
+            reduction of gradients in this forward pass. Add the penalty to the loss that was
+            computed through DDP's wrapper, and call `backward` once. Then DDP reduces the sum of
+            both gradients.
         images: real images as the discriminator sees them, (B, C, H, W).
 
     Returns:
@@ -92,10 +93,10 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
 
 def lazy_weight(update: int, *, weight: float, interval: int) -> float:
-    """Return the weight in ``update`` (from 0) of a penalty that only some updates compute.
+    """Return the weight of a penalty that only some updates compute, in update ``update``.
 
-    The weight is ``interval`` times ``weight`` in every ``interval``-th update, and 0 in the others
-    (arXiv:1912.04958, section 3.1).
+    Updates are counted from 0. The weight is ``interval`` times ``weight`` in every ``interval``-th
+    update, and 0 in the other updates (arXiv:1912.04958, section 3.1).
     """
     return weight * interval if update % interval == 0 else 0.0
 
@@ -103,10 +104,10 @@ def lazy_weight(update: int, *, weight: float, interval: int) -> float:
 class LeCam:
     """Computes the LeCam penalty of a discriminator (Tseng et al. 2021, arXiv:2104.03310).
 
-    LeCam pulls the logits of real images down to the average logit of fakes. It pulls the logits of
-    fakes up to the average logit of real images. LeCam keeps these averages: call `update` once per
-    update, and save `state_dict`. The averages start at 0, because an untrained discriminator has
-    logits near 0.
+    LeCam pulls the logits of real images down to the average logit of reconstructions. It pulls the
+    logits of reconstructions up to the average logit of real images. This object keeps these
+    averages: call `update` once per update, and save `state_dict`. The averages start at 0, because
+    an untrained discriminator has logits near 0.
 
     Args:
         decay: decay of the averages per update.
@@ -121,8 +122,9 @@ class LeCam:
         """Return E[(D(x) - average fake)+^2] + E[(average real - D(recon))+^2], a scalar.
 
         The formula is eq. 4 of the paper, with the positive part ()+ of the authors' code
-        (google/lecam-gan, third_party/lecam_loss.py). Without the positive part, a real image below
-        the average of fakes would be pulled up, which is the task of the GAN loss.
+        (google/lecam-gan, third_party/lecam_loss.py). Without the positive part, the logit of a
+        real image below the average logit of reconstructions would be pulled up, which is the task
+        of the GAN loss.
         """
         real_anchor, fake_anchor = self.anchors.unbind()
         above = F.relu(real_logits.float() - fake_anchor)
@@ -153,8 +155,8 @@ def adaptive_weight(
     """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
     W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
-    known, so only two backward passes are needed, both through one convolution.
-    Both gradients are averaged over ranks before their norms are taken.
+    known, so only two backward passes are needed, both through one convolution. The function
+    averages each gradient over ranks before it takes the norm.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).
@@ -182,8 +184,8 @@ class Adversary:
             gradient at the reconstruction. Each rank has its own reconstructions, so DDP is not
             needed.
         prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
-        factor: weight of the adversarial term in the model's loss in this update, before the
-            adaptive weight. See `objective.adversarial_weight`.
+        factor: weight of the adversarial term in the model's loss in this update, not yet
+            multiplied by the adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
         augment: policy of `diff_augment` for all images that the discriminator sees.
         r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.

@@ -1,10 +1,11 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random, differentiable changes.
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random, differentiable image changes.
 
 All images that the discriminator sees, real ones and reconstructions, are changed at random. The
 gradient to the reconstruction passes through the change. Each image has its own random numbers. The
 numbers come from the global generator, which the training loop seeds for each micro-step.
 
-`B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0.
+`B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels that come from outside the image
+are 0, which is grey.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,10 @@
 """Convert images to RGB, for LPIPS, for the discriminators and for display.
 
-A single channel is repeated. The last of four channels is alpha (-1 transparent, 1 opaque), and the
-colours are laid over a background. In training, the background is a random colour for each image.
-An image and its reconstruction have the same background. So the model can learn neither one fixed
-background nor the colours of transparent pixels. Outside training, the background is mid-grey.
+A grey channel is repeated three times. In images with four channels, the last is alpha (-1
+transparent, 1 opaque), and the colours are blended with a background. In training, the background
+is a random colour for each image. An image and its reconstruction have the same background. So the
+model can learn neither one fixed background nor the colours of transparent pixels. Outside
+training, the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """
@@ -20,8 +21,8 @@ def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
     RGB images come back unchanged.
 
     Args:
-        background: what lies behind transparent pixels: a grey, or colours that broadcast to the
-            shape (B, 3, H, W).
+        background: colour behind transparent pixels: one grey value, or colours that broadcast to
+            the shape (B, 3, H, W).
     """
     channels = images.shape[1]
     if channels == 3:

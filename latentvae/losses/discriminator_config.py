@@ -33,15 +33,17 @@ class DiscriminatorConfig(Section):
         default=(),
         description=(
             "DiffAugment operations that are applied to all images before the discriminator sees "
-            "them. They help when there are few training images. By default, there are none."
+            "them. These operations help when there are few training images. By default, no "
+            "operation is applied."
         ),
     )
     disc_r1_weight: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description=(
-            "Weight of the R1 gradient penalty on real images. The penalty uses the gradient of "
-            "the mean logit of an image. StyleGAN2 chooses the weight 0.0002 * resolution^2 / "
-            "(number of images per update). 0 turns the penalty off."
+            "Weight of the R1 gradient penalty on real images. The penalty is half the squared "
+            "norm of the gradient of an image's mean logit with respect to the image. StyleGAN2 "
+            "uses the weight 0.0002 * resolution^2 / (number of images per update). 0 turns the "
+            "penalty off."
         ),
     )
     disc_r1_interval: Positive = Field(
@@ -82,8 +84,8 @@ class DiscriminatorConfig(Section):
         default=1000,
         description=(
             "Number of updates over which the weight of the adversarial loss grows from 0 to "
-            "disc_scale. These updates follow those of disc_warmup_steps. The discriminator also "
-            "learns during these updates."
+            "disc_scale. These updates follow the updates that disc_warmup_steps counts. The "
+            "discriminator also learns during these updates."
         ),
     )
     disc_adaptive_weight: bool = Field(
@@ -144,7 +146,7 @@ class DiscriminatorConfig(Section):
         default="warn",
         description=(
             "Check whether the discriminator's loss is near 0, and whether validation LPIPS gets "
-            "steadily worse while the discriminator is active. In either case, `warn` prints a "
+            "steadily worse while the discriminator is active. If either happens, `warn` prints a "
             "warning. `disable` also switches the discriminator off for the rest of the run. `off` "
             "turns this check off."
         ),

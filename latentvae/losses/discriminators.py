@@ -3,8 +3,8 @@
 Patches: Isola et al. 2017, arXiv:1611.07004. Whole images: Karras et al. 2020, arXiv:1912.04958.
 
 No discriminator has batch statistics. With batch statistics, the logits of real images would depend
-on the fakes in the batch and on the number of ranks. Also, the model's training step would change
-running averages of the discriminator.
+on the reconstructions in the batch and on the number of ranks. Also, the model's training step
+would change running averages of the discriminator.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -44,12 +44,12 @@ def power_iteration(discriminator: nn.Module) -> None:
 class PatchGAN(nn.Module):
     """A discriminator with one logit per overlapping image patch.
 
-    The only difference from the original in pix2pix is the norm, which is not BatchNorm.
+    The only difference from the discriminator of pix2pix is the norm, which is not BatchNorm.
 
     The network is always in eval mode, and `.train()` has no effect. In train mode, torch's
     spectral norm would take a step of its power iteration in every forward pass. Then the model's
-    step and the discriminator's step of one update would see different weights, and so would the
-    micro-steps. Instead, `power_iteration` takes a step of the power iteration once per update.
+    step, the discriminator's step and the micro-steps of one update would all see different
+    weights. Instead, `power_iteration` takes a step of the power iteration once per update.
 
     Args:
         in_channels: image channels.
@@ -104,7 +104,7 @@ class PatchGAN(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 1, h, w), positive for real, of images (B, C, H, W) in [-1, 1]."""
+        """Return a map of logits (B, 1, h, w) of images in [-1, 1]. Positive means real."""
         return self.layers(images)
 
 
@@ -171,7 +171,7 @@ class StyleGANDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 1, 1, 1), positive for real, of images (B, C, H, W) in [-1, 1]."""
+        """Return one logit, (B, 1, 1, 1), for each image in [-1, 1]. Positive means real."""
         return self.layers(images)
 
 
@@ -327,5 +327,5 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Return the smallest side of an image, in pixels, with which there is at least one logit."""
+    """Return the smallest side of an image, in pixels, for which the kind gives a logit."""
     return DISCRIMINATORS[kind].smallest_side(num_layers)

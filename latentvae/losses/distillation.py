@@ -23,12 +23,13 @@ _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 @dataclass(frozen=True)
 class Taught:
-    """What the student learns from, without gradients.
+    """The images and the teacher's results for them, from which the student learns.
 
     Attributes:
         images: (B, C, H, W) in [-1, 1].
-        recon: the teacher's reconstruction in [-1, 1]. None if the loss does not need it.
-        z: the latents of the images in the student's scale, (B, d, h, w).
+        recon: the teacher's reconstruction in [-1, 1], without gradient. None if the loss does not
+            need it.
+        z: the teacher's latents of the images, in the student's scale, (B, d, h, w).
     """
 
     images: Tensor
@@ -45,7 +46,8 @@ class DistillationLoss(nn.Module):
         perceptual_scale: weight of LPIPS. The pixel error has weight 1.
         teacher_share: t, from 0 (compare with the images) to 1 (compare with the teacher's
             reconstruction).
-        latent_scale: weight of the encoder's loss.
+        latent_scale: weight of the mean squared error between the student's and the teacher's
+            latents.
         autocast_dtype: dtype of the backbone of LPIPS. Default: float32.
     """
 
@@ -70,7 +72,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, taught: Taught, recon: Tensor | None, z: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total with its graph, and the terms by log name.
+        """Return the total loss with its graph, and the unweighted terms by log name.
 
         Args:
             taught: the images, and the teacher's results for them.

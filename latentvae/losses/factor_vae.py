@@ -1,8 +1,8 @@
 """Estimate the total correlation of a code by a discriminator, as FactorVAE does.
 
-Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator tells codes z ~ q(z) from codes
-whose dimensions were permuted within the batch, which are samples of prod_k q(z_k). Its log-ratio
-estimates the total correlation. Two optimizers take turns:
+The source is Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator tells codes z ~
+q(z) from codes whose dimensions were permuted within the batch, which are samples of prod_k q(z_k).
+The difference of its two logits estimates the total correlation. Two optimizers take turns:
 
     tc = density_ratio_tc(discriminator(z))               # z with its graph, discriminator frozen
     (recon + kl + gamma * tc).backward()                  # the VAE's step
@@ -57,17 +57,18 @@ def permute_dims(z: Tensor, *, generator: torch.Generator | None = None) -> Tens
 
 
 def density_ratio_tc(logits: Tensor) -> Tensor:
-    """Return the estimate of the total correlation, E[log D(z) / (1 - D(z))], a scalar in nats.
+    """Return the estimated total correlation, E[log(D(z) / (1 - D(z)))], a scalar in nats.
 
     Args:
-        logits: (B, 2), of codes that were not permuted.
+        logits: the discriminator's logits (B, 2) of codes z that were not permuted. D(z) is the
+            probability of this class.
     """
     logits = logits.float()
     return (logits[:, JOINT] - logits[:, PERMUTED]).mean()
 
 
 def factor_discriminator_loss(joint_logits: Tensor, permuted_logits: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the discriminator, a scalar. Guessing gives log 2.
+    """Return the mean cross-entropy of the discriminator, a scalar. Random guessing gives log 2.
 
     Args:
         joint_logits: (B, 2), of codes that were not permuted.

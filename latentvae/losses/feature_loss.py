@@ -1,11 +1,11 @@
-"""The distance of images in the features of a given, frozen network, such as DINOv2.
+"""The distance of images and reconstructions in the features of a network such as DINOv2.
 
 ViTok-v2 (arXiv:2605.05331) trains with such a loss in place of LPIPS and a discriminator. Its
-authors' package `dino-perceptual` takes the hidden states of every block, scales each to unit
-length, and averages their squared differences over blocks, positions and channels. Here the sum
-over channels replaces the mean, with a factor 1/2. So the loss is a mean of 1 - cosine similarity,
-its weight does not depend on the width C of the network, and it is C / 2 times the loss of the
-package.
+authors' package `dino-perceptual` takes the hidden states of every block, scales the vector at each
+position to unit length, and averages the squared differences over blocks, positions and channels.
+Here the sum over channels replaces the mean, with a factor 1/2. So the loss is the mean of 1 -
+cosine similarity, which is C / 2 times the loss of the package. A good weight of this loss does not
+depend on the width C of the network.
 
 `B` batch, `C` channels of a layer, `S` positions of a layer, `H W` image size.
 """
@@ -30,10 +30,10 @@ _PROCESSOR = "preprocessor_config.json"
 
 
 class FeatureLoss(nn.Module):
-    """The distance per image in the features of a frozen network, with a gradient only to `recon`.
+    """The distance of each image from its reconstruction, in the features of a frozen network.
 
-    The network runs under the caller's autocast. The distances are computed in float32. The module
-    is always in eval mode, and `.train()` has no effect.
+    Only `recon` gets a gradient. The network runs under the caller's autocast. The distances are
+    computed in float32. The module is always in eval mode, and `.train()` has no effect.
 
         loss = load_feature_loss("path/to/dinov2-small")
         distance = loss(images, recon)  # (B,), from 0 to 2

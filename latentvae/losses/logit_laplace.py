@@ -5,10 +5,11 @@ and gives x the density
 
     f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
-Its decoder returns six maps, three of mu and three of ln b (`likelihoods.LogitLaplace`).
+DALL-E's decoder returns six maps, three of mu and three of ln b (`likelihoods.LogitLaplace`).
 ViT-VQGAN (arXiv:2110.04627) adds a logit-Laplace loss with weight 0.1 to the L2 loss of its three
-output maps. We found no description of its b. Three maps can only give mu, so here mu is the logit
-of the mapped output, and b is 1. Another constant b would only be another weight.
+output maps. We found no description of the value of b. Three maps can only give mu, so here mu is
+the logit of the mapped output, and b is 1. Another constant b would only change the weight of the
+loss.
 """
 
 import math
@@ -22,8 +23,8 @@ EPS = 0.1
 def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
     """Return -ln f(x; mu, 1) of each element in nats, float32 or wider, of any shape.
 
-    Outputs outside of [-1, 1] continue the logit by its tangent. So their gradient is finite and
-    leads back to the image.
+    For outputs outside of [-1, 1], the tangent continues the logit. So the gradient of these
+    outputs is finite and moves them towards the image.
 
     Args:
         recon: outputs of the decoder, of the images' shape.

@@ -1,7 +1,7 @@
 """Find LPIPS' true weights and read them without running code from a file.
 
-The heads come with the `lpips` package. The backbone is torchvision's ImageNet VGG16 or AlexNet. We
-look for the backbone in this order:
+The linear heads of LPIPS come with the `lpips` package. The backbone is torchvision's ImageNet
+VGG16 or AlexNet. We look for the backbone in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache
@@ -94,7 +94,7 @@ def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) ->
     """Return the path of the backbone's weights. The module's docstring has the search order.
 
     Raises:
-        UserError: there is no such file.
+        UserError: none of these places has the file.
     """
     if weights is not None:
         return _named_file(Path(weights))

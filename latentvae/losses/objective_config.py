@@ -35,7 +35,10 @@ class PixelLossConfig(Section):
 
     rec_loss: Literal["l1", "l2"] = Field(
         default="l1",
-        description="Pixel loss: the mean absolute (l1) or squared (l2) error over image elements.",
+        description=(
+            "Pixel loss: the mean absolute (l1) or squared (l2) error of the reconstruction over "
+            "all pixels and channels."
+        ),
     )
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
@@ -70,8 +73,8 @@ class ObjectiveConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Weight of the logit-Laplace loss of ViT-VQGAN, which is added to the pixel loss. The "
-            "logit-Laplace loss is the absolute error of the logits of pixel values. 0 turns it "
-            "off."
+            "logit-Laplace loss is the absolute difference between image and reconstruction in the "
+            "logits of their pixel values. 0 turns it off."
         ),
     )
     feature_loss: Annotated[str | None, MayChange()] = Field(
@@ -79,9 +82,10 @@ class ObjectiveConfig(PixelLossConfig):
         description=(
             "Frozen image network for a feature loss: a folder or Hub id that the package "
             "transformers loads, such as DINOv2 or ConvNeXt. The loss compares the network's "
-            "features of an image and of its reconstruction. It is 1 minus their cosine "
-            "similarity, averaged over all layers and positions. By default, there is no feature "
-            "loss. On resume, another folder must hold the same weights."
+            "features of an image and of its reconstruction. The loss is 1 minus the cosine "
+            "similarity of these features, averaged over all layers and positions. By default, "
+            "there is no feature loss. If you resume a run with another folder, it must hold the "
+            "same weights."
         ),
     )
     feature_scale: Annotated[float, Field(gt=0.0)] = Field(
@@ -90,8 +94,8 @@ class ObjectiveConfig(PixelLossConfig):
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
-            "Weight of the KL loss. The weight has the same meaning as in Stable Diffusion, which "
-            "uses 1e-6, at any resolution. A larger weight makes the latent smoother and the "
+            "Weight of the KL loss. At any resolution, the weight has the same meaning as in "
+            "Stable Diffusion, which uses 1e-6. A larger weight makes the latent smoother and the "
             "reconstruction worse."
         ),
     )
@@ -134,9 +138,9 @@ class ObjectiveConfig(PixelLossConfig):
     rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Value that the pixel loss should reach (see loss/rec in the log). The weight of "
-            "the KL loss starts at kl_scale and changes until the pixel loss reaches this target. "
-            "0 sets no target."
+            "Value that the pixel loss should reach (loss/rec in the log). The weight of the KL "
+            "loss starts at kl_scale and changes until the pixel loss reaches this target. 0 sets "
+            "no target."
         ),
     )
     kl_target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

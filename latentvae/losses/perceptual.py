@@ -1,7 +1,8 @@
 """LPIPS, the learned perceptual distance, with its true weights (https://arxiv.org/abs/1801.03924).
 
 The weights are never random. The network is built without values, and every tensor must come from a
-file (see `lpips_weights`). Then the distance of two fixed pictures must have its known value.
+file (see `lpips_weights`). After loading, the distance between two fixed pictures must have the
+known value.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -77,7 +78,7 @@ def weights_id(model: nn.Module) -> str:
 
 
 class PerceptualLoss(nn.Module):
-    """The LPIPS distance per image, with a gradient only to `recon`.
+    """The LPIPS distance of each image from its reconstruction, with a gradient only to `recon`.
 
     The backbone runs under the caller's autocast. The distances are computed in float32. The module
     is always in eval mode, and `.train()` has no effect. The module has no parameters, and its
@@ -111,7 +112,7 @@ class PerceptualLoss(nn.Module):
     def features(self, images: Tensor) -> Sequence[Tensor]:
         """Return the features of the backbone's five levels, each (B, C, h, w).
 
-        With these features, one image can be compared to many at the cost of one forward pass.
+        To compare one image with many others, compute the features of that image only once.
         """
         return self.lpips.net(self.lpips.scaling_layer(images))
 
@@ -125,8 +126,9 @@ class PerceptualLoss(nn.Module):
     def maps(self, images: Tensor, recon: Tensor) -> Tensor:
         """Return where images and reconstructions differ, (B, H, W), at least 0.
 
-        The five levels are enlarged to the size of the images and added. The mean of a map is
-        close to the distance of `forward`, up to the enlargement at the border.
+        The maps of the five levels are enlarged to the size of the images and added. The mean of
+        the result over pixels is close to the distance that `forward` returns. The small difference
+        comes from the enlargement at the border.
 
         Args:
             images, recon: as in `forward`.
@@ -210,7 +212,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """Return the distance of two fixed images with this network, and with LPIPS' true weights."""
+    """Return the distance of two fixed images by this network, and the known true distance."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()

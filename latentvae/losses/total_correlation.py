@@ -1,7 +1,7 @@
 """Split the KL of a Gaussian posterior into three parts, as beta-TCVAE does.
 
-Chen et al. 2018, arXiv:1802.04942. With the aggregate posterior q(z) = E_n[q(z | n)] over all
-images n:
+The source is Chen et al. 2018, arXiv:1802.04942. With the aggregate posterior q(z) = E_n[q(z | n)]
+over all images n:
 
     KL(q(z|n) | p(z))  =  log q(z|n) / q(z)            index-code mutual information
                        +  log q(z) / prod_k q(z_k)     total correlation
@@ -96,12 +96,12 @@ def measure_kl_parts(
     codes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> KLParts:
-    """Return the mean parts of the KL, with all given posteriors as the aggregate, for evaluation.
+    """Return the mean of each part of the KL over many images, to evaluate a model.
 
-    The aggregate covers only these M images, so `information` cannot exceed log M. If `information`
-    comes near log M, the measured total correlation is too large, and more images are needed.
-    Compare models with the same M. Time grows with the number of codes times M: 5,000 codes of
-    5,000 images with 10 dimensions take 9 seconds on one core.
+    The aggregate posterior consists of the M given posteriors, so `information` cannot exceed log
+    M. If `information` comes near log M, the measured total correlation is too large, and more
+    images are needed. Compare models with the same M. Time grows with the number of codes times M:
+    5,000 codes of 5,000 images with 10 dimensions take 9 seconds on one core.
 
     Args:
         mean: (M, D), means of the posteriors.
@@ -135,8 +135,8 @@ def measure_kl_parts(
 def stratified_log_weights(batch: int, num_images: int) -> Tensor:
     """Return the log-weight of each posterior j in the estimate of q(z_i): (B, B).
 
-    The image's own posterior has the weight 1/N. The other posteriors share the remaining weight
-    equally.
+    In the estimate for the code z_i, the posterior of image i has the weight 1/N. The other
+    posteriors share the remaining weight equally.
 
     The paper (appendix C.2) gives the last of the other posteriors a different weight. The order of
     the images is random, so this function takes the mean over all orders. This estimate has the

@@ -21,7 +21,7 @@ from latentvae.option_marks import Elsewhere, Positive, Section, UpdatesOrShare,
 
 
 class VariationalConfig(Section):
-    """Options of the loss."""
+    """Options of the loss of a variational autoencoder."""
 
     bound: Annotated[Literal["elbo", "iwae", "dreg"], Elsewhere("objective loss")] = Field(
         default="elbo",
@@ -39,8 +39,8 @@ class VariationalConfig(Section):
         default=1.0,
         description=(
             "Weight of the KL term (beta of the beta-VAE). With a weight above 1, the loss is a "
-            "looser bound of ln p(x). With a weight below 1, it is no bound. Validation always "
-            "reports the bound with weight 1."
+            "looser bound of ln p(x). With a weight below 1, the loss is not a bound. Validation "
+            "always reports the bound with weight 1."
         ),
     )
     kl_warmup_steps: UpdatesOrShare = Field(
@@ -68,8 +68,9 @@ class VariationalConfig(Section):
     kl_balance: bool = Field(
         default=False,
         description=(
-            "During the KL warm-up, weight the KL of each group of latents by its KL per latent "
-            "value, as NVAE does. This keeps a group from collapsing early."
+            "During the KL warm-up, multiply the KL of each group of latents by a weight in "
+            "proportion to its KL per latent value, as NVAE does. This keeps a group from "
+            "collapsing early."
         ),
     )
     capacity_nats: Weight = Field(
@@ -130,16 +131,17 @@ class VariationalConfig(Section):
         default=0.5,
         description=(
             "Weight of the classifier's cross entropy on images with a label, for the architecture "
-            "`classes`. This weight is alpha of M2, for a loss that is divided by the number of "
-            "images. The paper of M2 uses 0.1."
+            "`classes`. This weight is alpha in the paper of M2 (a semi-supervised VAE, "
+            "arXiv:1406.5298), for a loss that is divided by the number of images. The paper uses "
+            "0.1."
         ),
     )
     class_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.1,
         description=(
             "For an image without a label, the loss sums over the possible classes. To save time, "
-            "it leaves out classes whose probability is below this share of 1 / (number of "
-            "classes). 0 leaves out no class. This option is for the architecture `classes`."
+            "it leaves out classes whose probability is below this value divided by the number of "
+            "classes. 0 leaves out no class. This option is for the architecture `classes`."
         ),
     )
     label_warmup_steps: UpdatesOrShare = Field(
@@ -311,9 +313,10 @@ def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
 def doubly_reparameterised(out: BoundParts) -> Tensor:
     """Return a scalar whose gradient is the DReG estimate of the IWAE gradient, negated.
 
-    The weights w of the samples become constants. The gradient of the decoder has the normalised
-    weight of each sample, and the gradient that reaches the encoder has the square of this weight
-    (arXiv:1810.04152, equation 8). The value is the negative bound of the batch.
+    The weights w of the samples become constants. In the decoder's gradient, each sample is
+    multiplied by its normalised weight. In the encoder's gradient, each sample is multiplied by the
+    square of this weight (arXiv:1810.04152, equation 8). The value is the negative bound of the
+    batch.
 
     Args:
         out: parts of a bound with one group of latents. `log_ratio` has constant parameters of q.

@@ -1,8 +1,8 @@
 """Compute a mean over images and its confidence interval, in constant memory.
 
-The interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images for each
-resample. Here a resample gives each image a weight from Poisson(1) instead, so images can come as a
-stream of unknown length.
+The interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images, with
+replacement, for each resample. Here a resample gives each image a weight from Poisson(1) instead,
+so images can come as a stream of unknown length.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
 2012, https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/.
@@ -117,7 +117,7 @@ class BootstrapMean:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set all sums to those of a `state_dict`."""
+        """Set all sums to the values that `state_dict` returned."""
         self._finite, self._infinite = int(state["finite"]), int(state["infinite"])
         self._mean = float(state["mean"])
         self._weights, self._means = state["weights"].copy(), state["means"].copy()

@@ -42,7 +42,7 @@ class FrechetDistance:
         return self._real.count
 
     def update(self, real: Tensor, recon: Tensor) -> None:
-        """Add the features of a batch, (B, D) each."""
+        """Add the features of a batch of originals and their reconstructions, (B, D) each."""
         _check_pairs(real, recon)
         self._real.update(_checked(real, self._real.num_features))
         self._recon.update(_checked(recon, self._recon.num_features))
@@ -66,7 +66,7 @@ class FrechetDistance:
         return {f"{p}_{k}": v for p, part in parts.items() for k, v in part.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set the moments to those of a `state_dict`."""
+        """Set the moments to the values that `state_dict` returned."""
         for prefix, part in (("real_", self._real), ("recon_", self._recon)):
             part.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -79,7 +79,8 @@ class KernelDistance:
     A reconstruction depends on its original, so the two sets are not independent samples. The sum
     must therefore leave out k(x_i, y_i), the kernel of an original and its own reconstruction
     (Gretton et al. 2012, lemma 6, equation 4).
-    KID includes this kernel, and so KID is negative for near copies.
+    The usual kernel Inception distance (KID) includes these terms, so KID is negative for near
+    copies.
 
         kernel = KernelDistance()
         kernel.update(features(images), features(recon))  # (B, D) each
@@ -100,7 +101,7 @@ class KernelDistance:
         return sum(map(len, self._real))
 
     def update(self, real: Tensor, recon: Tensor) -> None:
-        """Add the features of a batch, (B, D) each."""
+        """Add the features of a batch of originals and their reconstructions, (B, D) each."""
         _check_pairs(real, recon)
         room = self.max_images - self.num_images
         if room > 0:
@@ -128,13 +129,13 @@ class KernelDistance:
         return ((h.sum() - h.trace()) / (n * (n - 1))).item()
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the kept features of both sets by name."""
+        """Return the kept features of originals and reconstructions by name."""
         if not self._real:
             return {"real": np.zeros((0, 0), np.float32), "recon": np.zeros((0, 0), np.float32)}
         return {"real": torch.cat(self._real).numpy(), "recon": torch.cat(self._recon).numpy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set the kept features to those of a `state_dict`."""
+        """Set the kept features to the values that `state_dict` returned."""
         empty = len(state["real"]) == 0
         self._real = [] if empty else [torch.from_numpy(state["real"].copy())]
         self._recon = [] if empty else [torch.from_numpy(state["recon"].copy())]

@@ -1,4 +1,4 @@
-"""Load the Inception-v3 network of FID, only with its true weights.
+"""Load the Inception-v3 network of FID (Frechet Inception distance), with its original weights.
 
 FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported this
@@ -50,7 +50,7 @@ class InceptionFeatures(nn.Module):
 def load_inception(
     weights: str | Path | None = None, *, allow_download: bool = False
 ) -> InceptionFeatures:
-    """Return FID's Inception on the CPU, with the true weights.
+    """Return FID's Inception network on the CPU, with its original weights.
 
     Args:
         weights: path of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth` (91 MB).

@@ -1,7 +1,7 @@
 """Measure the health of latents: moments, information, dead and redundant channels, scale.
 
 Sums are in float64 and are combined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
-https://doi.org/10.2172/1028931). Active units are those of Burda et al. 2016
+https://doi.org/10.2172/1028931). Active units are defined as in Burda et al. 2016
 (https://arxiv.org/abs/1509.00519, section 5.4). A unit is a channel over all images and positions.
 A channel is dead if it carries almost no information for the decoder.
 
@@ -49,9 +49,9 @@ class LatentScale(TypedDict):
     """The measured scale of latents, and the scale in the network's config.
 
     `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
-    together. With a posterior, both factors are those of samples from the posterior. `scaled_mean`
-    and `scaled_std` are mean and std of the latents after shift and scaling with the factors of the
-    network's config.
+    together. With a posterior, both factors are measured on samples from the posterior.
+    `scaled_mean` and `scaled_std` are mean and std of the latents after shift and scaling with the
+    factors of the network's config.
     """
 
     config_scaling_factor: float | None
@@ -157,9 +157,10 @@ class LatentHealth:
             scaling_factor: from the model's config. If it is None, the scale of the config is not
                 compared with the measured scale.
             shift_factor: from the config. None counts as 0, as in the pipelines.
-            latents_mean: per channel, from the config. With `latents_std` it replaces the shift.
-            latents_std: per channel, from the config. Pipelines ignore `latents_mean` or
-                `latents_std` without the other.
+            latents_mean: mean of each channel, from the config. If `latents_std` is set too,
+                `latents_mean` replaces `shift_factor`.
+            latents_std: standard deviation of each channel, from the config. Pipelines use
+                `latents_mean` and `latents_std` only if both are set.
         """
         # statistics of the channels
         covariance = self._moments.covariance()
@@ -203,7 +204,7 @@ class LatentHealth:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set all sums to those of a `state_dict`."""
+        """Set all sums to the values that `state_dict` returned."""
         self._images, posterior = int(state["images"]), int(state["posterior"])
         self._posterior = None if posterior < 0 else bool(posterior)
         self._sums = {name: torch.from_numpy(state[name].copy()) for name in self._sums}

@@ -1,9 +1,9 @@
 """Compare two rate curves by the Bjontegaard delta rate, or BD rate (ITU-T VCEG-M33, 2001).
 
-The BD rate says how many more or fewer bits a coder needs than the anchor for the same quality. The
-BD rate is the mean difference of log rates over the qualities that both curves reach. Between
-measured points the curves are piecewise cubic and monotone (PCHIP), as in JVET's common test
-conditions.
+The BD rate says how many more or fewer bits a coder needs than a reference coder (the anchor) for
+the same quality. The BD rate is the mean difference of log rates over the qualities that both
+curves reach. Between measured points the curves are piecewise cubic and monotone (PCHIP), as in
+JVET's common test conditions.
 """
 
 from collections.abc import Sequence

@@ -38,8 +38,8 @@ class TokenUsage:
 
     Args:
         num_codes: K, the number of codes of each codebook.
-        codebooks: L, the number of codebooks. With several, level l of indices (B, L, h, w) belongs
-            to codebook l. `update` also takes a list with the indices of each codebook.
+        codebooks: L, the number of codebooks. With several codebooks, level l of indices (B, L, h,
+            w) belongs to codebook l. `update` also takes a list with the indices of each codebook.
     """
 
     def __init__(self, num_codes: int, *, codebooks: int = 1) -> None:
@@ -89,7 +89,7 @@ class TokenUsage:
         return {"counts": self._counts.numpy().copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set the counts to those of a `state_dict`."""
+        """Set the counts to the values that `state_dict` returned."""
         self._counts = torch.from_numpy(state["counts"].copy())
 
 

@@ -44,7 +44,7 @@ class Bound(BaseOutput):
     posterior: tuple[Tensor, Tensor] | None = None
 
     def elbo(self) -> Tensor:
-        """Return the evidence lower bound of each image in nats, averaged over samples, (B,)."""
+        """Return the evidence lower bound of each image in nats, averaged over S samples, (B,)."""
         return (self.log_likelihood - self.kl.sum(0)).mean(0)
 
     def log_weights(self) -> Tensor:
@@ -65,7 +65,7 @@ class LikelihoodNet(Protocol):
         image_shape: shape (C, H, W) of an image.
         num_groups: number of groups of latents G.
         group_sizes: number of latent values of each group.
-        outer_layers: names of the first and last layers, which Muon leaves out.
+        outer_layers: names of the first and last layers, which the optimiser Muon does not train.
     """
 
     pixels: PixelDistribution
@@ -93,8 +93,8 @@ class LikelihoodNet(Protocol):
     def posterior_means(self, images: Tensor) -> Tensor | None:
         """Return the mean of each latent unit given the image, (B, U).
 
-        None means that this mean is unknown. Then the KL of a unit decides whether the unit counts
-        as active.
+        Return None if the mean is unknown. Then the KL of a unit decides whether the unit counts as
+        active.
         """
         ...
 
@@ -115,11 +115,11 @@ class LikelihoodNet(Protocol):
         ...
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode vectors of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
+        """Decode vectors (B, d) from `encode_vector` to pixel means (B, C, H, W) in [-1, 1]."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode images, and decode the posterior's mean to mean images (B, C, H, W) in [-1, 1]."""
+        """Encode images, and decode the posterior's mean to pixel means (B, C, H, W)."""
         ...
 
     def sample(
@@ -141,7 +141,7 @@ class LikelihoodNet(Protocol):
         ...
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set a new decoder's last biases to predict the mean image (C, H, W), if possible."""
+        """Set a new decoder's last biases so that it outputs `mean_image` (C, H, W) if possible."""
         ...
 
 

@@ -34,8 +34,8 @@ def encode(
         images: (B, C, H, W).
         sample: draw from the posterior. By default the posterior's mode is returned.
         generator: random generator for this draw.
-        computation: object that computes in place of the network's own methods, for example strip
-            by strip.
+        computation: object that replaces the network's own `encode` and `decode`, for example to
+            compute strip by strip.
     """
     family = family_of(net)
     return family.encode(net, images, sample=sample, generator=generator, computation=computation)
@@ -97,7 +97,7 @@ def decode_indices(
 
     Args:
         indices: (B, h, w) or (B, L, h, w), in 0..K - 1.
-        computation: object that computes in place of the network's own methods.
+        computation: object that replaces the network's own `encode` and `decode`.
 
     Raises:
         UserError: the network is not a tokenizer.
@@ -106,10 +106,10 @@ def decode_indices(
 
 
 def measure_shape(net: Network) -> LatentShape:
-    """Return the shape of the latents: the downsampling factor f, the channels d, and more.
+    """Return the shape of the latents, such as the downsampling factor f and the channels d.
 
-    If the network's class is known, its config has these numbers. Otherwise a test image is
-    encoded.
+    For a known class of networks, the config gives these numbers. For other classes, this function
+    encodes a test image and measures the latents.
 
     Raises:
         UserError: the network does not encode and decode images.

@@ -56,7 +56,8 @@ class Codes:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         number: number of codes K of each codebook.
         levels: number of codes per position L, above 1 for a residual quantiser. A network with
-            maps of several sizes has 1 + 4 + ... codes per position, see `models.levels`.
+            maps of several sizes has 1 + 4 + ... codes per position of the coarsest map, see
+            `models.levels`.
         codebooks: number of codebooks, such as 1 if all levels share a codebook.
         channels: code width D.
         maps: number of maps of codes. With several maps, each map is twice as fine as the map
@@ -71,7 +72,7 @@ class Codes:
     maps: int = 1
 
     def by_codebook(self, indices: Tensor) -> list[Tensor]:
-        """Return the indices (B, h_l, w_l) of each codebook. `indices` are (B, L, h, w).
+        """Split indices (B, L, h, w) into one tensor (B, h_l, w_l) for each codebook.
 
         If there is one codebook, the indices may have any shape.
         """
@@ -80,7 +81,7 @@ class Codes:
         return [indices] if self.codebooks == 1 else list(indices.unbind(1))
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return (h_l, w_l) of each map, coarsest first, for a coarsest map of height x width."""
+        """Return the sizes (h_l, w_l) of all maps, given the size of the coarsest map."""
         return [(2**i * height, 2**i * width) for i in range(self.maps)]
 
 
@@ -207,7 +208,7 @@ class Family:
                 yield part
 
     def latent_head(self, net: Network) -> nn.Module:
-        """Return the module whose output is moments (B, 2 d, h, w), latents or features."""
+        """Return the encoder's last module, which returns moments, latents or features."""
         module: Any = net
         return getattr(module, "quant_conv", None) or module.encoder
 
@@ -265,7 +266,7 @@ class Family:
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
-        """Return the options of the original code's class, except those of the network's shape.
+        """Return options of the matching class of the original code, without the network's shape.
 
         The original code is the code of arXiv:2012.09841 and arXiv:2112.10752. The result is None
         if the original code has no matching class.

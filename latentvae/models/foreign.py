@@ -8,7 +8,7 @@ from latentvae.models.normalization import LatentNormalization, pooled
 
 
 class RAEFamily(Family):
-    """Family of `AutoencoderRAE`, a decoder on features of a frozen encoder (arXiv:2510.11690).
+    """Methods for `AutoencoderRAE`, a decoder on features of a frozen encoder (arXiv:2510.11690).
 
     The pixels are in [0, 1], and the latents are already normalised.
     """

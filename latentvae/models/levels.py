@@ -1,10 +1,11 @@
 """Store maps of codes of several levels in one tensor, and read them back.
 
 The coarsest level has a map of h x w codes, and each further level is twice as fine: 2h x 2w, and
-so on. One after the other, coarsest first and row by row, the codes of all levels are the image's
-sequence of tokens. The tensor (B, P, h, w) holds this sequence, cut into P = 1 + 4 + ... planes of
-h x w codes. Plane 0 is the coarsest map, and planes 1 to 4 are the four quarters, from the top
-down, of the next map. So `indices.flatten(1)` is the sequence, and the shape also tells h and w.
+so on. The image's sequence of tokens lists the codes of one level after the other, coarsest first.
+The codes of a level are listed row by row. The tensor (B, P, h, w) holds this sequence, cut into
+planes of h x w codes. The number of planes P is 1 + 4 + ... for all levels. Plane 0 is the coarsest
+map, and planes 1 to 4 are the four quarters, from the top down, of the next map. So
+`indices.flatten(1)` is the sequence, and the shape also tells h and w.
 
 `B` batch, `P` codes per coarsest position, `h w` size of the coarsest map.
 """

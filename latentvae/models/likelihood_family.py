@@ -1,7 +1,7 @@
 """Let other code (`latentvae.load`, latent caches) use networks with a likelihood as autoencoders.
 
-The latent of an image is a vector of all its latent values, as a map (B, d, 1, 1). The latents of a
-hierarchy are flattened and joined, the coarsest group first.
+Here the latent of an image is one vector of all its latent values, in the shape (B, d, 1, 1). The
+latents of a hierarchy are flattened and joined, the coarsest group first.
 
 `B` batch, `d` latent values of an image.
 """
@@ -17,7 +17,7 @@ from latentvae.models.network import Computation, Network
 
 
 class LikelihoodFamily(Family):
-    """Family of the networks of `models.likelihood_models`. They take images of one size only."""
+    """Methods for the networks of `models.likelihood_models`. They take images of one size only."""
 
     def encode(
         self,

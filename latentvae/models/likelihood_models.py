@@ -42,13 +42,14 @@ IMAGES_NAME = "images.json"
 
 
 class ImagesOfModel(BaseModel):
-    """What a network expects of its images. An export stores it as `images.json`.
+    """The format of images that a network expects. An export stores this format as `images.json`.
 
     Attributes:
         binarize: "none", "static" (drawn with the grey value as the probability of white) or
             "threshold".
         image_interpolation_mode: filter that resizes images.
-        value_range: stored pixel values of black and white, or None for those of the file's type.
+        value_range: pixel values that mean black and white in the image files. None means the usual
+            values of the file's data type.
         preset: name of the preset that the network was trained with, or "".
     """
 
@@ -66,7 +67,7 @@ def write_images_file(folder: Path, about: ImagesOfModel) -> None:
 
 
 def find_likelihood_export(path: Path) -> Path | None:
-    """Return the folder of an exported network, given this folder or its run. Else return None."""
+    """Return the folder of an exported network, given this folder or its run, or None."""
     for folder in (path, path / "export"):
         if _class_name(folder) in LIKELIHOOD_NETWORKS:
             return folder
@@ -74,10 +75,10 @@ def find_likelihood_export(path: Path) -> Path | None:
 
 
 def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]:
-    """Load an exported network in eval mode, and return it with what it expects of images.
+    """Load an exported network in eval mode. Return it with the format of images it expects.
 
     Args:
-        path: the export's folder, or its run.
+        path: folder of the export, or of the training run that wrote it.
 
     Raises:
         UserError: there is no such export, or it is damaged.
@@ -93,7 +94,7 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
 
 
 def read_images_file(folder: Path) -> ImagesOfModel:
-    """Return what the network in an export expects of its images.
+    """Return the format of images that the network in an export expects.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -105,11 +106,11 @@ def read_images_file(folder: Path) -> ImagesOfModel:
 
 
 def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:
-    """Check that a network of `load_network` has a likelihood, and return it.
+    """Return a network from `load_network`, after a check that it has a likelihood.
 
     Args:
         net: any network.
-        name: name of the network in the error.
+        name: name of the network, for the error message.
 
     Raises:
         UserError: the network has no likelihood.

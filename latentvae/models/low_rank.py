@@ -8,8 +8,8 @@ A layer's weight becomes W + B A. A is (r, I k k) and B is (O, r), for a convolu
 starts at 0, so the network's outputs are unchanged at first. PEFT's LoRA with alpha = r computes
 the same function.
 
-PEFT would replace the layers by layers of its own. Here a parametrization computes the weight, so
-that folded upsampling, the names of other weights and the export do not change.
+PEFT would replace the layers by layers of PEFT's own classes. Here a parametrization computes the
+weight, so that folded upsampling, the names of other weights and the export do not change.
 
 `I` and `O` channels in and out, `r` rank.
 """
@@ -46,7 +46,7 @@ class LowRank(nn.Module):
 
 
 def add_adapters(net: Network, part: nn.Module, *, rank: int) -> None:
-    """Freeze a network, and add an adapter to each convolution and linear layer of a part."""
+    """Freeze a network, and add an adapter to each convolution and linear layer in `part`."""
     net.requires_grad_(False)
     for layer in list(part.modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):

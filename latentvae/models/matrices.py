@@ -1,4 +1,4 @@
-"""Which weights of a network Muon may train."""
+"""Choose the weights of a network that the optimiser Muon may train."""
 
 from collections.abc import Sequence
 from typing import cast

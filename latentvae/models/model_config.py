@@ -19,8 +19,8 @@ class Pretrained(Section):
         default=None,
         description=(
             "Fine-tune this pretrained network instead of training a new one. Give a diffusers "
-            "folder, a single .safetensors file or a Hub id (owner/name/folder). The shape of the "
-            "network is then that of the pretrained network."
+            "folder, a single .safetensors file or a Hub id (owner/name/folder). The network that "
+            "you train then has the shape of the pretrained network."
         ),
     )
     variant: Annotated[str | None, OfTheRun()] = Field(
@@ -61,11 +61,13 @@ class ModelConfig(Pretrained):
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
         default=4,
-        description="Number of latent channels d. Stable Diffusion has 4, SD3 and FLUX have 16.",
+        description=(
+            "Number of latent channels d. Stable Diffusion has 4 channels. SD3 and FLUX have 16."
+        ),
     )
 
     def starts_linear(self, image_channels: int) -> bool:
-        """Return whether a new network for such images starts at a linear code."""
+        """Return whether a new network is initialised to compute a linear code (PCA of patches)."""
         return False
 
     @property
@@ -117,7 +119,7 @@ class ModelConfig(Pretrained):
         raise NotImplementedError  # Each kind of network computes f from its own options.
 
     def shape(self) -> dict[str, Any]:
-        """Return the arguments that build the network: all options without the mark `OfTheRun`."""
+        """Return the arguments that build the network: all options not marked with `OfTheRun`."""
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
 

@@ -55,5 +55,5 @@ class Computation(Protocol):
         ...
 
     def decode(self, net: Network, z: Tensor, *, force_not_quantize: bool = False) -> Any:
-        """Return what `net.decode(z)` returns. With `force_not_quantize`, `z` are codes."""
+        """Return what `net.decode(z)` returns. With `force_not_quantize`, `z` is not quantised."""
         ...

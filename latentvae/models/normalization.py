@@ -22,8 +22,9 @@ class LatentNormalization:
 
     Args:
         scaling_factor, shift_factor: values that pipelines read from the config, for reports.
-        mean, scale: one value for each channel of the folded latents, or one value for all.
-        fold: number of positions on a side that become channels. 1 means no folding.
+        mean, scale: one value for each channel of the folded latents, or one value for all
+            channels.
+        fold: side of the squares of positions that are folded into channels. 1 means no folding.
         applied: whether the network itself normalises its latents. Then scale is 1 and mean is 0.
     """
 
@@ -48,7 +49,7 @@ class LatentNormalization:
 
 
 def from_config(config: Mapping[str, Any]) -> LatentNormalization:
-    """Return the normalisation in a network's config. By default, scale is 1 and mean is 0."""
+    """Return the normalisation in a network's config. Without one, scale is 1 and mean is 0."""
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
@@ -57,5 +58,5 @@ def from_config(config: Mapping[str, Any]) -> LatentNormalization:
 
 
 def pooled(scale: float, shift: float) -> LatentNormalization:
-    """Return the normalisation (z - shift) * scale, with the same values for all channels."""
+    """Return the normalisation (z - shift) * scale, whose two values apply to all channels."""
     return LatentNormalization(scale, shift, torch.tensor([shift]), torch.tensor([scale]))

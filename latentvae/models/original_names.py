@@ -50,7 +50,7 @@ def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tens
 
     Raises:
         KeyError: a tensor is missing.
-        ValueError: a tensor has another shape.
+        ValueError: a tensor does not have the shape that `net` needs.
     """
     levels, weights = len(net.config["block_out_channels"]), {}
     for name, own in net.state_dict().items():
@@ -60,10 +60,10 @@ def from_original(tensors: Mapping[str, Tensor], net: Network) -> dict[str, Tens
 
 
 def in_shape_of(own: Tensor, value: Tensor, *, name: str) -> Tensor:
-    """Return `value` in the shape of the network's tensor. A 1 x 1 convolution becomes a matrix.
+    """Return `value` in the shape of the tensor `own`. A 1 x 1 convolution becomes a matrix.
 
     Raises:
-        ValueError: `value` has another shape.
+        ValueError: `value` does not fit this shape.
     """
     if value.numel() != own.numel() or value.shape[: own.ndim] != own.shape:
         shapes = f"{tuple(value.shape)}, but a network of these blocks has {tuple(own.shape)}"

@@ -23,7 +23,7 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class PosteriorConfig(ModelConfig):
-    """Options of a network with a Gaussian posterior: its variance, and the prior of its KL."""
+    """Options of a network with a Gaussian posterior: the posterior's variance, and the prior."""
 
     posterior_logvar: Annotated[Logvar | None, OfTheRun()] = Field(
         default=None,
@@ -36,9 +36,10 @@ class PosteriorConfig(ModelConfig):
     posterior_flow: Annotated[Count, OfTheRun()] = Field(
         default=0,
         description=(
-            "Number of coupling layers of a flow that learns the prior of the KL (Flow-VAE), such "
-            "as 8. The KL then costs fewer bits at the same reconstruction error. The export is "
-            "the network without the flow. 0 keeps the standard normal prior."
+            "Number of coupling layers of a normalising flow, such as 8. The flow learns the prior "
+            "distribution in the KL loss (Flow-VAE). The KL then costs fewer bits at the same "
+            "reconstruction error. The export is the network without the flow. 0 keeps the "
+            "standard normal prior."
         ),
     )
     posterior_flow_channels: Annotated[Positive, OfTheRun()] = Field(
@@ -99,7 +100,8 @@ class KLTrainingWrapper(TrainingWrapper):
         net: the autoencoder.
         output_logvar: see `TrainingWrapper`.
         learn_logvar: see `TrainingWrapper`.
-        bottleneck: samples the posterior and computes its KL. Default: the KL is to N(0, I).
+        bottleneck: samples the posterior and computes its KL. By default, this is the KL to N(0,
+            I).
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class KLTrainingWrapper(TrainingWrapper):
 
 
 class PosteriorFamily(TrainableFamily):
-    """Family of networks with a Gaussian posterior."""
+    """Methods for networks with a Gaussian posterior."""
 
     has_posterior = True
     wrapper = KLTrainingWrapper
@@ -161,8 +163,8 @@ class PosteriorFamily(TrainableFamily):
     def write_constants(self, net: Network, options: ModelConfig) -> None:
         """Write a fixed log-variance into the layer that computes the moments.
 
-        The mean stays exactly the same. Training ignores the log-variance of the layer, but weight
-        decay may change it.
+        The layer's mean does not change. Training ignores the layer's own log-variance, but weight
+        decay may have changed its weights.
         """
         logvar = getattr(options, "posterior_logvar", None)
         if logvar is None:

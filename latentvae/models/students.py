@@ -32,7 +32,7 @@ Part = Literal["decoder", "encoder", "both"]
 
 @dataclass(frozen=True)
 class StudentShape:
-    """The size of a student.
+    """The size of a student network.
 
     Args:
         channels: width of an AutoencoderTiny.
@@ -46,11 +46,11 @@ class StudentShape:
 
 
 class StudentKind(ABC):
-    """A class of students.
+    """A kind of student: its class and the parts that may learn.
 
     Attributes:
-        network: the class of diffusers.
-        parts: the parts that may learn.
+        network: diffusers' class of the student.
+        parts: the parts of the student that may be trained.
     """
 
     network: ClassVar[type[Any]]
@@ -176,7 +176,7 @@ def learn_only(net: Network, part: Part) -> None:
 def silence(net: Network, part: Part) -> None:
     """Set the last layer of a part to 0, so that the part's output is always 0.
 
-    A part that nobody has trained is then easy to recognise.
+    An untrained part is then easy to recognise.
     """
     *_, last = convolutions(net, part)
     nn.init.zeros_(last.weight)

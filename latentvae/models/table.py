@@ -59,7 +59,7 @@ _BY_CLASS: dict[type[Any], Family] = {kind.network: kind for kind in FAMILIES.va
 
 
 def family_of(net: Network) -> Family:
-    """Return the family of a network's class, or of its nearest base class."""
+    """Return the `Family` with the methods for a network, found by its class or base class."""
     for cls in type(net).__mro__:
         if cls in _BY_CLASS:
             return _BY_CLASS[cls]

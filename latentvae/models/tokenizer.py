@@ -39,7 +39,7 @@ class TokenOutput(BaseOutput):
 class Tokenizer(ModelMixin, ConfigMixin):
     """A network with a quantiser of this package, and with diffusers' methods and file format.
 
-    A subclass makes the parts in its constructor.
+    A subclass creates these attributes in its constructor.
 
     Attributes:
         encoder: turns images (B, C, H, W) into maps (B, *, h, w) of any number of channels.
@@ -77,7 +77,8 @@ class Tokenizer(ModelMixin, ConfigMixin):
     ) -> Any:
         """Quantise features (B, c, h, w) and decode them to images.
 
-        With `force_not_quantize`, `latents` are codes z (B, D, h, w), which are only decoded.
+        With `force_not_quantize`, `latents` must be codes z (B, D, h, w). The method then decodes
+        them without quantisation.
         """
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))
@@ -86,7 +87,7 @@ class Tokenizer(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_parameters(self, z: Tensor) -> Tensor:
-        """Decode codes z (B, D, h, w) to images, or to the parameters of their likelihood."""
+        """Decode codes z (B, D, h, w) to images, or to parameters of the pixels' likelihood."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()

@@ -75,7 +75,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight of the last layer that learns, see `TrainingWrapper.last_layer`."""
+        """The weight of the last trained layer, see `TrainingWrapper.last_layer`."""
         weight = super().last_layer
         return weight if weight.requires_grad else self.net.post_quant_conv.weight
 
@@ -109,7 +109,7 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class TokenizerFamily(DiscreteFamily):
-    """Base class of the families of tokenizers. Each subclass builds one class of `Tokenizer`."""
+    """Methods that all classes of `Tokenizer` share. Each subclass builds one of these classes."""
 
     wrapper = DiscreteTrainingWrapper
 

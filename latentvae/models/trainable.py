@@ -43,7 +43,7 @@ class TrainableFamily(Family, ABC):
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
-        """Classes that the export may have."""
+        """Classes of networks that an export may contain."""
         return (self.network,)
 
     # A new network, or a pretrained one.
@@ -75,7 +75,7 @@ class TrainableFamily(Family, ABC):
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the options of a run, some of them replaced by those of a pretrained network."""
+        """Return the options of a run, with some values replaced by a pretrained network's."""
         return {**options, **self.options_of(config)}
 
     def apply_options(self, net: Network, options: ModelConfig) -> None:
@@ -115,7 +115,7 @@ class TrainableFamily(Family, ABC):
     # Export.
 
     def why_not_stock(self, options: Mapping[str, Any]) -> str:
-        """Return a clause that says why no class of diffusers can be the same network, or "".
+        """Return a clause that says why no class of diffusers can replace the network, or "".
 
         Args:
             options: options of the network, as in its config.
@@ -124,7 +124,7 @@ class TrainableFamily(Family, ABC):
 
 
 class DiscreteFamily(TrainableFamily):
-    """Family of a tokenizer, whose quantiser is `net.quantize`.
+    """Methods for a tokenizer, whose quantiser is `net.quantize`.
 
     A network with several latents overrides `quantizers` and `features`.
 
@@ -175,7 +175,7 @@ class DiscreteFamily(TrainableFamily):
 
         Args:
             net: the trained network.
-            stock: the same network as a class of diffusers.
+            stock: the same network, converted to a class of diffusers.
             images: (B, C, H, W) in [-1, 1], to measure the features' lengths.
 
         Returns:

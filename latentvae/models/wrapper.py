@@ -29,7 +29,7 @@ class TrainingWrapper(nn.Module):
             self.register_buffer("output_logvar", value)
 
     def averaged(self) -> nn.Module:
-        """Return the part whose weights are averaged: all but the output's log-variance."""
+        """Return the module whose weights are averaged: all but the output's log-variance."""
         return self.net
 
     @property

@@ -2,9 +2,9 @@
 
     UTF-8 bytes -> embedding -> blocks that look in both directions -> norm -> states
 
-This encoder needs no vocabulary and no download. It learns only from the captions of the training,
-so it is for captions with few different words and patterns. For other captions, use a frozen text
-encoder, which knows the language.
+This encoder needs no vocabulary and no download. It learns only from the training captions, so use
+it for captions with few different words and patterns. For other captions, use a pretrained, frozen
+text encoder.
 
 `B` batch, `S` bytes of the longest text, `C` channels.
 """
@@ -76,7 +76,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return Words(torch.tensor(rows, device=device), torch.tensor(mask, device=device))
 
     def forward(self, words: Words) -> Text:
-        """Return the states (B, S, C) of texts, with their mask. Padding changes no state."""
+        """Return the states (B, S, C) of texts, with their mask. Padding changes no other state."""
         slots = words.ids.shape[1]
         # A slot always sees itself, so that no row of the mask is empty.
         itself = torch.eye(slots, dtype=torch.bool, device=words.mask.device)

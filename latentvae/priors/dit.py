@@ -3,14 +3,14 @@
 DiT (Peebles & Xie 2022, arXiv:2212.09748) is `DiTTransformer2DModel`. Three things differ from
 what diffusers builds:
 
-- Layers that the paper starts at zero start at zero here, so that training starts at the loss of
-  a prediction of 0.
-- diffusers drops the label in each block by its own draw. Here the caller drops labels once for all
-  blocks: label number `num_classes` means "no class".
+- Layers that the paper initialises to zero are zero here too. So the network predicts 0 at the
+  start of training.
+- diffusers drops labels at random, separately in each block. Here the caller drops labels once for
+  all blocks: label number `num_classes` means "no class".
 - `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, and the
   classes after the model's last class are copies of "no class".
 
-`velocity` and `sample_latents` also take the network with text of `pixart`.
+`velocity` and `sample_latents` also take the network of `pixart`, which reads text.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """

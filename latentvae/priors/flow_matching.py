@@ -35,8 +35,9 @@ class FlowSampling:
     """How latents are drawn.
 
     Args:
-        guidance: weight g of classifier-free guidance (arXiv:2207.12598). The velocity is
-            a + g (b - a), with velocity a without and velocity b with condition. 1 is no guidance.
+        guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the velocity
+            without the condition and b the velocity with it. The result is a + g (b - a). 1 is no
+            guidance.
         steps: number of steps from noise to latent.
         solver: `euler` evaluates the network once in a step. `heun` evaluates it twice, and is
             more exact (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
@@ -61,7 +62,8 @@ class FlowSampling:
 def default_shift(values: int) -> float:
     """Return the shift for latents of this many values: sqrt(values / 4096), at least 1.
 
-    More values need more noise to be hidden, so their schedule is shifted towards noise.
+    A latent with more values needs more noise to be hidden, so its noise levels are shifted towards
+    1.
     """
     return max(math.sqrt(values / BASE_VALUES), 1.0)
 
@@ -77,7 +79,7 @@ def draw_sigmas(count: int, *, shift: float, device: torch.device | str = "cpu")
 
 
 def even_sigmas(count: int, *, shift: float) -> Tensor:
-    """Return noise levels (count,) at evenly spaced quantiles of the distribution in training."""
+    """Return noise levels (count,) at evenly spaced quantiles of the training distribution."""
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return shifted(torch.special.ndtri(quantiles).sigmoid(), shift).float()
 
@@ -89,11 +91,11 @@ def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
-    """Return the smallest mean squared error for independent Gaussian latents, a scalar.
+    """Return the smallest possible loss of the velocity on independent Gaussian latents, a scalar.
 
-    Let a latent value have the variance s. At noise level sigma, x_sigma has the variance
-    q = sigma^2 + (1 - sigma)^2 s, and its covariance with v is c = sigma - (1 - sigma) s. The
-    smallest error is Var[v] - c^2 / q, where Var[v] = 1 + s.
+    Let a latent value have the variance s. At noise level sigma, x_sigma has the variance q =
+    sigma^2 + (1 - sigma)^2 s, and its covariance with v is c = sigma - (1 - sigma) s. The smallest
+    mean squared error of a prediction of v is Var[v] - c^2 / q, where Var[v] = 1 + s.
 
     Args:
         variances: variances of the latent's values or channels, any shape.

@@ -3,10 +3,10 @@
 noise, class -> DiT, step by step -> normalised latent -> latent -> autoencoder's decoder -> picture
 noise, prompt -> PixArt network, step by step -> ...
 
-Most exports are folders of diffusers' own `DiTPipeline`, or for text of `PixArtSigmaPipeline`. They
-sample where only diffusers is installed. These pipelines only divide latents by the autoencoder's
-`scaling_factor`. If that is not the normalisation of the latents, or if the text encoder is no T5,
-the folder names `FlowPipeline`, which supports all of these cases.
+Most exports are folders of diffusers' own `DiTPipeline`, or for text of `PixArtSigmaPipeline`. Such
+an export works where only diffusers is installed. But these pipelines only divide latents by the
+autoencoder's `scaling_factor`, and only read text with T5. For latents with another normalisation
+or for another text encoder, the export uses `FlowPipeline`.
 
 `B` batch, `T` sampling steps.
 """
@@ -49,12 +49,12 @@ class FlowPipeline(DiffusionPipeline):
     Args:
         transformer: the DiT, or for text the PixArt network.
         vae: the autoencoder.
-        scheduler: the sampler of diffusers. Here, only its `flow_shift` is read.
+        scheduler: the sampler of diffusers. `FlowPipeline` reads only its `flow_shift`.
         id2label: names of the classes by number, separated by commas if a class has several.
         latents_mean, latents_scale: normalised latents are (z - mean) * scale, with one value for
             each channel or one value for all channels. None takes the autoencoder's own
             normalisation.
-        fold: number of positions on a side that become channels.
+        fold: side of the squares of latent positions that are folded into channels.
         text_encoder: encoder of prompts, for a model with text.
         tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
     """
@@ -122,8 +122,8 @@ class FlowPipeline(DiffusionPipeline):
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the model has no such class, has no classes, or reads no text or only text.
-                Or an option is out of range.
+            UserError: the class does not exist, an option is out of range, or the model does not
+                accept classes or prompts.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -139,7 +139,7 @@ class FlowPipeline(DiffusionPipeline):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the model draws pictures of prompts."""
+        """Whether the model generates pictures from text prompts."""
         return self.text_encoder is not None
 
     def condition(
@@ -153,7 +153,7 @@ class FlowPipeline(DiffusionPipeline):
             count: number of images.
 
         Raises:
-            UserError: the model has no such class, has no classes, or reads no text or only text.
+            UserError: the class does not exist, or the model does not accept classes or prompts.
         """
         numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
         if prompts:
@@ -263,8 +263,8 @@ class FlowPipeline(DiffusionPipeline):
 def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
     """Return whether diffusers' stock pipelines can decode latents of this normalisation.
 
-    `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, and do nothing else.
-    They load only classes of diffusers.
+    `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, without any other
+    normalisation. They load only diffusers' own classes of autoencoders.
     """
     if not type(vae).__module__.startswith("diffusers."):
         return False

@@ -1,4 +1,4 @@
-"""A diffusers pipeline that turns classes or prompts into pictures: prior and tokenizer together.
+"""A diffusers pipeline that makes pictures from classes or prompts, by a prior and a tokenizer.
 
 condition -> TokenTransformer -> tokens -> tokenizer's decoder -> pictures
 """

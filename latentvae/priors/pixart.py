@@ -1,9 +1,9 @@
-"""A small diffusion transformer that reads text: diffusers' PixArt, with its initialisation.
+"""A small diffusion transformer that reads text: diffusers' PixArt, initialised as the original.
 
 PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) is `PixArtTransformer2DModel`: a DiT whose blocks
-also attend to the states of a frozen text encoder. Layers that its official code starts at zero
-start at zero here too. So training starts at the loss of a prediction of 0, and the text enters
-bit by bit.
+also attend to the states of a frozen text encoder. Layers that the official code initialises to
+zero are zero here too. So the network predicts 0 at the start of training, and the influence of the
+text grows slowly.
 
 The encoding of "" means "no caption", as in diffusers' pipelines.
 

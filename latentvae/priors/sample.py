@@ -139,7 +139,7 @@ def open_prior(folder: Path, *, device: str | None = None) -> TokenPipeline:
 
 
 def read_content(folder: Path) -> Content:
-    """Return the content of the tokens that an exported prior learned."""
+    """Return the description (`Content`) of the tokens with which a prior was trained."""
     path = folder / TOKENS_NAME
     try:
         return Content.model_validate_json(read_text(path))

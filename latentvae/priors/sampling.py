@@ -22,9 +22,9 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        guidance: weight g of classifier-free guidance (arXiv:2207.12598). The logits are
-            a + g (b - a), with logits a without and b with condition. 1 is no guidance, 0 ignores
-            the condition.
+        guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the logits
+            without the condition and b the logits with it. The result is a + g (b - a). 1 is no
+            guidance, 0 ignores the condition.
         temperature: number above 0 by which logits are divided. Lower values give more likely
             tokens.
         top_k: draw only from this many most likely codes. 0 draws from all codes.
@@ -99,7 +99,7 @@ def with_unconditional(classes: Tensor, text: Text | None) -> tuple[Tensor, Text
 
 
 class Steps:
-    """Compute the logits of one token after the other. Each slot is computed once.
+    """Compute the logits of one token after the other, with cached keys and values.
 
     Args:
         net: the transformer, in eval mode.
@@ -148,7 +148,7 @@ class Steps:
 
 
 def draw(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
-    """Draw one code for each row of logits (B, K), by inverting the distribution function.
+    """Draw one code for each row of logits (B, K), by the inverse cumulative distribution.
 
     Args:
         logits: (B, K), on any device.

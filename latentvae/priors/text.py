@@ -1,6 +1,7 @@
 """Encode prompts with a text encoder, for a generator with text.
 
-The encoder is one of `transformers`, or a `ByteTextEncoder`, which learned with a prior.
+The encoder comes from the package `transformers`, or is a `ByteTextEncoder`, which was trained
+together with a prior.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ MAX_TEXT_TOKENS = 120  # as in LlamaGen. Prompts with more tokens are cut.
 
 
 def load_text_encoder(path: str) -> tuple[Any, Any]:
-    """Return the tokenizer and the encoder in a folder of `transformers`, or in a Hub repository.
+    """Return the tokenizer and the text encoder in a `transformers` folder or Hub repository.
 
-    Of T5, only the encoder is loaded, and of CLIP only the text encoder. The encoder is frozen.
+    For T5, only the encoder is loaded, and for CLIP only the text encoder. The encoder is frozen.
 
     Raises:
         UserError: `transformers` is not installed, or the folder holds no text encoder.

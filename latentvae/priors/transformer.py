@@ -2,11 +2,11 @@
 
     condition, token 0, ..., token T - 2 -> blocks -> logits of token 0, 1, ..., T - 1
 
-Tokens of several levels form one sequence, coarsest level first, each level row by row. Slot t
-reads token t - 1 and predicts token t. Slot 0 reads the class. The slots of a text come before slot
-0. The position of a slot is the position of the token that it predicts. This position enters twice:
-as a 2-D rotary embedding in attention (arXiv:2104.09864), and as a learned embedding that is added
-to the input.
+Tokens of several levels form one sequence, coarsest level first, each level row by row. The
+transformer's input is a sequence of slots. Slot t reads token t - 1 and predicts token t. Slot 0
+reads the class. The slots of a text come before slot 0. The position of a slot is the position of
+the token that it predicts. This position enters twice: as a 2-D rotary embedding in attention
+(arXiv:2104.09864), and as a learned embedding that is added to the input.
 
 `B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
 """
@@ -42,7 +42,7 @@ class TokenLogits(BaseOutput):
 
 @dataclass(frozen=True)
 class Text:
-    """The states of a text encoder.
+    """The output states of a text encoder for B texts.
 
     Attributes:
         states: (B, S, C).
@@ -57,13 +57,13 @@ class Text:
         return len(self.mask)
 
     def to(self, device: torch.device) -> "Text":
-        """Return the texts on a device."""
+        """Return the states and mask moved to a device."""
         return Text(self.states.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
 class Words:
-    """Texts in parts, which a text encoder that learns turns into states.
+    """Texts split into numbered parts, the input of a text encoder that learns with the prior.
 
     Attributes:
         ids: (B, S), int64.
@@ -221,7 +221,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
 
 
 def with_text(turns: Tensor, slots: int) -> Tensor:
-    """Put the rotations of a text's slots, which are not rotated, before those of tokens."""
+    """Prepend rotations by angle 0, for `slots` slots of a text, to the tokens' rotations."""
     cos, sin = turns
     return torch.stack([F.pad(cos, (0, 0, slots, 0), value=1.0), F.pad(sin, (0, 0, slots, 0))])
 
@@ -250,7 +250,7 @@ class Block(nn.Module):
             turns: rotations of the slots in `x`, (2, T, D / 2) for heads of D channels.
             mask: (B, 1, T, keys), True where a slot may look. None is causal attention, or with a
                 cache attention to all slots so far.
-            cache: keys and values of earlier slots, which are extended by those of `x`.
+            cache: keys and values of earlier slots. The keys and values of `x` are appended.
         """
         # attention
         pattern = "b t (three h d) -> three b h t d"
@@ -271,7 +271,7 @@ class Cache:
     """Keys and values of the slots that a block has seen, for sampling token by token.
 
     Args:
-        slots: number of slots in all.
+        slots: total number of slots, including those of the text.
     """
 
     def __init__(self, slots: int) -> None:
@@ -280,7 +280,7 @@ class Cache:
         self._length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, heads, t, D) of new slots. Return those of all slots."""
+        """Add the keys and values (B, heads, t, D) of new slots. Return the ones of all slots."""
         if self._kept is None:
             batch, heads, _, channels = keys.shape
             self._kept = keys.new_zeros(2, batch, heads, self.slots, channels)
@@ -293,8 +293,8 @@ class Cache:
 def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
     """Return the place (row, column) of each token in the finest level, (T, 2).
 
-    Places are in units of the finest level, so that tokens of different levels can be compared.
-    With levels of 8 x 8 and 16 x 16 tokens, the first coarse token has the place (0.5, 0.5).
+    Places are in units of the finest level, so that places of different levels are comparable. With
+    levels of 8 x 8 and 16 x 16 tokens, the first coarse token has the place (0.5, 0.5).
     """
     rows, columns = max(height for height, _ in levels), max(width for _, width in levels)
     places = []

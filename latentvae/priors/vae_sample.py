@@ -32,8 +32,8 @@ def sample_vae_folder(
         model: an exported network, or a run that has finished.
         num: number of pictures.
         temperature: factor of the prior's standard deviations.
-        class_name: name or number of the pictures' class, for a network with classes. By default,
-            its classes are drawn at random.
+        class_name: name or number of the pictures' class, for a network with classes. By default, a
+            random class is drawn for each picture.
         seed: seed of the random numbers. A picture does not depend on `num`.
         device: device of the computation. None takes the GPU if there is one.
 

@@ -39,7 +39,7 @@ class Check:
 
 
 def wrapped(text: str, *, indent: int = 2) -> str:
-    """Return a text in lines of at most 80 characters. All lines but the first are indented.
+    """Return a text in lines of at most 80 characters. All lines after the first are indented.
 
     A path or an option that is longer than a line is not broken.
     """
@@ -53,7 +53,7 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check that the report can be written to this path. None writes no report.
+    """Check that the report can be written to this path. Without a path there is no report.
 
     Raises:
         UserError: the path is a folder, or the file's folder does not exist.

@@ -2,7 +2,7 @@
 
     exit_code = run_checks(PriorTask, config, checks, json=None)
 
-This module has the checks of any such task. `prior_preflight`, `flow_preflight` and
+This module has the checks that all such tasks share. `prior_preflight`, `flow_preflight` and
 `distill_preflight` add the checks of their own task.
 """
 
@@ -43,14 +43,14 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(kw_only=True)
 class FirstUpdates:
-    """The first updates of a run, and what was seen of them.
+    """The first updates of a run, with everything that the checks need.
 
     Attributes:
         task: the task, after its networks were built.
         training: the task's training, after the updates.
         start: metrics of the validation before the first update.
         results: result of each update.
-        before, after: fingerprints of all tensors that an update changes.
+        before, after: hashes of all tensors that an update changes, before and after the updates.
         items: numbers of the items that this rank read first.
     """
 
@@ -201,7 +201,7 @@ def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
 
 
 def dropped_check(dropped: Tensor, share: float) -> Check:
-    """Check the share of dropped conditions, within four standard deviations.
+    """Check that the share of dropped conditions is as asked, within four standard deviations.
 
     Args:
         dropped: for each of `DRAWS` images, whether its condition was dropped.

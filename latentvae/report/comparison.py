@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports from files or folders. Return the reports by the names that tables show."""
+    """Read reports from files or folders. Return the reports by their names in tables."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -74,12 +74,14 @@ class _Row:
 
 
 def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
-    """Return a table of all models, and a table of paired differences from the first model.
+    """Return a table of all models, and a table of differences from the first model.
+
+    A difference is the mean, over the images, of the difference on each image.
 
     Args:
         paths: report.json files or their folders. One report with several models is enough.
-        force: also compare reports with different protocols or images. Then there are no paired
-            differences.
+        force: also compare reports with different protocols or images. In this case, the table of
+            differences is left out.
 
     Raises:
         UserError: there is no report, or protocols or images differ without `force`.

@@ -1,8 +1,8 @@
 """Compute paired differences of two models on the same images, from per_image.csv.
 
-A metric differs much more between images than between models. So the intervals of two models may
-overlap, although one model is better on almost every image. This module computes the difference on
-each image, and returns its mean with a 95 % interval (Poisson bootstrap over images).
+A metric differs much more between images than between models. So the confidence intervals of two
+models may overlap, although one model is better on almost every image. This module computes the
+difference on each image, and returns its mean with a 95 % interval (Poisson bootstrap over images).
 """
 
 import csv

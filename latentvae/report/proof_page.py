@@ -1,4 +1,4 @@
-"""Write the HTML page of a generator proof from proof.json and the folder `pictures`."""
+"""Write the HTML page of `latentvae prove`, from proof.json and the folder `pictures`."""
 
 import html
 import json
@@ -57,7 +57,7 @@ ANSWERS = {True: ("yes", "yes"), False: ("no", "no"), None: ("open", "not measur
 
 
 def write_page(folder: Path) -> Path:
-    """Write `proof.html` into the folder of a proof. Return its path."""
+    """Write `proof.html` into a folder of `latentvae prove`. Return the path of the page."""
     proof = json.loads(read_text(folder / "proof.json"))
     protocol = proof["protocol"]
     sections = "\n".join(_section(proof, name, folder) for name in proof["latents"])

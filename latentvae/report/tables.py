@@ -57,7 +57,7 @@ def models_table(report: Report) -> Table:
 
 
 def codecs_table(report: Report) -> Table:
-    """Return a table of each model's metrics, and of the codecs at the model's raw rate."""
+    """Return a table of each model's metrics, and the codecs' metrics at the model's raw rate."""
     title = (
         "Codecs at each model's raw rate: each image at the lowest quality that reaches it, "
         "else at 100"
@@ -79,7 +79,7 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Return a table of all points of the coded latents, and of their BD-rates."""
+    """Return a table of rate and quality of coded latents and tokens, with their BD-rates."""
     title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
@@ -94,7 +94,7 @@ def bits_table(report: Report) -> Table:
 
 
 def passport_table(report: Report) -> Table:
-    """Return a table of each model's half precision, tiles and speed."""
+    """Return a table of each model's results in half precision and in tiles, and its speed."""
     table = Table("model", title="Passport", title_justify="left")
     for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
         table.add_column(heading)

@@ -1,4 +1,4 @@
-"""Classify rows with few labels and many rows without a label (arXiv:1406.5298)."""
+"""Train classifiers on few rows with a label and many rows without a label (arXiv:1406.5298)."""
 
 from latentvae.semi_supervised.folder import LabelledRows, keep_labels, read_images
 from latentvae.semi_supervised.m1 import M1Classifier

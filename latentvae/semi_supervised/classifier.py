@@ -28,7 +28,7 @@ from latentvae.semi_supervised.training import Schedule, own_randomness
 
 
 class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
-    """A classifier that also learns from rows without a label. See its subclasses.
+    """Base class of the classifiers that also learn from rows without a label.
 
     Attributes:
         classes_: the labels in ascending order, (K,).
@@ -50,7 +50,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         """Learn from rows with and without labels.
 
         Args:
-            X: all rows, (N, F), in [0, 1] for `bernoulli`.
+            X: all rows, (N, F). Values must be in [0, 1] if the likelihood is `bernoulli`.
             y: label of each row, a whole number, and -1 for a row without a label, (N,).
 
         Raises:

@@ -1,4 +1,4 @@
-"""The first stage of M1 and M1+M2: a VAE whose posterior describes each row.
+"""Train or load the VAE whose latents the classifiers M1 and M1+M2 use (arXiv:1406.5298).
 
 Symbols: `N` rows, `F` columns, `U` latent units.
 """
@@ -65,7 +65,7 @@ def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
 
 
 def check_columns(net: VectorVAE, columns: int) -> None:
-    """Check that rows of F columns are images of a given network.
+    """Check that rows of F columns can be images of the VAE `net`.
 
     Raises:
         UserError: the images of the network do not have F values.
@@ -82,14 +82,14 @@ def check_columns(net: VectorVAE, columns: int) -> None:
 def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
     """Return the posteriors q(z|x) of rows (N, F), with moments (N, U).
 
-    The rows are used as they are: grey values are not drawn as 0 or 1.
+    Grey values are used directly. Only training replaces them by random values 0 or 1.
     """
     found = [net.posterior(images.images(part)) for part in rows.split(READ_ROWS)]
     return Gaussian(torch.cat([q.mean for q in found]), torch.cat([q.logvar for q in found]))
 
 
 def active_units(posterior: Gaussian) -> Tensor:
-    """Return the indices of the active units, whose posterior mean differs between rows.
+    """Return the indices of the active latent units, whose posterior mean differs between rows.
 
     The result has at least one index.
     """
@@ -98,5 +98,5 @@ def active_units(posterior: Gaussian) -> Tensor:
 
 
 def chosen(posterior: Gaussian, units: Tensor) -> Gaussian:
-    """Return the posterior of some of the units."""
+    """Return the posterior of the latent units whose indices are `units`."""
     return Gaussian(posterior.mean[:, units], posterior.logvar[:, units])

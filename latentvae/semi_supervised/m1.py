@@ -26,7 +26,7 @@ FINAL_CLASSIFIERS = ("logistic", "neighbours")
 
 
 class LatentModel(SemiSupervisedClassifier):
-    """The first stage of M1 and M1+M2: a VAE, which is trained or loaded.
+    """Base class of `M1Classifier` and `M1M2Classifier`, which train or load a VAE first.
 
     Attributes:
         vae_: the VAE.
@@ -70,17 +70,18 @@ class LatentModel(SemiSupervisedClassifier):
 
 
 class M1Classifier(LatentModel):
-    """A VAE trained on all rows, and a simple classifier of the latents of the labelled rows.
+    """A VAE trained on all rows, and a simple classifier trained on latents of labelled rows.
 
         model = M1Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
-            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
-        classifier: "logistic" regression, or the nearest "neighbours".
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
+            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
+            probability v, else by 0.
+        classifier: "logistic" (logistic regression) or "neighbours" (nearest neighbours).
         neighbours: number of neighbours, at most the number of labelled rows.
-        vae: folder of a VAE that `latentvae train-vae` exported, or None to train one.
+        vae: folder of a VAE that `latentvae train-vae` exported. None trains a new VAE.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of encoder and decoder.
         epochs: number of passes over the rows.
@@ -127,7 +128,7 @@ class M1Classifier(LatentModel):
         self.random_state = random_state
 
     def transform(self, X: Any) -> Any:
-        """Return the latents of rows X (N, F), (N, number of active units)."""
+        """Return the latents, (N, number of active units), of rows X (N, F)."""
         return self._by_batches(X, self._latents)
 
     def _check_options(self) -> None:

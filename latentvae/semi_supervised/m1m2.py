@@ -1,4 +1,7 @@
-"""Train M2 on the latents of M1 (M1+M2, arXiv:1406.5298, section 2.3)."""
+"""Train a VAE with a class variable (M2) on the latents of another VAE (M1).
+
+Paper: arXiv:1406.5298, section 2.3.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -13,17 +16,18 @@ from latentvae.semi_supervised.training import Schedule
 
 
 class M1M2Classifier(ClassModel, LatentModel):
-    """A VAE trained on all rows, and M2 trained on the VAE's latents.
+    """A VAE trained on all rows, and M2 (a VAE with a class variable) trained on its latents.
 
-    Each update draws new latents from the VAE's posteriors.
+    Each update of M2 draws new latents from the first VAE's posteriors.
 
         model = M1M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
-            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
-        vae: folder of a VAE that `latentvae train-vae` exported, or None to train one.
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
+            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
+            probability v, else by 0.
+        vae: folder of a VAE that `latentvae train-vae` exported. None trains a new VAE.
         vae_epochs: number of passes over the rows for the VAE.
         vae_layers: number of dense layers of the VAE's encoder and decoder.
         vae_units: size of the VAE's latent vector.
@@ -41,7 +45,7 @@ class M1M2Classifier(ClassModel, LatentModel):
 
     Attributes:
         vae_: the VAE.
-        network_: the trained `ClassVAE` of the VAE's latents.
+        network_: the trained `ClassVAE`, which models the VAE's latents.
     """
 
     def __init__(

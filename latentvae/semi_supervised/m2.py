@@ -16,7 +16,7 @@ from latentvae.semi_supervised.training import own_randomness, train_classes
 
 
 class ClassModel(SemiSupervisedClassifier):
-    """The options and checks that M2 and M1+M2 share."""
+    """Base class of `M2Classifier` and `M1M2Classifier`, with their common options and checks."""
 
     alpha: float
     skip_below: float
@@ -63,12 +63,14 @@ class M2Classifier(ClassModel):
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], binary or grey (each update draws grey values
-            as 0 or 1), or "gaussian" for real values, whose columns are standardised.
-        alpha: weight of the labels' cross entropy, in units of the number of rows N. The paper has
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
+            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
+            probability v, else by 0.
+        alpha: weight of the labels' cross entropy, divided by the number of rows N. The paper uses
             0.1.
         skip_below: for a row without a label, an update leaves out each class whose probability is
-            below skip_below / K. 0 takes all classes, as the paper does, and takes much longer.
+            below skip_below / K, where K is the number of classes. 0 uses all classes, as in the
+            paper, and takes much longer.
         warmup: number of passes over the labelled rows alone, before all rows are used. 0 means no
             warm-up.
         latent_units: size of the latent vector.

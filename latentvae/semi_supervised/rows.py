@@ -25,7 +25,8 @@ class RowImages:
     """Rows as images of shape (B, C, H, W).
 
     Attributes:
-        likelihood: "bernoulli": [0, 1] becomes [-1, 1]. "gaussian": columns are standardised.
+        likelihood: "bernoulli" (values in [0, 1] become [-1, 1]) or "gaussian" (columns are
+            standardised).
         shape: (C, H, W) with C H W = F.
         shift, scale: each column becomes (x - shift) / scale, (F,).
     """
@@ -37,7 +38,7 @@ class RowImages:
 
     @classmethod
     def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
-        """Return the scaling that fits training rows (N, F). A constant column has scale 1."""
+        """Return the scaling for training rows (N, F). A constant column has scale 1."""
         if likelihood == "bernoulli":
             half = torch.full(rows.shape[1:], 0.5)
             return cls(likelihood, shape, half, half.clone())
@@ -50,7 +51,10 @@ class RowImages:
         return ((rows - self.shift) / self.scale).unflatten(1, self.shape)
 
     def drawn(self, rows: Tensor) -> Tensor:
-        """Return rows (B, F) as images for one update. `bernoulli` draws each value as 0 or 1."""
+        """Return rows (B, F) as images for one update.
+
+        With `bernoulli`, a value v becomes 1 with probability v, else 0.
+        """
         return self.images(torch.bernoulli(rows) if self.likelihood == "bernoulli" else rows)
 
     def rows(self, images: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
 
 
 def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
-    """Load a classifier that `save_classifier` wrote. Its predictions are bit-equal.
+    """Load a classifier that `save_classifier` wrote. It predicts exactly the same as before.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

@@ -25,7 +25,7 @@ Draw = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and speed of a training.
+    """The number of epochs, the batch size, the learning rate and the precision of a training.
 
     Attributes:
         epochs: number of passes over the rows.
@@ -55,7 +55,7 @@ def train_vae(net: VectorVAE, draw: Draw, *, count: int, schedule: Schedule) -> 
         net: the VAE, changed in place.
         draw: function that returns images (B, C, H, W) of the rows with given indices (B,).
         count: number of rows N.
-        schedule: length and speed.
+        schedule: epochs, batch size, learning rate and precision.
     """
 
     def loss(picked: Tensor) -> Tensor:
@@ -77,15 +77,16 @@ def train_classes(
 ) -> None:
     """Train M2 (arXiv:1406.5298) on rows with and without labels.
 
-    The loss has the bound of ln p for all N rows, and the cross entropy of the labelled rows. It is
-    the objective of the paper (equation 9), negated and divided by N. In the paper, the
-    weight of the mean cross entropy is alpha N. After the division by N it is `alpha`.
+    The loss is the sum of the negative bound of ln p over all N rows, and of the cross entropy of
+    the labelled rows. It equals the paper's objective (equation 9), negated and divided by N. In
+    the paper, the weight of the mean cross entropy is alpha N. After the division, the weight is
+    `alpha`.
 
     Args:
         net: the network, changed in place. The network ends in eval mode.
         draw: function that returns images (B, C, H, W) of the rows with given indices (B,).
         classes: class of each row, -1 without a label, (N,), int64.
-        schedule: length and speed.
+        schedule: epochs, batch size, learning rate and precision.
         alpha: weight of the cross entropy. The weight is 1 if all rows have a label.
         least: see `ClassVAE.unlabelled_bound`.
         warmup: number of passes over the labelled rows alone, at the start. These passes give each
@@ -133,7 +134,7 @@ def run(
         net: the network, changed in place. The network ends in eval mode.
         loss: function from row indices to a scalar.
         rows: indices of the rows to train on.
-        schedule: length and speed.
+        schedule: epochs, batch size, learning rate and precision.
         after_epoch: function that is called with the number of each finished epoch, from 1.
 
     Raises:

@@ -1,6 +1,6 @@
 """Define what the tasks of generators share: batches of a table in memory, classes, and the export.
 
-A generator learns the items of `tasks.shards`. See `tasks.prior` and `tasks.flow`.
+A generator learns latents or tokens (`tasks.shards`). See `tasks.prior` and `tasks.flow`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ MAX_ROWS = 10  # largest number of classes or captions in a picture of samples
 
 
 class SampleRows(NamedTuple):
-    """Conditions of sampled images. A row of a picture has several images of one condition.
+    """Conditions of sampled images. Each row of the picture has several images of one condition.
 
     Attributes:
         classes: class of each image, `NO_CLASS` without classes.
@@ -48,10 +48,10 @@ class GeneratorTask(Task):
     unit = "images"
 
     def count_classes(self) -> int:
-        """Return the number of classes, by their names or by the labels of the training.
+        """Return the number of class names or, without names, of classes in the training images.
 
         Raises:
-            UserError: an image of the validation has another class.
+            UserError: a validation image has another class.
         """
         names, data = self.data.content.class_names, self.data
         count = int(data.train.classes.max()) + 1 if names is None else len(names)
@@ -86,7 +86,7 @@ class GeneratorTask(Task):
 
     @cached_property
     def other_captions(self) -> dict[str, str]:
-        """A wrong caption for each validation caption: the one half the sorted list further on."""
+        """A wrong caption for each validation caption, taken from half the sorted list away."""
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 

@@ -28,7 +28,7 @@ class ImageTask(Task):
     Attributes:
         train_images: opened source of training images.
         validation_images: opened source of validation images.
-        bad, bad_validation: unreadable files so far.
+        bad, bad_validation: unreadable training files and validation files so far.
     """
 
     config: Any  # an ImageJobConfig
@@ -50,7 +50,7 @@ class ImageTask(Task):
         self._ratios: Any = None
 
     def begin_images(self) -> None:
-        """Forget all unreadable files."""
+        """Start with no record of unreadable files."""
         self.bad, self.bad_validation = BadImages(), BadImages()
         # bad images of this rank since the last row of the log
         self._unnamed: list[tuple[str, str]] = []

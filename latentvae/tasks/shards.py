@@ -28,7 +28,9 @@ Folder = TypeVar("Folder", TokenDataset, LatentDataset)
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Items of images, in memory. A subclass adds tensors (n, ...), which may be None.
+    """The latents or tokens of images, in memory. A subclass adds them as tensors (n, ...).
+
+    A tensor may be None.
 
     Attributes:
         classes: (n,), int64, `NO_CLASS` for an image without a class.
@@ -44,7 +46,7 @@ class ItemTable:
         return len(self.names)
 
     def some(self, numbers: Sequence[int]) -> Self:
-        """Return a table of the images with these numbers."""
+        """Return a table with only the images with these numbers."""
         chosen = torch.as_tensor(numbers, dtype=torch.int64)
 
         def part(values: Any) -> Any:
@@ -56,17 +58,17 @@ class ItemTable:
         return type(self)(**parts)
 
     def split(self, *, share: float, seed: int) -> tuple[Self, Self]:
-        """Return the images to train on and those to hold out, by a hash of their names."""
+        """Return a table to train on and a table of held-out images, by a hash of the names."""
         chosen = held_out(self.names, share=share, seed=seed)
         train, held = ([i for i, h in enumerate(chosen) if h is part] for part in (False, True))
         return self.some(train), self.some(held)
 
     def at_most(self, count: int) -> Self:
-        """Return at most this many images, evenly spread."""
+        """Return a table of at most `count` images, evenly spread over this table."""
         return self.some(spread(len(self), count))
 
     def captioned(self, captions: Mapping[str, str]) -> Self:
-        """Return the table with new captions, which `captions` holds by the images' names."""
+        """Return the table with new captions. `captions` maps names of images to captions."""
         return replace(self, captions=[captions[name] for name in self.names])
 
     def captions_hash(self) -> str:
@@ -76,7 +78,7 @@ class ItemTable:
 
 
 def annotations(readers: Sequence[ShardReader]) -> dict[str, Any]:
-    """Return the classes, names and captions of all items, as fields of an `ItemTable`."""
+    """Return the classes, names and captions of all images, as fields of an `ItemTable`."""
     classes, names, captions = [], list[str](), list[str]()
     for reader in readers:
         none = torch.full((len(reader),), NO_CLASS)
@@ -98,12 +100,12 @@ def open_split(
     at_most: int,
     seed: int,
 ) -> tuple[Folder, Table, Table]:
-    """Read folders of items, and choose those for validation.
+    """Read folders of latents or tokens (items), and choose items for validation.
 
     Args:
         kind: class that opens a folder.
         joined: function that returns the items of several folders as one table.
-        same: fields of `Content` that must be equal in all folders, with their names in words.
+        same: fields of `Content` that must be equal in all folders, with their names in messages.
         option: name of the option with the folders, for messages: tokens or latents.
         folders: folders to train on.
         validation: folder to validate on. None holds out a share of the images.

@@ -1,6 +1,6 @@
-"""Compute large images in exact strips.
+"""Encode and decode large images strip by strip, with exact results.
 
-`strip_network` encodes and decodes. `price` predicts the time and memory of these calls.
+The module `strip_network` encodes and decodes. The module `price` predicts the time and memory.
 """
 
 from latentvae.compute.strips.maps import Strips

@@ -32,7 +32,7 @@ SMALL_MAP = 16 * 2**20  # Feature maps of at most so many bytes stay in memory.
 
 @dataclass(frozen=True)
 class Strips:
-    """Options of strips. Up to rounding, the result is the same as without strips.
+    """Options for computing in strips. Strips change the result only by rounding.
 
     Args:
         rows: number of rows of a feature map in a strip. None takes as many rows as fit into 4 MiB

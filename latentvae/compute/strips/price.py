@@ -3,8 +3,9 @@
 To predict the time, a band of the image is computed in strips. The band is as wide as the image and
 four latent positions high. For f = 8 and an image of 1,024 x 1,024 pixels, the band is 3 % of the
 image. The prediction is the band's time, multiplied by the work of the whole image and divided by
-the work of the band. torch counts the work on tensors without storage. The count includes
-attention, which grows with the square of the number of positions.
+the work of the band. The work is the number of floating-point operations. torch counts them on
+tensors without storage. The count includes attention, which grows with the square of the number of
+positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """

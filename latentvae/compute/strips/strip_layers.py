@@ -97,7 +97,7 @@ def _with_residual(
 def downsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
     """Return the output of a `Downsample2D` of stride 2.
 
-    The input is padded with a row and a column of zeros below and at the right.
+    The input is padded with a row of zeros at the bottom and a column of zeros at the right.
     """
     conv = block.conv
     y = space.make(conv.out_channels, (x.height - 2) // 2 + 1, (x.width - 2) // 2 + 1)

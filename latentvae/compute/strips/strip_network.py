@@ -1,7 +1,7 @@
 """Compute diffusers' convolutional encoder and decoder strip by strip, on images of any size.
 
-Supported classes are `AutoencoderKL`, `VQModel` and similar ones. Up to rounding, the result is the
-same as without strips.
+Supported classes are `AutoencoderKL`, `VQModel` and other classes with the same blocks. Strips
+change the result only by rounding.
 
     posterior = encode_in_strips(net, images).latent_dist    # as net.encode(images)
     recon = decode_in_strips(net, posterior.mean).sample     # as net.decode(z)
@@ -59,7 +59,7 @@ def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> 
     """Return the output of `net.encode(images)`, for images (B, C, H, W) in the network's range.
 
     Raises:
-        ValueError: the network has an unknown block, see `check_supported`.
+        ValueError: the network has a block that strips cannot compute, see `check_supported`.
     """
     check_supported(net)
     features = _run(net.encoder, images, _encoder_steps(net.encoder), strips or Strips())
@@ -83,7 +83,7 @@ def decode_in_strips(
         force_not_quantize: do not quantise `z`, because it already consists of a tokenizer's codes.
 
     Raises:
-        ValueError: the network has an unknown block, see `check_supported`.
+        ValueError: the network has a block that strips cannot compute, see `check_supported`.
     """
     check_supported(net)
     if isinstance(net, VQModel | DiscreteAutoencoder) and not force_not_quantize:
@@ -187,7 +187,7 @@ def check_supported(net: Any) -> None:
     """Check that strips can compute every block of the encoder and the decoder.
 
     Raises:
-        ValueError: strips cannot compute a block. The message has its name and type.
+        ValueError: strips cannot compute a block. The message gives the block's name and type.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
         module: Any = getattr(net, part, None)

@@ -1,7 +1,7 @@
 """Compute convolutions with Winograd's algorithms where these are faster, in float32 on the CPU.
 
-The choice depends only on shapes and the kind of processor, so repeated runs on one machine give
-equal numbers.
+The choice of the algorithm depends only on shapes and the kind of processor, so repeated runs on
+one machine give equal numbers.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 class WinogradConv2d(nn.Conv2d):
     """A Winograd convolution for inference.
 
-    Small feature maps, and all inputs that are not float32 on the CPU, go to torch's own
-    convolution. So do inputs under autocast or `torch.compile`.
+    torch's own convolution computes small feature maps, inputs that are not float32 on the CPU, and
+    inputs under autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class WinogradConv2d(nn.Conv2d):
 class TrainedWinogradConv2d(nn.Conv2d):
     """A Winograd convolution with gradients.
 
-    Inputs that are not float32 on the CPU go to torch's own convolution. So do inputs under
+    torch's own convolution computes inputs that are not float32 on the CPU, and inputs under
     autocast or `torch.compile`.
     """
 

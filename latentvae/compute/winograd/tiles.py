@@ -56,7 +56,7 @@ G2 = _square(
 
 
 def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `conv2d(x, weight, bias, padding=1)` of (N, I, H, W) and (O, I, 3, 3), in float32."""
+    """Return float32 `conv2d(x, weight, bias, padding=1)`, x (N, I, H, W), weight (O, I, 3, 3)."""
     tiling, outputs = Tiling.of(x), len(weight)
     seen, kernel = tiling.split(x, side=SIDE + 2, before=1), _transform_kernel(weight)
     out = x.new_empty(tiling.images, tiling.size[0], SIDE, tiling.size[1], SIDE, outputs)
@@ -138,7 +138,7 @@ class Tiling:
     """The division of feature maps into tiles.
 
     Attributes:
-        images: number of maps.
+        images: number of feature maps.
         size: number of tiles in a column and in a row of a map.
         map_size: number of positions in a column and in a row.
     """

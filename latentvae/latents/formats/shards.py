@@ -15,12 +15,13 @@ A shard has these tensors:
     sizes (n, 2)                        height and width of the image before the transform
     ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
 
-`models.levels` describes tokens of levels of several sizes, whose sizes `Content.levels` lists.
+Some tokenizers have levels of several sizes. `Content.levels` lists the sizes, and the module
+`models.levels` describes the order of the tokens.
 
-Shard s holds the `shard_items` items from item s * shard_items on. Items that cannot be read are
-left out. Every file is written under a temporary name, synced and renamed, so a file that exists is
-complete. A shard's header says to which encoding the shard belongs. The bytes depend only on the
-content.
+Shard s starts at item s * shard_items of the data and takes `shard_items` items. Items that cannot
+be read are left out. Every file is written under a temporary name, synced and renamed, so a file
+that exists is complete. A shard's header says to which encoding the shard belongs. The bytes depend
+only on the content.
 
 Symbols: `n` items, `L` codes per position, `d` latent channels, `h w` latent positions,
 `K` codes.
@@ -69,9 +70,9 @@ class _Strict(BaseModel):
 
 
 class Normalization(_Strict):
-    """The normalisation of latents for a diffusion model: (z - mean) * scale after folding.
+    """The normalisation of latents for a diffusion model: (z - mean) * scale.
 
-    See `models.normalization`.
+    Before, `fold` x `fold` positions are folded into channels. See `models.normalization`.
     """
 
     mean: list[float]
@@ -95,7 +96,7 @@ class Content(_Strict):
         resolution: side of a square, or (height, width), in pixels.
         flip: whether the images were mirrored left to right.
         data_sha256: hash of the sorted names, labels and captions, not of the pictures.
-        shard_items: items of the source per shard.
+        shard_items: images of the data per shard, before unreadable images are left out.
         optimize: mode of faster computation that encoded the images, see `compute.optimization`.
     """
 

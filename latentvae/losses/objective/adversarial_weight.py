@@ -18,8 +18,8 @@ class AdversarialWeight:
         ramp_updates: number of updates after the warm-up in which the weight grows from 0.
         adaptive: multiply the weight by a ratio of gradients, see `adversarial.adaptive_weight`.
         cap: largest ratio of gradients.
-        cap_on_sums: whether the cap is for losses that are sums over image elements instead of
-            means.
+        cap_on_sums: whether the cap was chosen for losses that are sums over image elements instead
+            of means.
     """
 
     scale: float = 0.0
@@ -38,7 +38,7 @@ class AdversarialWeight:
         return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
-        """Return the weight in update ``update`` (from 0), without the adaptive weight's factor.
+        """Return the weight in update ``update`` (from 0), not multiplied by the adaptive weight.
 
         The weight is None before ``start``, when the discriminator is not used at all. After
         ``start``, the discriminator learns in every update. For `warmup_updates` it learns alone,

@@ -1,9 +1,9 @@
 """Compute the KL term of the loss (plain, free bits or capacity) and the warm-up of its weight.
 
-A form returns nats per image. Options are in bits per latent element, like the logged value
-`latent/kl_bits_per_element`, so they do not depend on the resolution. Free bits and capacity are
-piecewise linear in the KL. The mean KL over all ranks decides which piece applies. So several ranks
-give the same result as one rank with the images of all ranks.
+Each of these KL terms is in nats per image. The options are in bits per latent element, like the
+logged value `latent/kl_bits_per_element`. So the options do not depend on the resolution. Free bits
+and capacity are piecewise linear in the KL. The mean KL over all ranks decides which piece applies.
+So several ranks give the same result as one rank with the images of all ranks.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -35,7 +35,7 @@ class KLForm(Protocol):
 
 
 class KLFactor(Protocol):
-    """A function that returns the factor on the KL's weight in a given update."""
+    """A function that returns the number that multiplies the KL's weight in a given update."""
 
     def __call__(self, update: int) -> float: ...
 
@@ -55,7 +55,7 @@ class PlainKL:
 class FreeBits:
     """A KL loss that does not push the KL of a channel below a floor, see `free_bits_kl`.
 
-    A latent without a KL per channel counts as one channel.
+    If the KL is not known for each channel, the whole latent counts as one channel.
 
     Args:
         bits: floor, in bits per latent element.

@@ -11,10 +11,11 @@ element and the reconstruction `error` are means over micro-steps and ranks. The
 neither on the resolution nor on the channels. The error e is relative, so one rate fits all
 targets.
 
-A network reacts late to the weight, so the first term alone would make the bits oscillate around
-their target. The second term damps these oscillations. It is ControlVAE's proportional term,
-applied to GECO's logarithm. A reconstruction error is noisy from batch to batch and reacts little
-to the weight. So its error e is steeper, and there is no second term.
+A network reacts late to the weight, so the term `rate * e` alone would make the bits oscillate
+around their target. The term with `damping` damps these oscillations. This term is ControlVAE's
+proportional term, applied to the logarithm of the weight as in GECO. A reconstruction error is
+noisy from batch to batch and reacts little to the weight. So its e grows four times as fast, and
+there is no damping.
 
 As long as the network has not learned enough, a reconstruction error stays above its target with
 any weight. The weight then falls, but not below a tenth of its initial value, because the weight
@@ -36,7 +37,8 @@ class KLTarget:
     Args:
         target: the value to hold, in the unit of the value logged as `target_name`.
         kl_scale: weight at the start.
-        rate: how much an update adds to the logarithm of the weight when the target is far away.
+        rate: how much one update changes the logarithm of the weight when the value is far from the
+            target.
 
     Attributes:
         target_name: log name of the value that has the target.
@@ -44,7 +46,8 @@ class KLTarget:
         sign: 1 if a larger weight lowers the value, -1 if it raises the value.
         steepness: factor on the logarithm of (value / target).
         damping: factor on the change of the error since the last update.
-        lowest: smallest factor. The smallest weight of `KL_WEIGHTS` is another bound.
+        lowest: smallest factor. The weight also never falls below the smallest weight of
+            `KL_WEIGHTS`.
         log_factor: logarithm of the factor in this update, 0 at the start.
         error: relative error of the last update, 0 at the start.
     """
@@ -98,7 +101,7 @@ class KLTarget:
         return {"log_factor": self.log_factor, "error": self.error}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Set the state to that of a `state_dict`.
+        """Set `log_factor` and `error` to the values of a `state_dict`.
 
         Raises:
             ValueError: the names are not those of a `state_dict`.

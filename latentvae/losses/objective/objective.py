@@ -40,7 +40,7 @@ class Objective(nn.Module):
         loss.total.backward()
 
     The call returns the complete loss. A training step calls the parts one by one instead, so that
-    it needs only one backward pass through the decoder. It calls `reconstruction` and
+    one backward pass through the decoder is enough. The training step calls `reconstruction` and
     `adversarial_value` on a detached reconstruction. Then it calls `adversarial_part` for the
     current weight, and `latent`, whose result has a graph.
 
@@ -49,7 +49,7 @@ class Objective(nn.Module):
         perceptual: LPIPS (images, recon) -> (B,), frozen. None leaves the term out.
         perceptual_scale: weight of LPIPS. The pixel term has weight 1.
         features: `FeatureLoss` (images, recon) -> (B,), frozen. None leaves the term out.
-        feature_scale: weight of the distance of features.
+        feature_scale: weight of the distance that `features` returns.
         logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the term out.
         kl_scale: weight of the KL. None if the latent has no KL.
         latent_weights: weights of the bottleneck's losses, by name.
@@ -163,7 +163,7 @@ class Objective(nn.Module):
     ) -> Loss:
         """Return the negative log-likelihood of ``recon``.
 
-        It has the pixel terms, LPIPS, the distance of features and the log-variance.
+        The sum contains the pixel terms, LPIPS, the distance of features and the log-variance.
         """
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
@@ -209,7 +209,7 @@ class Objective(nn.Module):
         return terms
 
     def picture(self, recon: Tensor) -> Tensor:
-        """Return the image (B, C, H, W) that a decoder's output describes."""
+        """Return the image (B, C, H, W): the decoder's output, or the mean of its likelihood."""
         return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class Objective(nn.Module):
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
         """Return the bottleneck's losses and the KL.
 
-        If the network has neither, the total is 0 and has no graph.
+        If the network has neither bottleneck losses nor a KL, the total is 0 and has no graph.
         """
         elements = images[0].numel()
         values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
@@ -304,7 +304,8 @@ class Objective(nn.Module):
     def only(self, *names: str) -> "Objective":
         """Return a copy in which only the terms ``names`` have a weight.
 
-        The copy has constant weights and the plain KL. It shares frozen networks with this one.
+        The copy has constant weights and the plain KL. The copy shares its frozen networks with the
+        original.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}

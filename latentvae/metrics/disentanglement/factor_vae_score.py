@@ -50,16 +50,17 @@ def factor_vae_score(
 ) -> FactorVAEScore:
     """Return the accuracy with which the fixed factor is found from the code.
 
-    disentanglement_lib makes 10,000 votes for the classifier and 5,000 for the test. With 800 test
-    votes, the standard error of a score is at most 0.018. By default, disentanglement_lib also lets
-    collapsed dimensions vote. Its study leaves out (prunes) dimensions with a standard deviation
-    below 0.05, as this function does.
+    The library disentanglement_lib (arXiv:1811.12359) makes 10,000 votes for the classifier and
+    5,000 for the test. With 800 test votes, the standard error of a score is at most 0.018. By
+    default, disentanglement_lib also lets collapsed dimensions vote. The study of its authors
+    leaves out (prunes) dimensions with a standard deviation below 0.05, as this function does.
 
     Args:
         represent: function from factors (N, F) to codes (N, D) of images with these factors.
         sizes: the number of values of each factor. Factors are drawn uniformly.
         num_train: number of votes for the classifier.
-        num_test: number of votes for the test. 1,600 votes of 64 images are 102,400 images.
+        num_test: number of votes for the test. By default, training and test need 1,600 votes of 64
+            images, which are 102,400 images.
         images_per_vote: L, at least 2.
         num_variance: number of images from which the variance of each dimension is measured.
         min_std: dimensions with a smaller standard deviation of their codes count as collapsed to

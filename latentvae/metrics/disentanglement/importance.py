@@ -56,9 +56,9 @@ def dci(
         factors: (N, F), integers, the true factors of the images, F at least 2.
         categorical: the factors whose values have no order, by their numbers. Trees classify them,
             and their score is the accuracy. All other factors are predicted by regression trees,
-            and their score is R^2. disentanglement_lib treats all factors as categorical:
-            `range(F)`. That takes much longer, because each value of a factor then needs trees of
-            its own.
+            and their score is R^2. The library disentanglement_lib treats all factors as
+            categorical (`range(F)`). That takes much longer, because each value of a factor then
+            needs trees of its own.
         test_share: share of the rows on which informativeness is measured.
         seed: seed of the split and of the trees.
 
@@ -93,8 +93,9 @@ def dci(
 def concentration(importance: np.ndarray) -> float:
     """Return how much each row of a matrix is concentrated in one column, from 0 to 1.
 
-    A row counts 1 - H / log(columns), where H is the entropy of its shares. Rows are weighted by
-    their sums, so a row of zeros does not count. A matrix of zeros gives 0.
+    The value of a row is 1 - H / log(columns), where H is the entropy of the row divided by its
+    sum. Rows are weighted by their sums, so a row of zeros has no weight. A matrix of zeros gives
+    0.
     """
     sums = importance.sum(1)
     if not sums.any():

@@ -38,8 +38,8 @@ def sap(
         factors: (N, F), integers, the true factors of the images.
         categorical: the factors whose values have no order, by their numbers. A linear support
             vector machine predicts them, and its accuracy on test rows counts. All other factors
-            are predicted by linear regression, and R^2 counts. disentanglement_lib treats all
-            factors as categorical in its study: `range(F)`. One line cannot separate many ordered
+            are predicted by linear regression, and R^2 counts. The study of disentanglement_lib
+            treats all factors as categorical (`range(F)`). One line cannot separate many ordered
             values, so the scores are then low even for a perfect code.
         test_share: share of the rows on which the support vector machines are tested.
         seed: seed of the split.
@@ -62,10 +62,10 @@ def predictability(
     test_share: float = 1 / 3,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return how well each dimension alone predicts each factor: (D, F), see `sap`.
+    """Return the score with which each dimension alone predicts each factor, (D, F), see `sap`.
 
     The support vector machines see standardised codes, so that the scale of a code does not change
-    the score. disentanglement_lib does not standardise the codes.
+    the score. The library disentanglement_lib does not standardise the codes.
     """
     codes, factors = check_codes(codes, factors)
     categorical = check_categorical(categorical, factors.shape[1])

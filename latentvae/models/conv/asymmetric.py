@@ -85,7 +85,7 @@ def build_asymmetric_kl(
         block_out_channels, layers_per_block: widths and layers of the encoder.
         up_block_out_channels, layers_per_up_block: widths and layers of the decoder. The widths,
             from full resolution down, must be w, 2 w, 4 w, 4 w, because diffusers' encoder of the
-            known picture has these widths. With four levels, f is 8.
+            known picture has these widths. With these four levels, the downsampling factor f is 8.
         sample_size: side of the training images in pixels, from which diffusers takes its tile
             size.
     """
@@ -123,8 +123,9 @@ class AsymmetricTrainingWrapper(KLTrainingWrapper):
 def random_masks(images: Tensor) -> Tensor:
     """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
 
-    About half of the masks are 1 everywhere. The others are 1 in a box, whose sides are from a
-    quarter to the whole of the image's sides. The random numbers come from the global generator.
+    About half of the masks are 1 everywhere. The other masks are 1 only in a box. The sides of the
+    box are from a quarter to the whole of the image's sides. The random numbers come from the
+    global generator.
     """
     B, _, H, W = images.shape
     whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
@@ -137,7 +138,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(PosteriorFamily):
-    """Family of `AsymmetricAutoencoderKL`, also with an `AutoencoderKL`'s pretrained encoder."""
+    """Methods for `AsymmetricAutoencoderKL`. It can start from an `AutoencoderKL`'s encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig

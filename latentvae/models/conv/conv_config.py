@@ -42,15 +42,16 @@ class ConvolutionalConfig(LevelsConfig):
 
 
 class AttentionConfig(ConvolutionalConfig):
-    """Options of residual blocks with GroupNorm, of self-attention, and of the first weights."""
+    """Options of residual blocks with GroupNorm, of self-attention, and of the initial weights."""
 
     init: Annotated[Literal["random", "linear", "auto"], OfTheRun()] = Field(
         default="random",
         description=(
-            "Weights of a new network. `linear` starts at a linear code with a latent of the same "
-            "size: the principal components of patches of the training images. With this start, "
-            "the network needs fewer updates to reach the same quality. `random` starts at random "
-            "weights. `auto` means linear for every new network that supports it, else random."
+            "Initial weights of a new network. With `linear`, the new network computes a linear "
+            "code: the latent holds the principal components of patches of training images. With "
+            "this start, the network needs fewer updates to reach the same quality. `random` draws "
+            "random weights. `auto` means `linear` for every new network that supports it, else "
+            "`random`."
         ),
     )
 
@@ -78,7 +79,7 @@ class AttentionConfig(ConvolutionalConfig):
         return self
 
     def starts_linear(self, image_channels: int) -> bool:
-        """Return whether a new network for such images starts at a linear code."""
+        """Return whether a new network is initialised to compute a linear code (PCA of patches)."""
         if self.init != "auto":
             return self.init == "linear"
         widths = {self.block_out_channels[-1]: 1, self.block_out_channels[0]: image_channels}
@@ -89,7 +90,7 @@ class AttentionConfig(ConvolutionalConfig):
 
     @property
     def why_no_linear_start(self) -> str:
-        """The reason why the network cannot start at a linear code, with advice, or ""."""
+        """Why the network cannot start as a linear code, with advice. "" means that it can."""
         if self.pretrained_model_name_or_path is not None:
             return (
                 "is for new networks, but pretrained_model_name_or_path gives the weights. Leave "

@@ -1,6 +1,7 @@
 """Make a tokenizer from a trained KL autoencoder: a new quantiser between two 1x1 convolutions.
 
-CODA (arXiv:2503.17760) and ReVQ (arXiv:2507.10547) do the same with adapters of their own.
+CODA (arXiv:2503.17760) and ReVQ (arXiv:2507.10547) also quantise a trained KL autoencoder, with
+other layers around the quantiser.
 
     KL autoencoder  encoder -> quant_conv -> posterior mean -> post_quant_conv -> y -> decoder
     tokenizer       encoder -> y -> quant_conv -> quantize -> post_quant_conv -> y -> decoder
@@ -46,8 +47,8 @@ def from_autoencoder_kl(
 ) -> DiscreteAutoencoder | None:
     """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
 
-    The adapter is the identity as far as the numbers of channels allow. `start_adapter` sets a
-    better adapter.
+    The convolutions `quant_conv` and `post_quant_conv` copy as many channels as input and output
+    both have. `start_adapter` sets better weights.
 
     Args:
         net: the KL autoencoder, in float32.
@@ -99,21 +100,21 @@ def from_autoencoder_kl(
 def start_adapter(
     net: Any, images: Tensor, *, whiten: bool, on_sphere: bool, generator: torch.Generator
 ) -> None:
-    """Set `quant_conv` so that near features decode to similar images, with little error.
+    """Set `quant_conv` so that features close to each other decode to similar images.
 
     The nearest code should give the nearest image, not the nearest latent. So the features are
-    measured in pixels: M = E[J' J] is the mean squared change of the pixels for a change of `y`
-    (J is the decoder's Jacobian at one position). The features are the principal components of
-    sqrt(M) y. The first C components lose the least squared error of pixels.
+    measured in pixels: J is the decoder's Jacobian at one position, and M = E[J' J] is the mean
+    squared change of the pixels for a change of `y`. The features are principal components of
+    sqrt(M) y. The first C components reconstruct the pixels with the least squared error.
 
     - If C is larger than d, a random rotation spreads the components over all channels. Quantisers
-      that treat each channel alone (FSQ, LFQ) can then use every channel. Without `whiten`,
-      distances stay the same.
-    - `whiten` gives every channel the variance 1, because FSQ and LFQ divide all channels equally.
-      Otherwise the mean variance of the components is 1.
+      that round each channel separately (FSQ, LFQ) can then use every channel. Without `whiten`,
+      the rotation keeps the distances between features.
+    - `whiten` gives every channel the variance 1, because FSQ and LFQ expect channels of equal
+      scale. Otherwise the mean variance of the components is 1.
     - A quantiser `on_sphere` divides features by their length, and the length would be lost. So the
       last channel is a large constant. The sphere is almost flat near this channel's axis, so
-      distances stay about the same.
+      distances between features stay about the same.
 
     Args:
         net: the tokenizer of `from_autoencoder_kl`.
@@ -158,7 +159,7 @@ def start_adapter(
 
 @torch.no_grad()
 def fit_decoder_side(net: Any, images: Tensor) -> None:
-    """Set `post_quant_conv` so that it predicts `y` from the codes, by least squares.
+    """Set `post_quant_conv` by least squares: it predicts the decoder's input from the codes.
 
     Call this function after the codes are set. Without quantisation, the result is the inverse of
     `quant_conv`.

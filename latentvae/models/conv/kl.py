@@ -33,7 +33,7 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         default=True,
         description=(
             "Add a 1x1 convolution before the latent and another one after it. Stable Diffusion "
-            "has these layers, SD3 and FLUX do not."
+            "has these layers. SD3 and FLUX do not have them."
         ),
     )
     initial_posterior_logvar: float = Field(
@@ -48,9 +48,9 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         default=0,
         description=(
             "Rank of the adapters (LoRA) that fine-tuning trains in place of the decoder's "
-            "weights. Everything else is frozen. The export has the network with merged adapters, "
-            "and beside it the adapters alone in PEFT's format. 0 trains the decoder's weights "
-            "themselves."
+            "weights. All other weights are frozen. The export contains the network with the "
+            "adapters merged into its weights. The folder `lora` in the export holds the adapters "
+            "alone, in the format of the library PEFT. 0 trains the decoder's weights themselves."
         ),
     )
 
@@ -136,7 +136,7 @@ def downsampling_factor(net: Network) -> int:
 
 
 class KLFamily(PosteriorFamily):
-    """Family of `AutoencoderKL`, the autoencoder class of Stable Diffusion's pipelines."""
+    """Methods for `AutoencoderKL`, the autoencoder class of Stable Diffusion's pipelines."""
 
     network = AutoencoderKL
     options = KLModelConfig

@@ -29,7 +29,7 @@ SHARED = (
 
 
 class StockVQFamily(Family):
-    """Family of `VQModel`, whose quantiser chooses the nearest code from a list of codes.
+    """Methods for `VQModel`, whose quantiser chooses the nearest code from a list of codes.
 
     aMUSEd's model looks codes up by index (`lookup_from_codebook`). The pixels of that model are in
     [0, 1], because aMUSEd's pipeline does not normalise images (diffusers,
@@ -109,11 +109,12 @@ def _codes_of(net: Any, indices: Tensor) -> Tensor:
 
 
 def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the levels that have attention in a network of diffusers, as its config says.
+    """Return the levels that have attention, read from the config of a diffusers network.
 
     Returns:
         The levels (0 = full resolution). None if `DiscreteAutoencoder` cannot have the network's
-        blocks: another activation, or attention at different levels of encoder and decoder.
+        blocks: an activation other than SiLU, or attention at different levels of encoder and
+        decoder.
     """
     levels = levels_with("Attn", config["down_block_types"])
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
@@ -129,8 +130,8 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
 
     Returns:
         The converted network. None if `DiscreteAutoencoder` cannot have its blocks (spatial norms,
-        another activation, attention at different levels of encoder and decoder), or if its pixels
-        are in [0, 1] (aMUSEd).
+        an activation other than SiLU, attention at different levels of encoder and decoder), or if
+        its pixels are in [0, 1] (aMUSEd).
     """
     config = net.config
 
@@ -161,10 +162,10 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
 
 
 def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
-    """Return a clause that says why no stock `VQModel` can be the same tokenizer, or "".
+    """Return a clause that says why no stock `VQModel` can give the same codes, or "".
 
     Args:
-        quantizer, likelihood: arguments of `DiscreteAutoencoder`.
+        quantizer, likelihood: arguments with which the `DiscreteAutoencoder` was built.
     """
     if likelihood is not None:
         return f"its decoder gives the parameters of a {likelihood} likelihood"

@@ -42,9 +42,9 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
         description=(
             "Number of updates at the start in which only the new quantiser and the 1x1 "
             "convolutions beside it learn. After these updates, the decoder learns too. This "
-            "option applies if pretrained_model_name_or_path is a KL autoencoder. Set it if the "
-            "quality falls in the first updates. A value below 1 is a share of max_train_steps. "
-            "With the value of max_train_steps, the decoder never learns."
+            "option applies if pretrained_model_name_or_path is a KL autoencoder. Set this option "
+            "if the quality falls in the first updates. A value below 1 is a share of "
+            "max_train_steps. If this number equals max_train_steps, the decoder never learns."
         ),
     )
     train_encoder: Annotated[bool, OfTheRun()] = Field(
@@ -64,7 +64,7 @@ def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoen
 
 
 class VQFamily(TokenizerFamily):
-    """Family of `DiscreteAutoencoder`. Exports are a `VQModel` with the same codes if possible."""
+    """Methods for `DiscreteAutoencoder`. If possible, its export is an equivalent `VQModel`."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig

@@ -1,4 +1,4 @@
-"""The autoencoder of SANA: a stock `AutoencoderDC` with f of 32 or more and no posterior.
+"""SANA's autoencoder: a stock `AutoencoderDC`, with downsampling factor f >= 32, no posterior.
 
 The source is Chen et al. 2024, arXiv:2410.10733.
 
@@ -121,9 +121,9 @@ class DCTrainingWrapper(TrainingWrapper):
 
 
 class DCFamily(TrainableFamily):
-    """Family of `AutoencoderDC`, whose latents have a mean near zero.
+    """Methods for `AutoencoderDC`, whose latents have a mean near zero.
 
-    SANA's pipeline multiplies these latents by 1 / root mean square.
+    SANA's pipeline multiplies these latents by 1 / (their root mean square).
     """
 
     network = AutoencoderDC

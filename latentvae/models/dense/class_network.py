@@ -43,10 +43,11 @@ class ClassVAE(ModelMixin, ConfigMixin):
         class_names: names of the classes, or None.
         latent_units: number of latent units U.
         hidden_units: width of the dense layers.
-        hidden_layers: number of dense layers in each of the networks.
+        hidden_layers: number of dense layers in each of the networks q(y|x), q(z|x,y) and p(x|y,z).
         activation: "tanh", "elu" or "silu".
         likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
-        pixels: distribution of the pixels instead of `likelihood`. The config does not store it.
+        pixels: distribution object that replaces `likelihood`. The config does not store this
+            object.
     """
 
     ignore_for_config = ("pixels",)
@@ -98,23 +99,23 @@ class ClassVAE(ModelMixin, ConfigMixin):
     # bounds
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the logits of q(y|x), (B, K), float32."""
+        """Return the logits of the class probabilities q(y|x), (B, K), float32."""
         return self.classifier(images).float()
 
     def pixel_parameters(self, z: Tensor, classes: Tensor) -> Tensor:
-        """Return the pixel parameters of p(x|y,z), (P, M, H, W), for z (P, U) and classes (P,)."""
+        """Return the pixel parameters of p(x|y,z), (P, M, H, W), for P pairs of z and class."""
         return self.decoder(torch.cat([z, self._one_hot(classes).to(z.dtype)], dim=-1))
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         return F.one_hot(classes, self.num_classes).float()
 
     def posterior(self, images: Tensor, rows: Tensor, classes: Tensor) -> Gaussian:
-        """Return q(z|x,y), (P, U), of the pairs (images[rows], classes)."""
+        """Return the Gaussian q(z|x,y), (P, U), for P pairs (x, y) = (images[rows], classes)."""
         first = self.from_image((images.flatten(1) + 1.0) / 2.0)
         return Gaussian.from_moments(self.moments(first[rows] + self.from_class(classes)))
 
     def pair_bound(self, images: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
-        """Return the lower bound of ln p(x, y) of pairs, with one drawn z each, (P,), in nats.
+        """Return the lower bound of ln p(x, y) of P pairs, each with one drawn z, (P,), in nats.
 
         Args:
             images: (B, C, H, W).
@@ -127,7 +128,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.log_prob(images[rows], parameters) - math.log(self.num_classes) - kl
 
     def labelled_bound(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the lower bound of ln p(x, y) of images and their classes (B,), in nats, (B,)."""
+        """Return the lower bound of ln p(x, y) of images x with known classes y, (B,), in nats."""
         return self.pair_bound(images, torch.arange(len(images), device=images.device), classes)
 
     def unlabelled_bound(self, images: Tensor, *, least: float = 0.0) -> Tensor:
@@ -137,7 +138,8 @@ class ClassVAE(ModelMixin, ConfigMixin):
             images: (B, C, H, W).
             least: smallest probability q(y|x) of a class that is used, from 0 to 1 / K. Other
                 classes are left out, and q is normalised over the used classes. The result is still
-                a lower bound. It takes much less time once the classifier is sure of most images.
+                a lower bound. The computation becomes much faster once the classifier is sure of
+                most images.
         """
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         kept = log_q.detach().exp() >= least
@@ -151,7 +153,8 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
 
-        Each call draws a class for each image. The bound's expected value is `unlabelled_bound`.
+        Each call draws a class for each image. Averaged over these draws, the bound equals
+        `unlabelled_bound`.
         """
         check_images(images, self.image_shape)
         if detach_posterior:
@@ -184,7 +187,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
 
     @property
     def group_sizes(self) -> list[int]:
-        """Number of latent values of y and z."""
+        """Number of latent values of the class y, then of the vector z."""
         return [1, self.latent_units]
 
     def posterior_means(self, images: Tensor) -> None:
@@ -207,7 +210,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return torch.cat([self._one_hot(classes), z], dim=1)
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode vectors (B, K + U) of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
+        """Decode vectors (B, K + U) from `encode_vector` to pixel means (B, C, H, W)."""
         one_hot, z = vector.split([self.num_classes, self.latent_units], dim=1)
         return self.pixels.mean(self.decoder(torch.cat([z, one_hot], dim=1)))
 
@@ -216,7 +219,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.encode_vector(images)
 
     def decode(self, vector: Tensor) -> Tensor:
-        """Decode vectors (B, K + U) of `encode` to mean images (B, C, H, W) in [-1, 1]."""
+        """Decode vectors (B, K + U) from `encode` to pixel means (B, C, H, W) in [-1, 1]."""
         return self.decode_vector(vector)
 
     @torch.no_grad()
@@ -245,6 +248,6 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it."""
+        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)

@@ -82,7 +82,7 @@ class VectorVAEConfig(VAEConfig):
 
 
 class DenseVAEConfig(VectorVAEConfig):
-    """Options of the network: a VAE of dense layers, as in the first papers."""
+    """Options of the network: a VAE of dense layers, as in the first papers on VAEs."""
 
     has_convolutions: ClassVar[bool] = False
 

@@ -24,7 +24,7 @@ class Gaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "Gaussian":
-        """Split (..., 2 U) into mean and log-variance, in float32."""
+        """Return the Gaussian with mean and log-variance from the two halves of (..., 2 U)."""
         mean, logvar = moments.float().chunk(2, dim=-1)
         return cls(mean, logvar)
 

@@ -43,12 +43,13 @@ class VectorVAE(ModelMixin, ConfigMixin):
 
     Args:
         image_channels, image_height, image_width: shape of the images.
-        latent_units: units of z_1 .. z_L.
+        latent_units: number of units of each latent vector, z_1 to z_L.
         hidden_channels: width of the dense layers between x and z_1, between z_1 and z_2, and so
             on. There is one number for each latent vector.
-        hidden_layers: number of dense layers in each of these networks.
-        block_out_channels: channels of the residual blocks of convolutions between image and z_1,
-            each of which halves the size. Without blocks, all layers are dense.
+        hidden_layers: number of dense layers between x and z_1, and between neighbouring latent
+            vectors.
+        block_out_channels: channels of the residual blocks of convolutions between image and z_1.
+            Each block halves height and width. Without blocks, all layers are dense.
         activation: "tanh", "elu" or "silu".
         likelihood: distribution of the pixels, see `likelihoods.PIXEL_DISTRIBUTIONS`.
         posterior_flow: flow after the Gaussian posterior of z_1: "none", "planar", "realnvp" or
@@ -119,7 +120,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     # bounds
 
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
-        """Draw latents and return the parts of the bound. See `models.bound.LikelihoodNet`."""
+        """Draw latents and return the parts of the variational bound. See `models.bound`."""
         # posterior of z_1
         check_images(images, self.image_shape)
         features = self.encoder(images)
@@ -210,11 +211,11 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return z if self.flow is None else self.flow(z, features)[0]
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode latents z_1 (B, U) to mean images (B, C, H, W) in [-1, 1]."""
+        """Decode latents z_1 (B, U) to pixel means (B, C, H, W) in [-1, 1]."""
         return self.decode(vector)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents z_1 (N, U) to mean images (N, C, H, W) in [-1, 1]."""
+        """Decode latents z_1 (N, U) to pixel means (N, C, H, W) in [-1, 1]."""
         return self.pixels.mean(self.decoder(z))
 
     def posterior_means(self, images: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode images, and decode the posterior's mean to mean images (B, C, H, W) in [-1, 1]."""
+        """Encode images, and decode the posterior's mean to pixel means (B, C, H, W)."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
@@ -262,7 +263,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it."""
+        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)
 

@@ -94,10 +94,10 @@ class ZukoLayer(nn.Module):
 def build_flow(
     name: FlowName, *, units: int, context: int, layers: int, width: int
 ) -> PosteriorFlow | None:
-    """Return a flow of `layers` layers, or None for "none".
+    """Return a flow of `layers` layers, or None if `name` is "none".
 
     Args:
-        name: kind of flow.
+        name: kind of flow: "none", "planar", "realnvp" or "iaf".
         units: number of latent units U.
         context: number of context values C.
         layers: number of layers.

@@ -26,7 +26,7 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 
 class DenseEncoder(nn.Module):
-    """Pixels -> dense layers -> features (B, F)."""
+    """Map pixels by dense layers to features (B, F)."""
 
     def __init__(self, shape: tuple[int, int, int], hidden: Sequence[int], activation: str) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class DenseEncoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """Latents (N, U) -> dense layers -> parameters (N, M, H, W) of the pixels."""
+    """Map latents (N, U) by dense layers to parameters (N, M, H, W) of the pixels' distribution."""
 
     def __init__(
         self, units: int, hidden: Sequence[int], shape: tuple[int, int, int], activation: str
@@ -75,8 +75,8 @@ class ResidualBlock(nn.Module):
 class ConvEncoder(nn.Module):
     """Images -> residual blocks of stride 2 -> dense layer -> features (B, F).
 
-    This is the network for digits of the IAF paper (arXiv:1606.04934, appendix C.1), without weight
-    normalisation.
+    The IAF paper (arXiv:1606.04934, appendix C.1) uses this network for images of digits, but with
+    weight normalisation.
     """
 
     def __init__(

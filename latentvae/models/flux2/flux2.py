@@ -12,7 +12,7 @@ from latentvae.models.normalization import LatentNormalization
 
 
 class Flux2Family(Family):
-    """Family of `AutoencoderKLFlux2`. Only pipelines use its batch norm, to normalise latents."""
+    """Methods for `AutoencoderKLFlux2`. Only pipelines use its batch norm, to normalise latents."""
 
     def normalization(self, net: Network) -> LatentNormalization:
         module: Any = net

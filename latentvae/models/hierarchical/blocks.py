@@ -15,10 +15,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class Style(Protocol):
-    """Interface of a style of blocks, from which a network is built.
+    """Interface of a style: it returns the blocks of which a network is built.
 
-    `width` is a number of channels, and `resolution` is the side of the maps. At the start of the
-    training, the output of a residual block is multiplied by `gain`.
+    `width` is a number of channels, and `resolution` is the side of the feature maps. At the start
+    of the training, the output of a residual block is multiplied by `gain`.
     """
 
     has_batch_norm: bool
@@ -100,7 +100,7 @@ class VdvaeStyle:
 
 
 def convolution(width: int, out: int, side: int, *, gain: float = 1.0) -> nn.Conv2d:
-    """Return a convolution that keeps the size, with bias 0 and weights multiplied by `gain`."""
+    """Return a convolution that keeps height and width, with bias 0 and weights times `gain`."""
     layer = nn.Conv2d(width, out, side, padding=side // 2)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     layer.weight.data.mul_(gain)

@@ -24,19 +24,20 @@ class HierarchicalConfig(VAEConfig):
         default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
         description=(
             "Blocks of the encoder, from fine to coarse. 32x2 means two blocks on maps of 32 x 32 "
-            "positions. 32d2 means one such block whose output is pooled by 2. The first "
-            "resolution is the side of the images in pixels, or divides this side. In the second "
-            "case, each position reads a square of pixels, which is faster. If the first "
-            "resolution is a little larger than the images, black pixels are added at their edges."
+            "positions. 32d2 means one block on maps of 32 x 32 positions, and then pooling by 2. "
+            "The first resolution is the side of the images in pixels, or divides this side. If it "
+            "is smaller than the side, each position reads a square of pixels, which is faster. If "
+            "the first resolution is a little larger than the images, black pixels are added at "
+            "their edges."
         ),
     )
     dec_blocks: str = Field(
         default="1x1,4m1,4x1,8m4,8x2,16m8,16x2,32m16",
         description=(
             "Blocks of the decoder, from coarse to fine. Each block has a group of latents. 4x2 "
-            "means two blocks on maps of 4 x 4 positions. 4m1 means one such block that reads the "
-            "upsampled maps of resolution 1. The last resolution is the side of the images in "
-            "pixels, or divides this side."
+            "means two blocks on maps of 4 x 4 positions. 4m1 means one block on maps of 4 x 4 "
+            "positions, which reads the upsampled maps of resolution 1. The last resolution is the "
+            "side of the images in pixels, or divides this side."
         ),
     )
     width: Positive = Field(
@@ -46,7 +47,8 @@ class HierarchicalConfig(VAEConfig):
         default="",
         description=(
             "Other numbers of channels for some resolutions. 32:64,16:128 means 64 channels at "
-            "resolution 32 and 128 at resolution 16. All other resolutions have `width` channels."
+            "resolution 32 and 128 channels at resolution 16. All other resolutions have `width` "
+            "channels."
         ),
     )
     zdim: Positive = Field(
@@ -89,7 +91,8 @@ class HierarchicalConfig(VAEConfig):
         default="exp",
         description=(
             "Function that makes a standard deviation from the network's output: `exp`, or "
-            "`softplus` scaled as in Efficient-VDVAE (arXiv:2203.13751), so that softplus(0) = 1."
+            "`softplus`. As in Efficient-VDVAE (arXiv:2203.13751), softplus is scaled so that "
+            "softplus(0) = 1."
         ),
     )
     links: Literal["last", "mirrored"] = Field(

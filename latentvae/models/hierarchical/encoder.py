@@ -20,10 +20,10 @@ class Encoder(nn.Module):
     """Residual blocks, with average pooling between resolutions.
 
     Args:
-        channels: number of input channels, after squares of pixels became channels.
+        channels: number of input channels, after each square of pixels was folded into channels.
         layers: the blocks, finest first.
         widths: number of channels of each resolution.
-        style: what blocks are built from.
+        style: builds the blocks, see `blocks.Style`.
     """
 
     def __init__(

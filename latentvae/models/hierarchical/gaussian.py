@@ -68,7 +68,7 @@ LOG_STD: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Posterior(NamedTuple):
-    """How the posterior of a group follows from an output of the network.
+    """Rule that computes the posterior of a group of latents from the network's output.
 
     Attributes:
         sees_decoder: whether the layers that predict the posterior read the decoder's maps besides

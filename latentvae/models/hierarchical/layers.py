@@ -35,7 +35,7 @@ def encoder_layers(text: str) -> list[Layer]:
     """Return the blocks of an encoder, finest first.
 
     Raises:
-        UserError: the text has another format, or its resolutions do not follow from each other.
+        UserError: the text has a wrong format, or its resolutions do not fit each other.
     """
     items = _items(text, "enc_blocks", "x, d")
     layers: list[Layer] = []
@@ -64,7 +64,7 @@ def decoder_layers(text: str) -> list[Layer]:
     """Return the blocks of a decoder, coarsest first.
 
     Raises:
-        UserError: the text has another format, or its resolutions do not follow from each other.
+        UserError: the text has a wrong format, or its resolutions do not fit each other.
     """
     layers: list[Layer] = []
 
@@ -93,7 +93,7 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
     """Return the resolutions of a network, after a check that its options fit each other.
 
     Raises:
-        UserError: an option has another format, or the decoder has a resolution that the encoder
+        UserError: an option has a wrong format, or the decoder has a resolution that the encoder
             lacks.
     """
     encoder, decoder = encoder_layers(enc_blocks), decoder_layers(dec_blocks)
@@ -116,10 +116,10 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
 
 
 def fit(side: int, *, encoder: int, decoder: int) -> int:
-    """Return the side, in pixels, of the images after pixels were added around them.
+    """Return the side of the images, in pixels, after padding on all edges.
 
-    The side is the smallest multiple of the finest maps of encoder and decoder, so that each
-    position of these maps is a square of pixels.
+    The result is the smallest common multiple of `encoder` and `decoder` that is at least `side`.
+    So each position of these maps stands for a square of pixels.
 
     Args:
         side: side of the images in pixels.
@@ -149,7 +149,7 @@ def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[in
         resolutions: the resolutions of the network.
 
     Raises:
-        UserError: the text has another format, or names a resolution that the network lacks.
+        UserError: the text has a wrong format, or names a resolution that the network lacks.
     """
     widths = dict.fromkeys(sorted(resolutions), default)
 

@@ -1,7 +1,7 @@
 """Hierarchical VAE: one top-down network with groups of latents at every resolution.
 
-With matching options, it is Ladder VAE (arXiv:1602.02282), NVAE (arXiv:2007.03898), Very Deep VAE
-(arXiv:2011.10650) or Efficient-VDVAE (arXiv:2203.13751).
+With matching options, the network is Ladder VAE (arXiv:1602.02282), NVAE (arXiv:2007.03898), Very
+Deep VAE (arXiv:2011.10650) or Efficient-VDVAE (arXiv:2203.13751).
 
     images (B, C, H, W) -> encoder -> features of each resolution
     bias -> block 1 -> ... -> block G -> conv_out -> parameters of the pixels' distribution
@@ -68,8 +68,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             images. If this resolution is a little larger than the images, black pixels are added at
             the edges.
         dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". Each has a group of latents. The
-            last resolution may be coarser than the images, as for the encoder.
-        width: number of channels of the maps.
+            last resolution may be coarser than the images, like the encoder's first resolution.
+        width: number of channels of the feature maps.
         custom_widths: other numbers of channels for some resolutions, such as "32:64,16:128" for 64
             channels at resolution 32 and 128 at resolution 16.
         zdim: number of latent channels D of a group.
@@ -80,8 +80,9 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         activation: activation of the style "vdvae", "gelu" or "silu".
         posterior: "full", "residual" (NVAE) or "precision" (Ladder VAE).
         std: how a standard deviation follows from the network's output, "exp" or "softplus".
-        links: which features of the encoder a decoder's block reads, "last" (of its resolution) or
-            "mirrored".
+        links: which features of the encoder a decoder's block reads. "last": those of the encoder's
+            last block at the same resolution. "mirrored": the decoder's blocks read the encoder's
+            blocks of their resolution in reverse order.
         no_bias_above: largest resolution that has a learned bias.
 
     Raises:
@@ -159,7 +160,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return [(D, layer.resolution, layer.resolution) for layer in self.decoder.layers]
 
     def group_names(self) -> list[str]:
-        """Return the name of each group: its resolution and its number there, such as "4x4.0"."""
+        """Return the name of each group, such as "4x4.0": its resolution and its number there."""
         sides = [layer.resolution for layer in self.decoder.layers]
         return [f"{side}x{side}.{sides[:i].count(side)}" for i, side in enumerate(sides)]
 
@@ -177,7 +178,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         super().enable_gradient_checkpointing(*args, **kwargs)
 
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
-        """Draw latents and return the parts of the bound, see `LikelihoodNet`."""
+        """Draw latents and return the parts of the variational bound, see `LikelihoodNet`."""
         features = self._features(images)
         batch = samples * images.shape[0]
 
@@ -241,7 +242,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode vectors (B, d) of `encode_vector` to mean images (B, C, H, W) in [-1, 1]."""
+        """Decode vectors (B, d) from `encode_vector` to pixel means (B, C, H, W) in [-1, 1]."""
         parts = vector.split(self.group_sizes, dim=1)
         shaped = zip(parts, self.latent_shapes, strict=True)
         return self.decode([part.unflatten(1, shape) for part, shape in shaped])
@@ -259,7 +260,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Decode latents of the first groups to mean images (B, C, H, W) in [-1, 1].
+        """Decode latents of the first groups to pixel means (B, C, H, W) in [-1, 1].
 
         Args:
             latents: one tensor (B, D, side, side) for each of the first groups, coarsest first.
@@ -302,9 +303,10 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases to predict the mean image (C, H, W), if the likelihood allows it.
+        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible.
 
-        The last layer has one bias for all positions, so each bias is a mean over positions.
+        Each bias of the last layer is the same at all positions. So the decoder can only output the
+        mean of `mean_image` over positions.
         """
         padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
         if (bias := self.pixels.start_bias(padded)) is not None:

@@ -35,7 +35,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Multiply by a constant."""
+    """Multiply the input by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()

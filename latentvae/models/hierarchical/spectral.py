@@ -1,8 +1,8 @@
 """Spectral regularisation of NVAE (arXiv:2007.03898, section 3.3): keep layers smooth.
 
 The penalty is the sum of the largest singular values of all convolutions, and of the largest
-factors of all batch norms. The power iteration starts at the same vectors in every call, so that it
-has no state: a resumed training and all processes compute the same penalty.
+absolute scale of each batch norm. The power iteration starts at the same vectors in every call, so
+that it has no state: a resumed training and all processes compute the same penalty.
 """
 
 from collections import defaultdict
@@ -16,7 +16,8 @@ def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
     """Return the sum of the largest singular values of all convolutions, float32, with gradient.
 
     A convolution is the matrix (out channels, in channels * side * side). Matrices of the same
-    shape are computed together. The largest |factor| of each batch norm is added.
+    shape are stacked and processed together. The largest absolute scale of each batch norm is
+    added.
 
     Args:
         net: any network.

@@ -15,5 +15,5 @@ STYLES: dict[str, Callable[[float, str], Style]] = {
 
 
 def build_style(name: str, *, bottleneck_multiple: float, activation: str) -> Style:
-    """Return a style of blocks. The style "nvae" ignores both options."""
+    """Return the style of blocks called `name`. The style "nvae" ignores the other arguments."""
     return STYLES[name](bottleneck_multiple, activation)

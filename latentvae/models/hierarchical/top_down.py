@@ -32,13 +32,13 @@ class Group(NamedTuple):
 
     @property
     def required_posterior(self) -> Gaussian:
-        """The posterior, which must not be None. Use it only in computations with an image."""
+        """The posterior. It must not be None, so use this property only with an image."""
         assert self.posterior is not None
         return self.posterior
 
 
 class Latents(NamedTuple):
-    """Settings that all groups share: D channels, kind of posterior, function to ln(std)."""
+    """Settings that all groups of latents share: channels, kind of posterior, map to ln(std)."""
 
     channels: int
     posterior: Posterior
@@ -92,11 +92,11 @@ class Decoder(nn.Module):
         layers: the blocks.
         widths: number of channels of each resolution.
         latents: settings that all groups of latents share.
-        style: what blocks are built from.
+        style: builds the residual blocks, see `blocks.Style`.
         no_bias_above: largest resolution that has a learned bias.
-        mirrored: whether the blocks of a resolution read the features of the encoder's blocks there
-            in reverse order. Otherwise all of them read the features of the encoder's last block
-            there.
+        mirrored: whether the decoder's blocks read the features of the encoder's blocks of the same
+            resolution in reverse order. Otherwise all decoder blocks of a resolution read the
+            features of the encoder's last block of this resolution.
     """
 
     def __init__(

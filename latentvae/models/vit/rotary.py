@@ -1,8 +1,8 @@
 """Rotary position embedding in two dimensions (RoFormer, arXiv:2104.09864).
 
-Half of a head's channels turn with the row of a token, and the other half with its column.
-Attention between two tokens then uses only their distances in rows and in columns, not their
-positions. So a network works on grids of any height and width.
+Half of a head's channels are rotated by angles in proportion to the token's row, and the other half
+in proportion to its column. Attention between two tokens then uses only their distances in rows and
+in columns, not their positions. So a network works on grids of any height and width.
 
 `B` batch, `N` tokens (N = h w), `D` channels of a head.
 """

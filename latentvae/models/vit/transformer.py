@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a last norm, on maps (B, c, h, w) of any height and width.
+    """Transformer blocks and a final norm, applied to maps (B, c, h, w) of any height and width.
 
     Args:
         channels: c, a multiple of `head_channels`.

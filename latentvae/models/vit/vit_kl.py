@@ -106,7 +106,7 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
 
 
 class ViTKLFamily(PosteriorFamily):
-    """Family of `ViTAutoencoderKL`, for which diffusers has no class."""
+    """Methods for `ViTAutoencoderKL`, for which diffusers has no class."""
 
     network = ViTAutoencoderKL
     options = ViTKLModelConfig

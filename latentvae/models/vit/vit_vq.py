@@ -114,7 +114,7 @@ class ViTTokenizer(Tokenizer):
 
 
 class ViTVQFamily(TokenizerFamily):
-    """Family of `ViTTokenizer`, for which diffusers has no class."""
+    """Methods for `ViTTokenizer`, for which diffusers has no class."""
 
     network = ViTTokenizer
     options = ViTVQModelConfig

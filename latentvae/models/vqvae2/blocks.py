@@ -31,7 +31,8 @@ class Encoder(nn.Module):
     Args:
         channels: number of image channels C.
         widths: number of channels after each halving of the resolution.
-        levels: number of levels. The last `levels` halvings give features.
+        levels: number of levels. The maps after each of the last `levels` halvings give the
+            features.
         layers: number of residual blocks of each level.
         inner: number of channels inside a residual block.
     """
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class Condition(nn.Sequential):
-    """Map codes (B, D, h, w) of a level to a condition (B, D, 2 h, 2 w) for the next level."""
+    """Map codes (B, D, h, w) of a level to an input (B, D, 2 h, 2 w) of the next level."""
 
     def __init__(self, code_channels: int, width: int, *, layers: int, inner: int) -> None:
         super().__init__(
@@ -100,7 +101,7 @@ class Condition(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """Map codes (B, D, h, w) of a level to the channels and the size of the decoder's input."""
+    """Upsample codes (B, D, h, w) of a level to the channels and size of the decoder's input."""
 
     def __init__(self, code_channels: int, out_channels: int, *, doublings: int) -> None:
         widths = [code_channels, *[out_channels] * doublings]

@@ -44,7 +44,7 @@ class FoldLevels(nn.Module):
     """
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return z (B, P D, h, w) of features (B, D, h_l, w_l), coarsest first."""
+        """Fold the features (B, D, h_l, w_l) of all levels, coarsest first, to z (B, P D, h, w)."""
         return torch.cat([F.pixel_unshuffle(x, 2**i) for i, x in enumerate(features)], dim=1)
 
 
@@ -59,7 +59,8 @@ class VQVAE2(ModelMixin, ConfigMixin):
     Args:
         block_out_channels: number of channels after each halving of the resolution.
             f = 2 ** (number of halvings).
-        code_levels: number of levels of codes, which belong to the last halvings.
+        code_levels: number of levels of codes. The maps after the last `code_levels` halvings get
+            codes.
         layers_per_block: number of residual blocks of each level in encoder, decoder and condition.
         residual_channels: number of channels inside a residual block.
         latent_channels: number of channels of the decoder's input.
@@ -126,7 +127,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Encode images to features z (B, P D, h, w) of all levels before quantisation.
 
-        The features of finer levels are not yet conditioned on coarser codes.
+        The features of finer levels do not yet include the input from coarser codes.
 
         Raises:
             UserError: a side of the images is not a multiple of f.
@@ -178,7 +179,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def tokenize(self, images: Tensor) -> TokenOutput:
         """Return the code indices (B, P, h, w) of images (B, C, H, W) in [-1, 1].
 
-        `models.levels` describes their order. `maps` returns the map of each level.
+        `models.levels` describes the order of the indices. `maps` returns the map of each level.
         """
         _, found = self.quantize_levels(self.encode(images).latents)
         return TokenOutput(indices=join_levels([level.indices for level in found]))

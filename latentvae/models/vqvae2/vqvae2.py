@@ -114,10 +114,10 @@ class VQVAE2TrainingWrapper(TrainingWrapper):
 
 
 class VQVAE2Family(DiscreteFamily):
-    """Family of `VQVAE2`. Its latent z holds the features of all levels before quantisation.
+    """Methods for `VQVAE2`. Its latent z holds the features of all levels before quantisation.
 
-    A level's features are not yet conditioned on coarser codes. `tokenize` and `decode` compute the
-    conditions.
+    A level's features do not yet include the input from coarser codes. `tokenize` and `decode` add
+    this input.
     """
 
     network = VQVAE2

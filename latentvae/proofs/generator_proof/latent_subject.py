@@ -69,7 +69,7 @@ class LatentSubject(Subject):
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the data that the manifest names.
+        data: the images that were encoded. None takes the images that the manifest names.
         model: the autoencoder. None takes the autoencoder that the manifest names.
     """
 
@@ -104,7 +104,7 @@ class LatentSubject(Subject):
     # the variants
 
     def data(self, variant: str) -> LatentData:
-        """Return the latents of a variant, normalised by the statistics of each channel."""
+        """Return the latents of a variant, with the measured normalisation of each channel."""
         if variant not in self._data:
             train, held = (self._changed(variant, part) for part in (0, 1))
             norm = measured_normalization(train, fold=1)
@@ -214,7 +214,7 @@ class LatentSubject(Subject):
             yield self.decode(CODE, z[numbers.start : numbers.stop])
 
     def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
-        """Decode noise: a new DiT predicts a velocity of 0, which leaves the noise as it is."""
+        """Decode noise. A new DiT predicts a velocity of 0, so it does not change the noise."""
         data = self.data(CODE)
         for numbers in batches(len(classes), self.settings.batch_size):
             noise = noise_of(data.shape, seed=seed, numbers=numbers)

@@ -1,7 +1,7 @@
 """Measure pictures of generators: kernel distance, classes, and copies of training pictures.
 
 All measures use features of relu5_3 of LPIPS' VGG16, averaged over positions, so no distance here
-is an FID. The kernel distance is the unbiased MMD^2 of (x . y / D + 1)^3.
+is an FID. The kernel distance is the unbiased MMD^2 with the kernel (x . y / D + 1)^3.
 
 `N` pictures, `D` features.
 """
@@ -74,7 +74,8 @@ class References:
             - copies: share of the pictures that are nearer to the reconstruction of a training
               picture than 99 % of the reconstructions of held-out pictures are.
             - near_train, near_held: median distance of the pictures to the nearest reconstruction
-              of a training picture, and of a held-out picture. Both sets have the same size.
+              of a training picture, and of a held-out picture. Equally many training and held-out
+              pictures are compared.
         """
         result = {
             "kd": unbiased_mmd(found, self.held),
@@ -93,7 +94,10 @@ class References:
         return result
 
     def class_accuracy(self, found: Tensor, classes: Tensor) -> float:
-        """Return the share of pictures with the majority class of the nearest training pictures."""
+        """Return the share of pictures that show their class.
+
+        The class that a picture shows is the commonest class of the nearest training pictures.
+        """
         return class_share(found, classes, self.train, self.train_classes)
 
 
@@ -117,7 +121,10 @@ def spread_of_subsets(x: Tensor, y: Tensor) -> float:
 
 
 def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
-    """Return the share of pictures with the majority class of their nearest neighbours."""
+    """Return the share of pictures that show their class.
+
+    The class that a picture shows is the commonest class of its nearest neighbours in `train`.
+    """
     count = min(NEIGHBOURS, len(train))
     places = torch.cdist(found, train).topk(count, largest=False).indices
     total = int(max(train_classes.max(), classes.max())) + 1

@@ -1,14 +1,14 @@
 """Prove what latents or tokens are worth to a generator (`latentvae prove`).
 
-The same small generator is trained on each folder of codes, and on controls: changed codes for
-which the generator must do worse. All generators have the same size and budget. Their samples are
-compared with reference values (called floors): the measures of real pictures, of reconstructions,
-and of an untrained generator.
+The same small generator is trained on each folder of codes (latents or tokens), and on controls:
+changed codes for which the generator must do worse. All generators have the same size and budget.
+Their samples are compared with reference values (called floors): the measures of real pictures, of
+reconstructions, and of an untrained generator.
 
     OUT/proof.json   settings and results, the same bytes for the same seeds on the same machine
     OUT/proof.html   the results as a page
     OUT/pictures/    samples, not selected
-    OUT/runs/        trainings and measured values. The same command continues them.
+    OUT/runs/        trainings and measured values. The same command continues a stopped proof.
 """
 
 import json
@@ -59,9 +59,9 @@ def prove(
         shards: folders of latents or tokens of the same images, which `latentvae encode` wrote.
         out: folder of the results. An interrupted proof is continued.
         settings: size and budget of the generators.
-        data: the images that were encoded. None takes the data that each manifest names.
-        models: the autoencoder of each folder. Empty takes the autoencoders that the manifests
-            name.
+        data: the images that were encoded. None takes the images that each folder's manifest names.
+        models: the autoencoder of each folder. If empty, each folder's manifest names its
+            autoencoder.
         controls: names of the controls to run. None runs all.
         say: function that prints a line.
 

@@ -8,12 +8,13 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class ProofSettings:
-    """What a proof trains and measures. Proofs are comparable only if their settings are equal.
+    """Settings of a proof. The results of two proofs are comparable only if the settings are equal.
 
     Args:
         updates: length of each training, in updates of `batch_size` images.
-        seeds: seeds of the generators. Two or more give a spread.
-        shifts: shifts of the noise levels that are tried with a seed of its own, for latents.
+        seeds: seeds of the generators. With two or more seeds, the results have a spread.
+        shifts: shifts of the noise levels to try, for latents. The trials use another seed than the
+            generators.
         samples: number of pictures that each generator draws, the same number for each class.
         guidance: weight of classifier-free guidance for the samples of the measure
             `class_accuracy`. All other measures take samples without guidance.
@@ -21,9 +22,9 @@ class ProofSettings:
         batch_size: images in an update, and in a batch of samples.
         learning_rate: peak learning rate. The rate falls to 0 along a cosine.
         sampling_steps: number of Euler steps, for latents.
-        noise: standard deviation of the noise of the control `noise`, relative to the standard
-            deviation of each channel. For tokens, the share of tokens that the control replaces by
-            random tokens.
+        noise: strength of the control `noise`. For latents, the standard deviation of the noise,
+            relative to the standard deviation of each channel. For tokens, the share of tokens that
+            are replaced by random tokens.
         max_images: at most this many training images are used, evenly spread.
         held_out: share of the images that no generator learns from.
 

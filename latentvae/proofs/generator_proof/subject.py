@@ -59,14 +59,14 @@ class Subject(ABC):
         table: all items of the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the data that the manifest names.
+        data: the images that were encoded. None takes the images that the manifest names.
         model: the autoencoder. None takes the autoencoder that the manifest names.
 
     Attributes:
-        tables: the items of the training and of the held-out images.
+        tables: the latents or tokens of the training images and of the held-out images.
         name: name of the folder in the results.
         content: what the folder holds.
-        train, held: the real pictures.
+        train, held: the real training pictures and the real held-out pictures.
         num_classes: number of classes, 0 without classes.
         variants: the names of the code and of its controls, with what each control changes.
     """
@@ -171,7 +171,7 @@ class Subject(ABC):
         }
 
     def own_classes(self) -> Tensor:
-        """Return the class of each sample, (n,), with the frequencies of the training images.
+        """Return a class for each sample, (n,). Classes are as frequent as in the training images.
 
         If there are no classes, all values are -1.
         """
@@ -181,7 +181,7 @@ class Subject(ABC):
         return known.sort().values[torch.arange(count) * len(known) // count]
 
     def even_classes(self) -> Tensor:
-        """Return the class of each sample, (n,), with all classes equally often."""
+        """Return a class for each sample, (n,). All classes are equally frequent."""
         return torch.arange(self.settings.samples) % self.num_classes
 
     @abstractmethod

@@ -65,7 +65,7 @@ class TokenSubject(Subject):
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the data that the manifest names.
+        data: the images that were encoded. None takes the images that the manifest names.
         model: the tokenizer. None takes the tokenizer that the manifest names.
     """
 
@@ -188,7 +188,7 @@ class TokenSubject(Subject):
             yield self.decode(CODE, tokens[numbers.start : numbers.stop])
 
     def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
-        """Decode random tokens: a new transformer finds all codes equally likely."""
+        """Decode random tokens, because a new transformer gives all codes equal probability."""
         draws = torch.Generator().manual_seed(seed)
         for numbers in batches(len(classes), self.settings.batch_size):
             shape = (len(numbers), sum(self._sizes))

@@ -55,8 +55,8 @@ def updates(rehearsal: Rehearsal) -> Check:
 def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights are in float32 and change in an update.
 
-    If the weights are in bf16, rounding removes the steps of a usual learning rate, so the weights
-    do not change. A training script of diffusers casts the weights to bf16.
+    In bf16, the steps of a usual learning rate are rounded to 0, so the weights do not change. For
+    example, a training script of diffusers casts the weights to bf16.
     """
     # Examine the second update. In the first update, rounding the initial weights would look like a
     # step.
@@ -90,9 +90,9 @@ def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 
 def optimizer(rehearsal: Rehearsal) -> Check:
-    """Check that an optimizer has every trained parameter.
+    """Check that every parameter that should learn belongs to an optimizer.
 
-    A parameter without an optimizer, such as an output log-variance, is never learned.
+    A parameter that no optimizer has, such as a forgotten output log-variance, never learns.
     """
     missing: list[str] = []
     for learner in rehearsal.task.learners.values():
@@ -204,7 +204,7 @@ def precision(rehearsal: Rehearsal) -> Check:
 def average(rehearsal: Rehearsal) -> Check:
     """Check that the weight average moves once per update of the model, in float32.
 
-    An average in bf16 would not change.
+    An average in bf16 would not change, because its steps would be rounded to 0.
     """
     training, worst = rehearsal.training, 0.0
     for i, seen in enumerate(rehearsal.seen):
@@ -330,7 +330,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
 def adaptive_weight(rehearsal: Rehearsal) -> Check:
     """Check that the adaptive weight stays below its cap.
 
-    Without a cap the weight grows without bound where the discriminator's gradient vanishes.
+    Without a cap, the weight grows without bound when the discriminator's gradient vanishes.
     """
     config = rehearsal.task.config
     elements = min(config.data.image_channels * h * w for h, w in config.train_sizes)

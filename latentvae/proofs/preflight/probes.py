@@ -29,7 +29,7 @@ class Probe:
         out: the training wrapper's output for the images.
         logged: values that the micro-step logs.
         at_recon: gradient of the loss with respect to the reconstruction.
-        latent: the encoder's last output: moments (B, 2 d, h, w) or features.
+        latent: the encoder's last output: posterior moments (B, 2 d, h, w), or features.
         at_latent: gradient of the loss with respect to `latent`, or None if there was none.
         encoder, decoder, codes: norms of the gradients of the parameters in these modules.
     """
@@ -58,7 +58,9 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
-    """Make the micro-steps of one update at the posterior's mode, and return all gradients.
+    """Make the micro-steps of one update, and return all gradients in one tensor.
+
+    The decoder gets the posterior's mode instead of a sample.
 
     Args:
         rehearsal: the rehearsed run.

@@ -8,14 +8,14 @@ from latentvae.proofs.preflight.rehearsal import Rehearsal, fingerprints
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks that compare processes. With a single process there are none."""
+    """Yield the checks that compare processes. With a single process there are no such checks."""
     if world_size() > 1:
         yield equal(rehearsal)
         yield batches(rehearsal)
 
 
 def equal(rehearsal: Rehearsal) -> Check:
-    """Check that all processes have the same weights and states.
+    """Check that all processes have the same weights, optimizer states and averages.
 
     Processes differ if the model is not called through DDP, or if a codebook's counts are not
     summed over processes. Then only the model of the first process is saved.

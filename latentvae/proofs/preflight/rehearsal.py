@@ -33,7 +33,7 @@ WATCHED_TENSORS = 12  # about this number per network is copied before and after
 
 @dataclass(kw_only=True)
 class Seen:
-    """Record of one update: its results, time, learning rates and changed tensors.
+    """Record of one update: its results, time, learning rates and tensors before and after it.
 
     Attributes:
         result: what `Updates.make` returned.
@@ -191,7 +191,7 @@ def _moments(task: AutoencoderTask) -> dict[str, Tensor]:
 
 
 def fingerprints(training: Training) -> dict[str, str]:
-    """Return one sha256 for each kind of tensors that an update changes."""
+    """Return a sha256 for each group of tensors that an update changes, such as the weights."""
     groups = _state(training)
     if average := training.averages.get(MODEL):
         groups["average"] |= {"steps": torch.tensor(average.optimization_step)}

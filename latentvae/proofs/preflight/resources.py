@@ -60,7 +60,7 @@ def _seconds(seen: list[Seen]) -> float:
 
 
 def memory(rehearsal: Rehearsal) -> Check:
-    """Check that the batch fits into memory with a margin.
+    """Check that the training of a batch fits into memory with a margin.
 
     Without a margin, the run fails when another process or a larger bucket needs more memory.
     """

@@ -1,7 +1,7 @@
 """Check that everything in the run's schedule happens before the end of the run.
 
-The rehearsal does not reach the late updates of the run. So these checks ask the trainer's own code
-for the schedule of the complete run.
+The rehearsal (the few updates of the preflight) does not reach the late updates of the run. So
+these checks compute the schedule of the complete run with the trainer's own code.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def as_asked(rehearsal: Rehearsal) -> Iterator[None]:
-    """Give the task the schedule of the complete run for the time of a `with` block."""
+    """Give the rehearsed task the schedule of the complete run inside a `with` block."""
     task, asked, objective = rehearsal.task, rehearsal.asked, rehearsal.task.objective
     kept = task.config, objective.adversarial, task.progress.discriminator_start
     update = rehearsal.training.progress.update

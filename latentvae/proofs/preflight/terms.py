@@ -57,8 +57,8 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def lpips_gradient(found: Probe) -> Check:
     """Check that the gradient of LPIPS reaches the decoder.
 
-    Under `no_grad`, LPIPS only adds a constant to the loss (as in diffusers'
-    train_autoencoderkl.py).
+    If LPIPS is computed under `no_grad`, it only adds a constant to the loss. This happens in
+    diffusers' train_autoencoderkl.py.
     """
     return Check(
         name="lpips-gradient",
@@ -71,7 +71,7 @@ def lpips_gradient(found: Probe) -> Check:
 
 
 def feature_gradient(found: Probe) -> Check:
-    """Check that the gradient of the feature loss reaches the decoder, as for LPIPS."""
+    """Check that the gradient of the feature loss reaches the decoder."""
     return Check(
         name="feature-gradient",
         passed=found.decoder > 0,

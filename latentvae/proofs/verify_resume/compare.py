@@ -115,9 +115,9 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
     Args:
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
-        again: results of a second run that was never killed. These results are needed if bitwise
-            equality is not promised. In this case the killed run may differ by `NOISE` times the
-            difference between the two uninterrupted runs.
+        again: results of a second run that was never killed, needed if runs are not equal bit by
+            bit. The killed run may then differ by `NOISE` times the difference between the two
+            uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]

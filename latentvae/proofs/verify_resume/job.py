@@ -24,7 +24,7 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
-    """Return the options of a short run that contains everything that a resume may break.
+    """Return the options of a short run that contains all phases that a resume could break.
 
     The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
     """
@@ -65,7 +65,7 @@ class Job:
         processes: number of processes of each launch.
         seconds: time after which a launch counts as hung.
         starts: for each launch of the killed run, the number of updates done at its start.
-        hits: for each kill, what the run was doing when it was killed.
+        hits: for each kill, text that says what the kill interrupted.
     """
 
     task: Task

@@ -17,7 +17,7 @@ class Kill:
     """A moment at which a run is killed.
 
     Attributes:
-        update: the update (from 1) during which to kill, or during whose save to kill. The number
+        update: number of the update (from 1) to interrupt, or whose save to interrupt. The number
             of updates plus one stands for the work after the last update.
         save: whether to kill during the save after the update.
         share: share of the update or the save that passes before the kill, from 0 to 1.

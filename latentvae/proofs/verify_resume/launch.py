@@ -1,4 +1,4 @@
-"""Launch a training as users do, watch it through its files, and kill it like a power cut.
+"""Launch a training as users do, watch it through its files, and kill it without warning.
 
 The training is started by `accelerate launch` with all its processes.
 """
@@ -49,7 +49,7 @@ def training_command(
 
 @dataclass
 class Pace:
-    """Seconds that the phases of a run take, measured on an uninterrupted run."""
+    """Durations of the phases of a run in seconds, measured on an uninterrupted run."""
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Launch:
         return self.process.poll() is None
 
     def updates(self) -> int | None:
-        """Return the number of updates in the log, or None until there is a new log file."""
+        """Return the number of updates in the log, or None while there is no new log file."""
         if _inode(self._log) in (None, self._old_log):
             return None
         return max((row["update"] for row in read_rows(self._log)), default=0)
@@ -121,7 +121,8 @@ class Launch:
         """Wait for an event. Return False if the training ends before the event.
 
         Raises:
-            Hung: neither the event nor the end came in time, so the training was killed.
+            Hung: there was neither the event nor the end within the time limit, so the training was
+                killed.
         """
         while self.running:
             if event():

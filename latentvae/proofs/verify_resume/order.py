@@ -1,4 +1,4 @@
-"""Check the order of the data after each resume. No saved tensor shows this order."""
+"""Check the order of the data after each resume, because no saved tensor shows this order."""
 
 from collections.abc import Sequence
 

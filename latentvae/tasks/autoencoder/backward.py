@@ -24,7 +24,7 @@ def backward_model(
     background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the whole objective to the model's parameters.
+    """Add the gradient of the complete loss to the gradients of the model's parameters.
 
     The losses are computed on a detached reconstruction. Their gradients with respect to the
     reconstruction are summed and sent back through the decoder once. No gradient reaches the
@@ -42,7 +42,7 @@ def backward_model(
         divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
-        Unweighted loss terms, and weights, by log name. They are scalars on the device.
+        Loss terms before weighting, and their weights, by log name. They are scalars on the device.
     """
     # gradients at the reconstruction
     recon = out.recon.detach().requires_grad_()
@@ -94,7 +94,7 @@ def backward_discriminator(
     background: Tensor | float = MID_GREY,
     divide_by: int = 1,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the discriminator's loss and penalties to its parameters.
+    """Add the gradient of the discriminator's loss and penalties to its parameters' gradients.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -104,7 +104,7 @@ def backward_discriminator(
         divide_by: number of micro-steps of this update. Their gradients are averaged.
 
     Returns:
-        Unweighted loss terms, and mean logits, by log name. They are scalars on the device.
+        Loss terms before weighting, and mean logits, by log name. They are scalars on the device.
     """
     # loss
     both = [to_rgb(images, background), to_rgb(recon.detach(), background)]

@@ -40,7 +40,7 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
 
 
 def open_features(config: TrainConfig) -> FeatureLoss | None:
-    """Return the frozen network of `feature_loss`, or None without this loss.
+    """Return the frozen network of the option `feature_loss`, or None without this loss.
 
     Raises:
         UserError: there is no such network, or it cannot take the training images.
@@ -52,10 +52,10 @@ def open_features(config: TrainConfig) -> FeatureLoss | None:
 def build_losses(
     config: TrainConfig, net: Any, accelerator: Accelerator, *, features: FeatureLoss | None
 ) -> tuple[PerceptualLoss, Objective]:
-    """Return LPIPS for the validation (always in float32), and the objective.
+    """Return LPIPS for the validation (always in float32), and the loss of the model.
 
-    The objective may use the same LPIPS network as the validation. `features` is the network of
-    `feature_loss`, if it is used.
+    The loss may use the same LPIPS network as the validation. `features` is the network of the
+    option `feature_loss`, or None.
     """
     options = config.objective
     metric = PerceptualLoss(
@@ -80,7 +80,7 @@ def build_losses(
 
 
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
-    """Return the training wrapper of the network.
+    """Return a module that wraps the network for training.
 
     Upsampling is folded into convolutions. The options decide whether the encoder is frozen.
     """
@@ -102,7 +102,7 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
 
 
 def adapt_decoder(config: TrainConfig, net: Any) -> None:
-    """Add adapters to the decoder, and freeze everything else, if the run asks for it."""
+    """Add low-rank adapters to the decoder and freeze everything else, if the options say so."""
     if config.low_rank:
         decoder = FAMILIES[config.model.architecture].decoder(net)
         add_adapters(net, decoder, rank=config.low_rank)

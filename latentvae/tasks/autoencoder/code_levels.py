@@ -12,13 +12,13 @@ def code_states(
 ) -> list[tuple[bool, str]]:
     """Return for each codebook whether it collapses, and a sentence that says so.
 
-    A codebook collapses if few of the codes that its tokens could use are in use, or many fewer
+    A codebook collapses if its tokens use few of the codes that they could use, or many fewer codes
     than before.
 
     Args:
         values: values of a validation by log name.
         num_codes: K, the number of codes of each codebook.
-        most_used: largest number of used codes so far, by codebook. It is updated.
+        most_used: largest number of used codes so far, by codebook. The function updates this dict.
     """
     states = []
     for level in _levels(values):

@@ -29,7 +29,7 @@ class CodebookUpdate:
 
     Args:
         quantizers: the bottleneck of each latent, not wrapped by DDP. Empty without codes.
-        seed: seeds the choice of vectors at which unused codes restart.
+        seed: seed of the choice of vectors at which unused codes restart.
     """
 
     def __init__(self, quantizers: Sequence[Quantizer], *, seed: int) -> None:
@@ -136,7 +136,7 @@ def computed_alone(net: Network) -> Iterator[None]:
     """Put the quantisers in eval mode in this context, for code that only one rank runs.
 
     In train mode, an entropy loss is averaged over all ranks, and the rank would wait for the
-    others.
+    other ranks.
     """
     quantizers = family_of(net).quantizers(net)
     modes = [quantizer.training for quantizer in quantizers]
@@ -168,7 +168,7 @@ def initialise_codebook(
         source: training images.
         transform: transform that turns images into tensors.
         images_per_update: number of images whose vectors form one batch of k-means.
-        seed: seeds the choice of images and k-means.
+        seed: seed of the choice of images and of k-means.
 
     Raises:
         UserError: no image can be read.

@@ -8,7 +8,7 @@ discriminator wins (its loss is near 0), or validation LPIPS diverges.
 The values are already averaged over ranks, so every rank has the same findings. An observation is a
 row of the log, or a validation. A condition begins or ends only after `PATIENCE` consecutive
 observations over at least `LASTING` updates. So a single unusual row or a small `log_steps` causes
-no finding. A value that moves around its bound does not cause many findings.
+no finding. A value that moves around the limit of its condition does not cause many findings.
 
 `K` codes, `d` latent channels.
 """
@@ -46,17 +46,17 @@ class Watched:
     Attributes:
         posterior_from: update at which the watch of the posterior starts. None means no watch:
             there is no posterior, the encoder is frozen, or the options ask for a collapse.
-        posterior_remedy: options that help against a collapse.
+        posterior_remedy: text that names options that help against a collapse.
         num_channels: number of latent channels d, or 1 with Gumbel-softmax.
         codes_from: update at which the watch of the codes starts. None means that there are no
             codes.
         num_codes: number of codes K.
-        codes_remedy: options of this quantizer that help against a collapse.
+        codes_remedy: text that names options of this quantizer that help against a collapse.
         validated_on: name of the validation images. Results on other images are not compared.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
         discriminator_from: update at which the adversarial weight reaches its full value. The watch
-            starts there, because the model hardly reacts to the discriminator before. None means no
-            watch.
+            starts at this update, because the model hardly reacts to the discriminator before. None
+            means no watch.
         effective_from: update after which the adversarial weight is above 0. None means no watch.
     """
 
@@ -78,7 +78,7 @@ class Finding:
 
     Attributes:
         name: name of the condition.
-        sentence: message with its numbers and what to try.
+        sentence: message with the measured numbers and with what to try.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Condition:
 
     Attributes:
         holds: whether the condition is present.
-        against: number of observations in a row that contradict `holds`.
+        against: number of the latest observations, in a row, that contradict `holds`.
         since: the update of the first observation that contradicts `holds`.
         times: how often the condition began.
         first: update at which the condition first began.
@@ -181,7 +181,7 @@ class CollapseWatch:
         return "\n".join(["findings of the collapse watch in this run:", *shown]) if shown else None
 
     def blames_discriminator(self) -> bool:
-        """Return whether switching off the discriminator may end a condition that is present."""
+        """Return whether a present condition may end if the discriminator is switched off."""
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:

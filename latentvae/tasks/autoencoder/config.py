@@ -127,12 +127,12 @@ class TrainConfig(ImageJobConfig):
 
     @property
     def low_rank(self) -> int:
-        """Rank of the adapters that a fine-tuning trains. 0 without adapters."""
+        """Rank of the low-rank adapters that a fine-tuning trains. 0 without adapters."""
         return self.model.lora_rank if isinstance(self.model, KLModelConfig) else 0
 
     @property
     def starts_linear(self) -> bool:
-        """Whether the run's new network starts at a linear code."""
+        """Whether a new network starts as a linear code (principal components of image patches)."""
         return self.model.starts_linear(self.data.image_channels)
 
     @property

@@ -1,7 +1,7 @@
 """Discretise a pretrained KL autoencoder: start its new quantiser, and choose what learns.
 
-First the adapter and the codes are set from training images. Then only the quantiser and its
-adapter learn, for `quantizer_warmup_steps` updates. After that, the decoder learns too.
+First the quantiser's adapter and its codes are set from training images. Then only the quantiser
+and its adapter learn, for `quantizer_warmup_steps` updates. After that, the decoder learns too.
 """
 
 import time
@@ -93,9 +93,9 @@ def start_quantizer(
     images: ImageSource | ImageStream,
     codebook_images: ImageSource,
 ) -> None:
-    """Set the adapter and the codes of a discretised network from training images.
+    """Set the quantiser's adapter and codes from training images, in a discretised network.
 
-    Rank 0 computes them and sends them to all ranks.
+    Rank 0 computes both and sends them to all ranks.
 
     Args:
         net: the network, before its upsampling is folded.

@@ -19,7 +19,7 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
     Args:
         learner: the new discriminator.
         run: folder of the earlier run.
-        lecam: averages of logits. They are loaded if both runs have them.
+        lecam: the LeCam penalty's averages of logits. They are loaded if both runs have them.
 
     Raises:
         UserError: the folder has no discriminator, or its discriminator has another shape.

@@ -47,7 +47,7 @@ class Base:
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
-        whole: whether the network has the class that was loaded. False if a new asymmetric decoder
+        whole: whether the network still has the loaded class. False if a new asymmetric decoder
             replaced the pretrained decoder, or if a `VQModel` was converted.
         discretised: whether `net` is a loaded KL autoencoder with a new quantiser.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
@@ -133,7 +133,7 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base that a run has recorded, with random weights, or None without base.json.
+    """Return the base in a run's base.json, with random weights, or None without this file.
 
     Raises:
         UserError: base.json is damaged.
@@ -165,7 +165,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
-    """Return the options with the base's shape instead of the preset's, and check them again."""
+    """Return checked options with the shape of the pretrained network, not of the preset."""
     if base is None:
         return config
     family, values = FAMILIES[config.model.architecture], config.model_dump()
@@ -176,7 +176,7 @@ def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
 
 
 def encoder_sha256(net: Network) -> str:
-    """Return one hash of the names and values of all weights that make latents."""
+    """Return one hash of the names and values of all weights that turn images into latents."""
     return _sha256(family_of(net).latent_side(net))
 
 

@@ -104,7 +104,7 @@ def eval_transform(config: ImageJobConfig) -> EvalTransform:
 
 
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
-    """Return those facts about the images that must stay the same on resume.
+    """Return the facts about the images that must stay the same on resume.
 
     The facts are the number of images and the hash of their names, which decide the order. For a
     stream, the facts are data set, configuration, split and column. If the images are table rows

@@ -11,9 +11,10 @@ from latentvae.outputs import AutoencoderOutput
 
 @torch.no_grad()
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
-    """Return scalars without gradient by log name, over all latents of `out`.
+    """Return a dict from log names to scalars without gradient, over all latents of `out`.
 
-    Values of the KL are included only if the network has a KL.
+    The scalars are the root mean square of the latents and, if the network has a KL, values of the
+    KL.
     """
     elements = sum(latent.z.numel() for latent in out.latents)
     shares = [latent.z.numel() / elements * latent.z.square().mean() for latent in out.latents]
@@ -34,6 +35,6 @@ def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def bits_per_element(out: AutoencoderOutput) -> Tensor:
-    """Return the mean KL in bits per latent element (Gumbel-softmax: per token), a scalar."""
+    """Return the mean KL in bits per latent element, or per token with Gumbel-softmax, a scalar."""
     assert out.kl is not None
     return out.kl.mean() / (math.log(2.0) * out.kl_elements)

@@ -36,7 +36,7 @@ def start_linear(
     images: ImageSource | ImageStream,
     codebook_images: ImageSource,
 ) -> None:
-    """Set the weights of an untrained network, and the codes of a tokenizer.
+    """Set an untrained network's weights to a linear code, and the codes of a tokenizer.
 
     Args:
         net: the network, before its upsampling is folded.
@@ -57,7 +57,7 @@ def start_linear(
 
 
 def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
-    """Return training images (N, C, H, W) with about `PIXELS` pixels in all, as training sees them.
+    """Return training images (N, C, H, W) as training sees them, about `PIXELS` pixels in total.
 
     All ranks call this function, and ranks other than 0 get None.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(task: "AutoencoderTask") -> dict[str, str]:
-    """Return the plan's text on the model, its images and its losses, by heading."""
+    """Return a dict from headings to texts about the model, its images and its losses."""
     size = _size(task.config.data.size)
     return {
         "model": _model(task),

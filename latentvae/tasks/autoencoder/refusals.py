@@ -15,7 +15,7 @@ def check_images(config: TrainConfig) -> None:
     """Check that the run has images, and that they are large enough for metrics and networks.
 
     Raises:
-        UserError: no option names the images, or the images are too small.
+        UserError: no option says where the images are, or the images are too small.
     """
     check_source(config)
     _check_resolution(config)

@@ -74,10 +74,10 @@ def export_folder(
         folder: the run's folder.
         out: the export's folder.
         overwrite: replace an existing `out`.
-        lookup_from_codebook: export for aMUSEd, as a run with the option `lookup_from_codebook`
-            does.
-        push_to_hub: also upload the export, to `hub_model_id` or by default under the run's name.
-        hub_model_id: repository, owner/name.
+        lookup_from_codebook: export for diffusers' aMUSEd pipeline, as a run with the option
+            `lookup_from_codebook` does.
+        push_to_hub: also upload the export to the Hugging Face Hub.
+        hub_model_id: repository, owner/name. By default, its name is the name of the run's folder.
         hub_private_repo: make a new repository private.
 
     Raises:
@@ -175,7 +175,8 @@ def export_of_run(
     Args:
         net: the network with the weights to export, in eval mode.
         config: the run's options.
-        images: sources for the statistics, and for the comparison with the loaded export.
+        images: sources of the images for the statistics of the latents, and of the images for the
+            comparison with the loaded export.
         update: number of updates done.
         folder: the run's folder.
         out: the export's folder.
@@ -241,7 +242,7 @@ def export_of_run(
 
 
 def write_adapters(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write adapters as a file that PEFT and diffusers load onto the pretrained network.
+    """Write low-rank adapters as a file that PEFT and diffusers load onto the pretrained network.
 
     vae.load_lora_adapter("export/lora", prefix=None, use_safetensors=True)
     """
@@ -292,7 +293,7 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
 
 
 def compared_with_base(folder: Path, update: int) -> str:
-    """Return the metrics before and after a fine-tuning, or an empty string if some are missing.
+    """Return text with the metrics before and after a fine-tuning, or "" if metrics are missing.
 
     The metrics before the fine-tuning come from the validation before the first update.
     """

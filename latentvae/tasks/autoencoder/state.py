@@ -42,13 +42,13 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """State of the discriminator's schedule, the KL's weight and the watch, equal on all ranks.
+    """State of the discriminator's schedule, KL weight and collapse watch, equal on all ranks.
 
     Attributes:
         discriminator_start: the update (from 0) in which the discriminator starts. The value stays
             the same when a run is made longer after that update.
-        discriminator_stopped: number of updates done when the watch switched the discriminator off.
-            None while the discriminator is on.
+        discriminator_stopped: number of updates done when the collapse watch switched the
+            discriminator off. None while the discriminator is on.
         kl_target: state of the controller of the KL's weight.
         bad_images: name and reason of each unreadable file so far.
         watch: state of the collapse watch, see `CollapseWatch.state_dict`.
@@ -65,7 +65,8 @@ class RankState(State):
     """Values that a rank gathers between two rows of the log.
 
     Attributes:
-        units: 3 x d sums, from which the number of active units is computed.
+        units: 3 sums for each of d latent channels, from which the number of active units is
+            computed.
     """
 
     units: list[list[Number]] = Field(default_factory=list)

@@ -53,15 +53,15 @@ class LearningAutoencoder(Task):
 
     Attributes:
         base: the pretrained network of a fine-tuning. None without fine-tuning.
-        features: the frozen network of `feature_loss`, or None.
+        features: the frozen network of the option `feature_loss`, or None without this loss.
         train_images: opened source of training images.
         validation_images: opened source of validation images.
-        wrapper: the training wrapper of the network, not wrapped by DDP. `net` is the network
-            without the training wrapper.
+        wrapper: the module that wraps the network for training, not wrapped by DDP. `net` is the
+            network without this wrapper.
         discriminator: the discriminator, not wrapped by DDP, or None if its weight is 0.
         objective: terms and weights of the model's loss.
         metric: LPIPS for the validation, in float32.
-        progress: state of the discriminator's schedule, the KL's weight and the watch.
+        progress: state of the discriminator's schedule, the KL's weight and the collapse watch.
     """
 
     config: TrainConfig

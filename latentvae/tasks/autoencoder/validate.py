@@ -46,8 +46,8 @@ def validate(
 ) -> dict[str, float]:
     """Return mean metrics over at most `limit` evenly spread images.
 
-    Exactly one rank measures each image, at the posterior's mode. Reconstructions are rounded to 8
-    bits if the image has 8 bits (`metrics.round_alike`).
+    Exactly one rank measures each image. Images are reconstructed from the posterior's mode.
+    Reconstructions are rounded to 8 bits if the image has 8 bits (`metrics.round_alike`).
 
     Args:
         net: the network in eval mode.
@@ -61,11 +61,11 @@ def validate(
 
     Returns:
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips` and
-        `validation/images`. A tokenizer also has `validation/usage` (share of the codes),
-        `validation/perplexity`, `validation/entropy_bits` (per token) and `validation/tokens`, over
-        all images. At most `validation/tokens` codes can be used. If each level has its own codes,
-        these values are means over the levels. The values of single levels are
-        `validation/usage_level0` and so on, also for perplexity and tokens.
+        `validation/images` (number of images). A tokenizer also has `validation/usage` (share of
+        the codes that are used), `validation/perplexity`, `validation/entropy_bits` (per token) and
+        `validation/tokens` (number of tokens of all images). At most `validation/tokens` codes can
+        be used. If each level has its own codes, these values are means over the levels. The values
+        of single levels are `validation/usage_level0` and so on, also for perplexity and tokens.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

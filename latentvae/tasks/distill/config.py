@@ -30,7 +30,8 @@ class StudentConfig(Section):
         description=(
             "Part of the small autoencoder (the student) that is trained. `decoder` learns to "
             "decode the teacher's latents. `encoder` learns to make the teacher's latents. `both` "
-            "trains both parts, each with the teacher's latents."
+            "trains both parts. The student's decoder then reads the teacher's latents, not the "
+            "latents of the student's encoder."
         ),
     )
     student_channels: Annotated[Positive, Elsewhere("width")] = Field(
@@ -70,14 +71,16 @@ class DistillLossConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Share (0 to 1) of the decoder's loss that compares the student's image with the "
-            "teacher's reconstruction. The rest of the loss compares it with the original image. "
-            "With 0, the teacher's decoder is not needed in training, which saves much time."
+            "teacher's reconstruction. The rest of the loss compares the student's image with the "
+            "original image. With 0, the teacher's decoder is not needed in training, which saves "
+            "much time."
         ),
     )
     latent_scale: Weight = Field(
         default=1.0,
         description=(
-            "Weight of the encoder's loss, which is the mean squared error of the scaled latents."
+            "Weight of the encoder's loss, which is the mean squared error between the student's "
+            "latents and the teacher's scaled latents."
         ),
     )
     latent_noise: Weight = Field(
@@ -85,8 +88,8 @@ class DistillLossConfig(PixelLossConfig):
         description=(
             "Noise on the latents that the decoder reads in training. The noise's standard "
             "deviation is drawn for each image, from 0 to this share of the latents' standard "
-            "deviation. With more noise, the decoder tolerates larger errors of a generator, but "
-            "its images are less sharp. 0 means no noise."
+            "deviation. With more noise, the decoder tolerates larger errors in a generator's "
+            "latents, but the decoder's images are less sharp. 0 means no noise."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Measure what a network costs: multiplications, time, memory and parameters."""
+"""Measure the cost of a network: multiply-accumulate operations, time, memory and parameters."""
 
 import copy
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Cost:
         size: pixels on a side of the image.
         parameters: number of weights of the encoder or decoder.
         macs: number of multiply-accumulate operations.
-        milliseconds: time of the median call.
+        milliseconds: median time of a call.
         peak_mib: peak memory in MiB besides the weights.
     """
 
@@ -40,8 +40,8 @@ def measure_cost(net: Network, part: Literal["encoder", "decoder"]) -> Cost:
     """Measure the cost of a network's encoder or decoder for one image of about 512 px.
 
     Args:
-        net: in eval mode and float32, on the device to measure.
-        part: what to measure.
+        net: network in eval mode and float32, on the device to measure.
+        part: which half of the network to measure.
     """
     shape = calls.measure_shape(net)
     multiple = shape.f * family_of(net).normalization(net).fold
@@ -70,7 +70,8 @@ def measure_cost(net: Network, part: Literal["encoder", "decoder"]) -> Cost:
 def count_macs(net: Network, part: Literal["encoder", "decoder"], *, size: int) -> int:
     """Return the multiply-accumulate operations for one image of size x size pixels.
 
-    Convolutions, linear layers and attention are counted, on the meta device.
+    Convolutions, linear layers and attention are counted. The network runs on torch's meta device,
+    without computing values.
     """
     shape: Any = calls.measure_shape(net)
     on_meta: Any = copy.deepcopy(net).to("meta")

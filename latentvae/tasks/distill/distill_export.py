@@ -1,4 +1,4 @@
-"""Export a student as a diffusers folder: compare it, measure its cost, and write a model card."""
+"""Export a student as a diffusers folder: check it, measure its cost, and write a model card."""
 
 import json
 from pathlib import Path

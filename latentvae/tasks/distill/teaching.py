@@ -27,7 +27,7 @@ from latentvae.tasks.distill.config import DistillConfig, StudentConfig
 
 
 def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
-    """Load the teacher, and check that the run's images and the part that learns fit it.
+    """Load the teacher, and check that it fits the run's images and the part that learns.
 
     Raises:
         UserError: the teacher is missing, is a tokenizer, or an option does not fit it.
@@ -70,7 +70,7 @@ def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
 def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -> Any:
     """Return the student in train mode, in which only the part that learns has gradients.
 
-    A part that neither learns nor was pretrained always returns 0.
+    A part (encoder or decoder) that neither learns nor was pretrained always returns 0.
 
     Raises:
         UserError: the pretrained network does not fit the teacher, or the shape is impossible.
@@ -93,7 +93,7 @@ def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -
 
 
 def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
-    """Return the part of the student that has no trained weights, or None."""
+    """Return the part of the student (encoder or decoder) without trained weights, or None."""
     if options.pretrained_model_name_or_path is not None or "encoder" not in kind.parts:
         return None
     others: dict[Part, Part] = {"decoder": "encoder", "encoder": "decoder"}
@@ -103,9 +103,9 @@ def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
 class TrainedStudent(nn.Module):
     """The module that training calls: the student's decoder on latents, and encoder on images.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
-    prepares this module, and not the network inside. So validation, which calls the network
-    itself, computes in float32.
+    Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
+    precision. Accelerate prepares this module, and not the network inside. So validation, which
+    calls the network itself, computes in float32.
 
     Args:
         net: the student.
@@ -165,7 +165,7 @@ class Pair:
 
     @torch.no_grad()
     def reconstruct(self, taught: Taught) -> Tensor:
-        """Reconstruct images with the trained parts, and with the teacher's parts for the others.
+        """Reconstruct images with the student's parts that learn and the teacher's other parts.
 
         - If the decoder learns, the student decodes the teacher's latents.
         - If the encoder learns, the teacher decodes the student's latents.

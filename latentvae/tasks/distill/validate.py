@@ -45,8 +45,8 @@ def validate(
         images. With the suffix `_to_teacher`, they compare the student's with the teacher's
         reconstructions. With the suffix `_teacher`, they compare the teacher's reconstructions with
         the images. `validation/images` is the number of images. If the encoder learns,
-        `validation/latent_error` is the root mean square error of the latents, divided by their
-        standard deviation.
+        `validation/latent_error` is the root mean square error between the student's and the
+        teacher's latents, divided by the standard deviation of the teacher's latents.
     """
     shard = validation_batches(
         some_of(source, limit),

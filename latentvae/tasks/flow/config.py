@@ -16,7 +16,8 @@ class LatentsConfig(Section):
             default=(),
             description=(
                 "Folders of latents that `latentvae encode` wrote with one autoencoder. Several "
-                "folders are joined, such as images and their mirror images (encode --flip)."
+                "folders are joined, such as latents of images and of their mirror images "
+                "(`latentvae encode --flip`)."
             ),
         )
     )
@@ -37,16 +38,16 @@ class LatentsConfig(Section):
     max_validation_images: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
-            "Largest number of images in a validation. If there are more, this many are chosen, "
-            "evenly spread over all validation images."
+            "Largest number of images in a validation. If there are more validation images, this "
+            "many of them are chosen, evenly spread."
         ),
     )
     autoencoder: Annotated[str | None, MayChange(), Elsewhere("vae vae_path")] = Field(
         default=None,
         description=(
             "Autoencoder that made the latents. The run needs it for pictures of samples and for "
-            "the export. By default, the autoencoder is the one that the manifest of the latents "
-            "names."
+            "the export. By default, the run uses the autoencoder that manifest.json in the "
+            "latents' folder records."
         ),
     )
     normalization: Literal["model", "channel"] = Field(
@@ -97,7 +98,8 @@ class FlowConfig(Section):
         description=(
             "Condition that the model gets with an image. `class` is the image's class. `text` is "
             "the image's caption (see captions and text_encoder). `none` is no condition. `auto` "
-            "is text if text_encoder is given, else class if the latents have classes, else none."
+            "means `text` if text_encoder is given, else `class` if the latents have classes, else "
+            "`none`."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(

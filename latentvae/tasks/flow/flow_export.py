@@ -99,7 +99,7 @@ def open_autoencoder(path: str | None, data: LatentData) -> Any:
         data: the latents.
 
     Raises:
-        UserError: there is no such autoencoder, or it has other weights.
+        UserError: there is no such autoencoder, or the latents were made with other weights.
     """
     try:
         autoencoder = open_model(path or data.model, device="cpu")

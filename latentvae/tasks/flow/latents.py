@@ -59,7 +59,7 @@ class LatentTable(ItemTable):
     stds: Tensor | None
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Return the images with these numbers."""
+        """Return the latents, classes and captions of the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         stds = None if self.stds is None else self.stds[chosen].float()
         captions = [self.captions[number] for number in numbers]
@@ -76,7 +76,7 @@ class LatentTable(ItemTable):
 
 @dataclass(frozen=True)
 class LatentData:
-    """Latents to train on and to validate on, and what they are.
+    """Latents to train on and to validate on, with facts about them.
 
     Attributes:
         content: the content of the first folder's manifest.
@@ -94,7 +94,7 @@ class LatentData:
 
 
 def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
-    """Read all latents, and choose those for validation.
+    """Read all latents, and choose the latents for validation.
 
     Raises:
         UserError: a folder holds no latents or damaged latents, or the folders do not fit together.
@@ -141,12 +141,12 @@ def _normalization(
 
 
 def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalization:
-    """Return the normalisation by mean and standard deviation of each channel.
+    """Return a normalisation by the measured mean and standard deviation of each channel.
 
     Args:
         train: the latents that are measured. If they have posterior standard deviations, the
             result is for samples of the posteriors.
-        fold: number of positions on a side that become channels.
+        fold: side of the squares of positions that are folded into channels. 1 folds nothing.
 
     Raises:
         UserError: a channel is constant.

@@ -62,7 +62,8 @@ class FlowTask(GeneratorTask):
         num_classes: number of classes, 0 if the condition is not "class".
         words, encoder: tokenizer and frozen encoder of captions, or None.
         shift: shift of the noise levels.
-        gaussian: validation loss of the best model of independent Gaussian values.
+        gaussian: validation loss of the best model that takes all latent values as independent and
+            Gaussian, for comparison.
     """
 
     config: LatentFlowConfig
@@ -240,13 +241,13 @@ class FlowTask(GeneratorTask):
         return {"loss/flow": loss.detach()}
 
     def draw(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return noise like `x` and noise levels (B,) by the global random generator."""
+        """Return noise with the shape of `x`, and noise levels (B,), from the global generator."""
         return torch.randn_like(x), draw_sigmas(len(x), shift=self.shift, device=self.device)
 
     def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
         """Return normalised latents (B, d, h, w) and classes (B,) on the device.
 
-        With the condition "text", return the captions in place of the classes.
+        With the condition "text", the captions are returned in place of the classes.
 
         Args:
             batch: images of a table.
@@ -283,7 +284,7 @@ class FlowTask(GeneratorTask):
         return encode_captions(captions, self.words, self.encoder)
 
     def nothing(self, count: int) -> Tensor | list[str]:
-        """Return the condition of `count` images whose class or caption is dropped."""
+        """Return the condition that stands for "no class or caption", for `count` images."""
         if self.condition == "text":
             return [""] * count
         return torch.full((count,), NO_CLASS, device=self.device)
@@ -353,7 +354,7 @@ class FlowTask(GeneratorTask):
         )
 
     def save_samples(self, path: Path) -> bool:
-        """Draw a picture of samples, the same number for each class or caption."""
+        """Draw a picture with equally many samples for each class or caption that it shows."""
         rows = self.sample_rows(self.num_classes)
         self.autoencoder.net.to(self.device)
         options = FlowSampling(

@@ -13,9 +13,9 @@ from latentvae.priors.flow_matching import noised
 class TrainedFlow(nn.Module):
     """The module that training calls. It returns the loss: a mean squared error, a scalar.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
-    prepares this module, and not the network inside. So validation, which calls the network
-    itself, computes in float32.
+    Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
+    precision. Accelerate prepares this module, and not the network inside. So validation, which
+    calls the network itself, computes in float32.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -29,7 +29,7 @@ class TrainedFlow(nn.Module):
 def flow_loss(
     net: nn.Module, x: Tensor, noise: Tensor, sigma: Tensor, condition: Condition
 ) -> Tensor:
-    """Return the squared error of the predicted velocity, the mean for each image, (B,), float32.
+    """Return the mean squared error of the predicted velocity for each image, (B,), float32.
 
     Args:
         net: the DiT or PixArt network.

@@ -39,25 +39,25 @@ class LikelihoodDataConfig(DataConfig):
         default=0,
         ge=0,
         description=(
-            "Number of labels of each class that the training sees, drawn at random by the seed. "
-            "All other images are used without labels. 0 means all labels. Images in a folder "
-            "`unlabelled` never have a label. This option is for the architecture `classes` "
-            "(preset m2_mnist)."
+            "Number of labelled images of each class in the training. The option seed decides "
+            "which images keep their labels. All other images are used without labels. 0 keeps all "
+            "labels. Images in a folder `unlabelled` never have a label. This option is for the "
+            "architecture `classes` (preset m2_mnist)."
         ),
     )
     perturb_rate: Annotated[float, Field(ge=0.0, le=1.0), Elsewhere("mutation_rate")] = Field(
         default=0.0,
         description=(
             "Share (0 to 1) of the pixel values in training that are replaced by random values. "
-            "0.1 to 0.3 gives a background model, which corrects the likelihoods of another model "
-            "(`latentvae anomaly fit --correction ratio`). 0 replaces no values."
+            "Training with 0.1 to 0.3 gives a background model, which corrects the likelihoods of "
+            "another model (`latentvae anomaly fit --correction ratio`). 0 replaces no values."
         ),
     )
     cache_images: bool = Field(
         default=True,
         description=(
             "Read all images once, at the start, and keep them in memory as bytes. This is much "
-            "faster for small images. This option needs `crop center`."
+            "faster for small images. This option needs the option crop to be `center`."
         ),
     )
 

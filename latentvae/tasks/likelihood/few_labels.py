@@ -1,12 +1,14 @@
-"""Train a VAE with a class (M2) on images of which only some have a label.
+"""Train M2, a VAE that also models the class y of an image x, if only some images have a label.
 
 The loss is the objective of Kingma et al. (arXiv:1406.5298, equation 9), negated and divided by the
 number of images N:
 
     alpha E[-ln q(y|x)] - share E[L(x, y)] - (1 - share) E[U(x)]
 
-The first two means are over the images with a label, whose share of N is `share`. The last mean is
-over the batch, which may hold images with a label too. In the warm-up, and if all images have a
+Here q(y|x) is the classifier, and alpha is its weight. L(x, y) is the bound of ln p(x, y) for an
+image with a label, and U(x) is the bound of ln p(x) for an image without a label. The first two
+means are over the images with a label, whose share of N is `share`. The last mean is over the
+batch, which may hold images with a label too. In the warm-up, and if all images have a
 label, the loss is E[-ln q(y|x)] - E[L(x, y)].
 
 Symbols: `B` batch, `C` channels, `H W` image size.
@@ -30,7 +32,7 @@ LABELLED_IMAGES = 100  # largest number of images with a label in an update
 
 
 class ClassTraining(nn.Module):
-    """The terms of the loss as one module, so that all processes share its gradients."""
+    """The loss terms of M2 in one module, so that DDP averages all gradients over processes."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -39,10 +41,10 @@ class ClassTraining(nn.Module):
     def forward(
         self, images: Tensor, labelled: Tensor, classes: Tensor, *, least: float, all_images: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the means of -ln q(y|x) and L(x, y), and of U(x) if `all_images` is True.
+        """Return the means of the loss terms -ln q(y|x), L(x, y) and U(x) (see the module).
 
         Args:
-            images: images of the batch, whose labels are not used, (B, C, H, W).
+            images: images of the batch, (B, C, H, W). Their labels are not used.
             labelled, classes: images with a label, (n, C, H, W), and their classes, (n,).
             least: see `ClassVAE.unlabelled_bound`.
             all_images: whether to compute U(x). Otherwise the third result is None.
@@ -151,7 +153,7 @@ class ClassLoss:
         self.least = options.class_floor / num_classes
 
     def draw(self, batch: Tensor) -> Tensor:
-        """Draw the numbers of images with a label, by torch's global generator.
+        """Draw images with a label by torch's global generator, and return their numbers.
 
         Args:
             batch: numbers of the images of the batch. If all images have a label, these numbers are

@@ -74,7 +74,7 @@ def batches_of(pixels: Tensor, steps: Iterator[list[tuple[int, int]]]) -> Iterat
 
 
 def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = None) -> Tensor:
-    """Return images of -1 and 1.
+    """Return grey images as binary images, whose values are -1 and 1.
 
     Args:
         images: grey values in [-1, 1].
@@ -88,7 +88,7 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
 
 
 def perturbed(images: Tensor, *, rate: float) -> Tensor:
-    """Return images in which random values are replaced, to train a background model.
+    """Return images with random values replaced, to train a background model (likelihood ratio).
 
     Each value is replaced with probability `rate` by a uniform 8-bit value (arXiv:1906.02845, which
     uses rates of 0.1 to 0.3). torch's global generator draws the values.

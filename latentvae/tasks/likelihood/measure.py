@@ -47,9 +47,9 @@ def measure_folder(
     Args:
         model: folder of an exported network or of a finished run.
         data: images, in any form that `open_source` reads.
-        samples: latent samples per image.
+        samples: number of latent samples per image.
         max_images: largest number of images.
-        batch_size: images that are computed at once.
+        batch_size: number of images that are computed at once.
         binarize: "static" or "threshold". None takes what the network expects.
         seed: seed of latents and binary images.
         json: file for the results.

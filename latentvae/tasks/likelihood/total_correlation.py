@@ -1,4 +1,4 @@
-"""Estimate the total correlation, from the posteriors of a batch or by a discriminator.
+"""Estimate the total correlation of latents, from the posteriors of a batch or by a discriminator.
 
 Symbols: `B` batch, `U` latent units.
 """
@@ -33,12 +33,12 @@ class TotalCorrelation(Protocol):
         ...
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
-        """Add `share` times the gradients of the estimate's own network. Return values to log."""
+        """Add the gradients, times `share`, of the estimate's own network. Return values to log."""
         ...
 
 
 class BatchEstimate:
-    """The estimate of beta-TCVAE, which compares the posteriors of a batch.
+    """The total correlation as in beta-TCVAE, computed from all posteriors of a batch.
 
     Args:
         num_images: number of training images.
@@ -58,9 +58,10 @@ class BatchEstimate:
 
 
 class DiscriminatorEstimate:
-    """The estimate of FactorVAE, by a discriminator that learns beside the network.
+    """The total correlation as in FactorVAE, by a discriminator that learns beside the network.
 
-    One half of the batch gives the joint codes, and the other half gives the permuted codes.
+    The discriminator learns to tell latents from latents whose units are permuted over the batch.
+    One half of the batch gives the unchanged latents, and the other half the permuted latents.
 
     Args:
         learner: the discriminator and its optimizer.

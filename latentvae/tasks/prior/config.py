@@ -39,22 +39,23 @@ class TokensConfig(Section):
     max_validation_images: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
-            "Largest number of images in a validation. If there are more, this many are chosen, "
-            "evenly spread over all validation images."
+            "Largest number of images in a validation. If there are more validation images, this "
+            "many of them are chosen, evenly spread."
         ),
     )
     tokenizer: Annotated[str | None, MayChange(), Elsewhere("vq_model vqvae")] = Field(
         default=None,
         description=(
             "Tokenizer that made the tokens. The run needs it for pictures of samples and for the "
-            "export. By default, the tokenizer is the one that the manifest of the tokens names."
+            "export. By default, the run uses the tokenizer that manifest.json in the tokens' "
+            "folder records."
         ),
     )
     shuffle_tokens: bool = Field(
         default=False,
         description=(
             "Shuffle the tokens of each image, separately in each level of codes. This is a "
-            "control experiment: a prior should be clearly better without this option."
+            "control experiment: without this option, the loss of a prior should be clearly lower."
         ),
     )
 
@@ -86,8 +87,8 @@ class NetworkConfig(Section):
         description=(
             "Condition that the prior gets with an image. `class` is the image's class. `text` is "
             "the image's caption (see captions and text_encoder). `none` is no condition. `auto` "
-            "is text if all images have captions, else class if the images have classes, else "
-            "none."
+            "means `text` if all images have captions, else `class` if the images have classes, "
+            "else `none`."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(

@@ -72,7 +72,7 @@ def open_tokenizer(path: str | None, data: TokenData) -> Any:
         path: the tokenizer's folder. None takes the folder that the tokens' manifest names.
 
     Raises:
-        UserError: there is no such tokenizer, or it has other weights than the tokens' tokenizer.
+        UserError: there is no such tokenizer, or the tokens were made with other weights.
     """
     try:
         tokenizer = open_model(path or data.model, device="cpu")

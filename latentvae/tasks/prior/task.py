@@ -229,7 +229,7 @@ class PriorTask(GeneratorTask):
     def drop_condition(
         self, classes: Tensor | None, text: AnyText | None
     ) -> tuple[Tensor | None, AnyText | None]:
-        """Drop the condition of some images, chosen by the global random generator."""
+        """Drop the class and text of some images, chosen by the global random generator."""
         share = self.config.prior.condition_dropout
         if classes is not None:
             dropped = torch.rand(classes.shape, device=classes.device) < share
@@ -304,7 +304,7 @@ class PriorTask(GeneratorTask):
         )
 
     def save_samples(self, path: Path) -> bool:
-        """Draw a picture of samples, the same number for each class or caption."""
+        """Draw a picture with equally many samples for each class or caption that it shows."""
         classes, captions, labels = self.sample_rows(self.net.config["num_classes"])
         pipeline = TokenPipeline(self.net, self.tokenizer.net.to(self.device))
         images = []

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """Images of one micro-step.
 
     Attributes:
-        indices: (B, T), int64.
+        indices: tokens of the images, (B, T), int64.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
         numbers: number of each image in the table.
     """
@@ -51,7 +51,7 @@ class TokenTable(ItemTable):
     sequences: Tensor
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Return the images with these numbers."""
+        """Return the tokens and classes of the images with these numbers."""
         chosen = torch.as_tensor(numbers)
         return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
 
@@ -76,7 +76,7 @@ class TokenTable(ItemTable):
 
 @dataclass(frozen=True)
 class TokenData:
-    """Tokens to train on and to validate on, and what they are.
+    """Tokens to train on and to validate on, with facts about them.
 
     Attributes:
         content: the content of the first folder's manifest.
@@ -94,7 +94,7 @@ class TokenData:
 
 
 def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
-    """Read all tokens, and choose those for validation.
+    """Read all tokens, and choose the images for validation.
 
     Raises:
         UserError: a folder holds no tokens or damaged tokens, or the folders do not fit together.
@@ -129,7 +129,7 @@ def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
 
 
 def mean_unigram_bits(data: TokenData) -> float:
-    """Return the bits per token of codes that are drawn by their frequencies in each level."""
+    """Return the bits per validation token if a model only knows each level's code frequencies."""
     sizes = [height * width for height, width in data.levels]
     tables = (data.train, data.validation)
     parts = [table.sequences.split(sizes, dim=1) for table in tables]
@@ -139,9 +139,10 @@ def mean_unigram_bits(data: TokenData) -> float:
 
 
 def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
-    """Return the bits per token of codes drawn independently with their frequencies in training.
+    """Return the bits per validation token if a model only knows the codes' frequencies.
 
-    Every code counts once more than it occurs, so that no code has probability 0.
+    The frequencies are those of the training tokens. Every code counts once more than it occurs, so
+    that no code has probability 0.
 
     Args:
         train: tokens of one level, any shape.

@@ -17,9 +17,9 @@ from latentvae.priors.transformer import Text, TokenTransformer, Words
 class TrainedPrior(nn.Module):
     """The module that training calls. It returns the loss: the mean nats per token, a scalar.
 
-    Accelerate replaces `forward` of the module that it prepares, to compute in mixed precision. It
-    prepares this module, and not the network inside. So validation, which calls the network
-    itself, computes in float32.
+    Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
+    precision. Accelerate prepares this module, and not the network inside. So validation, which
+    calls the network itself, computes in float32.
 
     Args:
         net: the prior.
@@ -31,7 +31,7 @@ class TrainedPrior(nn.Module):
         self.net, self.encoder = net, encoder
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Yield all modules in the blocks of both networks."""
+        """Yield all modules in the blocks of the prior and of the text encoder, if it learns."""
         for network in (self.net, self.encoder):
             if network is not None:
                 yield from network.blocks.modules()
@@ -47,7 +47,7 @@ class TrainedPrior(nn.Module):
 def token_bits(
     net: nn.Module, indices: Tensor, classes: Tensor | None, text: Text | None
 ) -> Tensor:
-    """Return the bits of each token of images, (B, T), float32."""
+    """Return -log2 of the predicted probability of each token, in bits, (B, T), float32."""
     logits = net(indices, classes, text).logits.float()
     nats = F.cross_entropy(rearrange(logits, "b t k -> b k t"), indices, reduction="none")
     return nats / math.log(2)
