@@ -68,7 +68,8 @@ class AnomalyFit:
     """For `vae`: the score of a row. All three are in nats."""
 
     epochs: int | None = None
-    """For `vae` and `dagmm`: passes over the clean rows. The default depends on the method."""
+    """For `vae` and `dagmm`: passes over the clean data in training. The default depends on the
+    method."""
 
     num_networks: int | None = None
     """For `dagmm`: networks from different random weights, whose scores are averaged. 5 give more

@@ -36,7 +36,8 @@ def encode_picture(
     """Encode a picture with every codec whose format supports its size.
 
     Args:
-        rates: raw rates of the models in bits per pixel.
+        rates: rates in bits per pixel to reach. They are those of the models' latents without
+            entropy coding.
     """
     found: dict[str, Files] = {}
     for name, codec in codecs.items():
