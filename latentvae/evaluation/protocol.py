@@ -15,7 +15,7 @@ from latentvae.metrics.inception import SHA256
 from latentvae.metrics.table import IMAGE_METRICS
 
 LATENT_BITS = 16  # bits of one latent element in `raw_bpp`: float16 or bfloat16
-PACKAGES = ("latentvae", "torch", "diffusers", "torchmetrics", "lpips", "pillow", "constriction")
+PACKAGES = ("latentvae", "torch", "diffusers", "lpips", "pillow", "constriction")
 
 
 def protocol(
