@@ -239,6 +239,5 @@ def seed_of_network(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-@torch.no_grad()
 def _latents(network: DAGMMNetwork, rows: np.ndarray) -> Tensor:
     return in_batches(rows, lambda batch: network(batch).z)

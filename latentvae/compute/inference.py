@@ -96,8 +96,7 @@ def _make_exact(half: Any) -> None:
 def _winograd_pays() -> bool:
     """Return whether Winograd's algorithm is faster than plain convolutions on this processor.
 
-    It is not faster on processors with AMX, which also multiply float32 twice as fast as others
-    (docs/experiments/speed.md).
+    It was not faster on the processor with AMX that we measured (docs/experiments/speed.md).
     """
     return has_winograd() and not has_instructions("amx_bf16")
 
