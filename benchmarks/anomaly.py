@@ -4,10 +4,10 @@
 
 For each table and seed, half of all rows (drawn at random) are for training, and only their normal
 rows are used. The other half is the test set. The test rows with the largest scores are called
-anomalies: their share is the share of anomalies that the paper states (20 % for KDDCUP, 2.5 % for
-Thyroid, 15 % for Arrhythmia), or that of the whole table. The script prints mean and standard
-deviation over the seeds and the mean rank of each detector among those measured. It writes every
-single result as JSON. After an interruption, the same command continues.
+anomalies. The share of these rows is the share of anomalies that the paper states (20 % for KDDCUP,
+2.5 % for Thyroid, 15 % for Arrhythmia), or the share in the whole table. The script prints the mean
+and standard deviation over the seeds, and the mean rank of each detector among the measured
+detectors. It writes every single result as JSON. After an interruption, the same command continues.
 """
 
 import copy
@@ -38,13 +38,16 @@ from latentvae.anomaly.vae import SCORES
 from latentvae.cli.flags import exit_with, parse_options
 from latentvae.errors import UserError
 
-SLOW_ROWS = 5_000  # training rows of detectors whose cost grows with the square of the rows
+SLOW_ROWS = 5_000  # training rows of detectors whose cost is quadratic in the number of rows
 SLOW_TEST_ROWS = 20_000  # test rows of KDDCUP for these detectors, and for `pyod_vae`
 
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled table: file, key of the rows, and the share of rows to flag (None: its own)."""
+    """A labelled table: its file, and the share of rows to flag as anomalies.
+
+    If the share is None, it is the share of anomalies in the table.
+    """
 
     file: str
     share: float | None = None
@@ -67,15 +70,16 @@ SHORTER: dict[str, dict[str, Any]] = {
     "annthyroid": {"epochs": 250, "learning_rate": 1e-3},
     "cardio": {"epochs": 500, "learning_rate": 1e-3},
 }
-# What a wider latent and a mean over the columns (weights times 6 for the energy) do for Thyroid.
+# Options with a wider latent, for Thyroid. The energy has 6 times the paper's weight, as if the
+# squared error were a mean over the 6 columns.
 WIDE = {"latent_dim": 3, "energy_weight": 0.6, "diagonal_weight": 0.0005}
-NETWORKS = 5  # networks of each DAGMM. The first alone is the paper's DAGMM.
-LIKE = {"annthyroid": "thyroid", "cardio": "thyroid"}  # tables that the paper does not have
+NETWORKS = 5  # number of networks of each DAGMM. The first network alone is the paper's DAGMM.
+LIKE = {"annthyroid": "thyroid", "cardio": "thyroid"}  # tables that are not in the paper
 
 
 @dataclass(frozen=True)
 class Options:
-    """Tables, detectors and seeds."""
+    """Options of the comparison: tables, detectors and seeds."""
 
     data: Path
     """Folder with the tables, such as 38_thyroid.npz of ADBench and kdd_cup.npz."""
@@ -84,40 +88,41 @@ class Options:
     """JSON file for the results."""
 
     tables: tuple[str, ...] = tuple(TABLES)
-    """Tables to use."""
+    """Names of the tables to use."""
 
     detectors: tuple[str, ...] = ()
-    """Detectors to measure. By default, all of them."""
+    """Names of the detectors to measure. By default, all detectors are measured."""
 
     seeds: int = 5
-    """Number of seeds, from 0. A seed decides the split and the training."""
+    """Number of seeds, counted from first_seed. A seed decides the split into training and test
+    rows, and the random numbers of the training."""
 
     first_seed: int = 0
     """The first seed."""
 
     full_epochs: bool = False
-    """Train DAGMM for as many epochs as the paper (hours on a CPU)."""
+    """Train DAGMM for as many epochs as its paper does. This takes hours on a CPU."""
 
 
 def dagmm(name: str, seed: int, full: bool = False, **changes: Any) -> DAGMM:
-    """Return several DAGMMs with the paper's networks for a table."""
+    """Return a DAGMM of several networks, with the paper's options for a table."""
     options = PAPER_OPTIONS[LIKE.get(name, name)] | ({} if full else SHORTER[name]) | changes
     return DAGMM(**options, num_networks=NETWORKS, constant_columns="keep", random_state=seed)
 
 
 def wide_dagmm(name: str, seed: int) -> DAGMM:
-    """Return DAGMMs with a latent of three columns."""
+    """Return a DAGMM of several networks, with a latent of three dimensions."""
     return dagmm(name, seed, **WIDE)
 
 
 def vae(name: str, seed: int) -> VAEDetector:
-    """Return a VAE. KDDCUP has enough rows for few epochs."""
+    """Return a VAE. For KDDCUP, few epochs are enough, because it has many rows."""
     epochs = 3 if name == "kddcup" else 200
     return VAEDetector(epochs=epochs, constant_columns="keep", random_state=seed)
 
 
 def density(kind: str) -> Callable[..., Any]:
-    """Return a maker of `LatentDensity` on the standardised columns."""
+    """Return a function that makes a `LatentDensity` on standardised columns."""
     return lambda name, seed: LatentDensity(
         density=kind, constant_columns="keep", random_state=seed
     )
@@ -172,7 +177,7 @@ DETECTORS: dict[str, Callable[[str, int], Any]] = {
     "one_class_svm": lambda name, seed: Plain(OneClassSVM(nu=0.1), StandardScaler()),
     "pyod_vae": lambda name, seed: PyodVAE(seed),
 }
-# Limits for large tables (KDDCUP): rows of the training half and of the test half.
+# Largest number of training rows and of test rows, for large tables (KDDCUP).
 TRAIN_ROWS = dict.fromkeys(["lof", "one_class_svm", "density_knn", "pyod_vae"], SLOW_ROWS)
 TRAIN_ROWS |= dict.fromkeys(["plain_gmm", "density_gmm"], 50_000)
 FEW_TEST_ROWS = {"lof", "one_class_svm", "density_knn", "pyod_vae", "vae"}
@@ -220,7 +225,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Fit one detector on one split, and return its measures.
 
-    A VAE has one row per criterion. DAGMM has one for one network, and one for the mean of several.
+    The result has several rows for some detectors. A VAE has one row for each of its scores. DAGMM
+    has one row for one network, and one row for the mean of several networks.
     """
     rows, labels = data
     share = TABLES[name].share or float(labels.mean())
@@ -254,7 +260,7 @@ def measure(
 
 
 def scored(made: Any, test: np.ndarray, detector: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the anomaly scores of the test rows, under the name of the result."""
+    """Yield pairs: the name of a result, and the anomaly scores of the test rows."""
     if detector in DAGMMS:  # the first network alone, and the mean of all
         yield f"{detector}_mean", -made.score_samples(test)
         first = copy.copy(made)
@@ -297,7 +303,7 @@ def ranks_of(means: np.ndarray) -> np.ndarray:
 
 
 def run(options: Options) -> None:
-    """Measure everything that the file does not hold yet."""
+    """Measure all results that are not in the JSON file yet."""
     for given, known in ((options.tables, TABLES), (options.detectors, DETECTORS)):
         if unknown := set(given) - set(known):
             raise UserError(f"'{sorted(unknown)[0]}' is not one of {', '.join(known)}")

@@ -1,20 +1,21 @@
-"""Compare a VQ-VAE-2 of two levels with one level at equal bits, and measure what the top tells.
+"""Compare a VQ-VAE-2 of two levels with one level at equal bits, and measure the top's information.
 
     python benchmarks/code_levels.py --data photos --validation_data unseen --json out.json
 
 For each seed, the script trains `vqvae2_small` with two levels and with one level of more codes.
-All arms have the same widths, images, order and number of updates, and L2 as their only pixel loss.
-The script measures on unseen photos:
+Each of these trainings is called an arm. All arms have the same widths, images, order and number of
+updates, and L2 as their only pixel loss. The script measures on unseen photos:
 
 - the mean squared error of 8-bit reconstructions, for pixels in [-1, 1]
 - true bits per image: the size of real files (`coding.token_codec`)
-- bits of a bottom code alone and given the top codes, in bits per code. A small network predicts a
-  code. It is fitted on the tokens of the training photos. `context` says whether it also reads the
-  codes to the left and above.
+- information of the codes of the fine (bottom) level: alone, and given the codes of the coarse
+  (top) level, in bits per code. A small network predicts a code. It is fitted on the tokens of the
+  training photos. `context` says whether the small network also reads the codes to the left and
+  above.
 
-The one-level error at the bits of the two levels is interpolated over the arms of one level. If all
-one-level arms need more bits, the one with the fewest bits is compared. If you run the command
-again, finished arms are kept.
+For a comparison at equal bits, the error of one level is interpolated between its arms. If all arms
+of one level need more bits than two levels, the arm with the fewest bits is compared. If you run
+the command again, finished arms are kept.
 """
 
 import json
@@ -59,16 +60,18 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. A network whose results are in this file is not trained again."""
+    """JSON file for the results. If the file already has the results of a network, this network is
+    not trained again."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings. Each network is trained once with each seed."""
 
     codes: int = 256
-    """Number of codes of each level of the network with two levels."""
+    """Number of codes of each level, in the network with two levels of codes."""
 
     one_level_codes: tuple[int, ...] = (512, 1024)
-    """Numbers of codes of the networks with one level. One network is trained for each number."""
+    """Number of codes of each network with one level of codes. One such network is trained for each
+    number."""
 
     updates: int = 500
     """Number of updates of each training."""
@@ -83,7 +86,7 @@ class Options:
     """Number of CPU threads."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that must be equal for all arms in one JSON file."""
+        """Return the options that must be equal for all trainings (arms) in one JSON file."""
         return {name: getattr(self, name) for name in ("updates", "batch_size", "resolution")}
 
 
@@ -148,7 +151,7 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 @torch.no_grad()
 def tokens_of(net: VQVAE2, images: Tensor) -> list[Tensor]:
-    """Return the map (N, h_l, w_l) of each level, coarsest first."""
+    """Return the token map (N, h_l, w_l) of each level, coarsest level first."""
     return net.maps(torch.cat([net.tokenize(part).indices for part in images.split(32)]))
 
 
@@ -168,11 +171,15 @@ def measured(net: VQVAE2, images: Tensor, maps: list[Tensor], *, codes: int) -> 
 
 
 class Predictor(nn.Module):
-    """Predicts a bottom code from the top codes, from the codes to the left and above, or both.
+    """Predicts a code of the fine (bottom) level from other codes.
+
+    The inputs are codes of the coarse (top) level, codes of the bottom level to the left and above,
+    or both.
 
     Args:
         codes: number of codes K.
-        top: whether the network reads the top code above the position and its eight neighbours.
+        top: whether the network reads the top code that covers the position, and its eight
+            neighbours.
         context: whether the network reads the bottom codes to the left and above.
         width: number of channels of an embedding.
     """
@@ -238,7 +245,7 @@ def bits_of_bottom(
 def run_arm(
     name: str, images: Tensor, unseen: Tensor, options: Options, *, codes: int, seed: int
 ) -> dict[str, Any]:
-    """Train one arm, and return its measurements."""
+    """Make one of the compared trainings (arms), and return its measurements."""
     start, levels = time.process_time(), 2 if name == TWO else 1
     net = train(images, options, levels=levels, codes=codes, seed=seed)
     seconds = time.process_time() - start
@@ -257,10 +264,11 @@ def run_arm(
 
 
 def compared(result: dict[str, Any], seed: int) -> dict[str, float | None]:
-    """Return the error of two levels, and that of one level at the bits of the two levels.
+    """Return the error of two levels, and the error of one level at an equal number of bits.
 
-    `one_level_mse` is interpolated. It is the error of the arm with the fewest bits if all arms of
-    one level need more bits, and None if all need fewer.
+    `one_level_mse` is interpolated between the trainings (arms) of one level. If all of these arms
+    need more bits than two levels, it is the error of the arm with the fewest bits. If all need
+    fewer bits, it is None.
     """
     runs = {name: run for name, run in result["runs"].items() if name.endswith(f"seed {seed}")}
     two = next(run for name, run in runs.items() if name.startswith(TWO))
@@ -276,7 +284,7 @@ def compared(result: dict[str, Any], seed: int) -> dict[str, float | None]:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train all arms whose results are not in the file, and return all results."""
+    """Make all trainings (arms) whose results are not in the file, and return all results."""
     result: dict[str, Any] = {"settings": options.settings(), "runs": {}}
     if options.json.exists():
         result = json.loads(options.json.read_text())

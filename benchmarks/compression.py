@@ -23,32 +23,33 @@ class Options:
     """What to measure, on which images, and where to write the results."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]]
-    """Folder or Hub id of an autoencoder. Repeat the option for more models."""
+    """Folder or Hub id of an autoencoder. To measure several autoencoders, give this option several
+    times."""
 
     data: str
     """Folder of images that the models were not trained on. `samples` means two photos from
-    scikit-image. Training on `samples` holds these two photos out."""
+    scikit-image, which `latentvae train --train_data_dir samples` does not train on."""
 
     out: Path
     """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Measure only 8 images and fewer points on the rate curves, without the measurements that are
-    slow on a CPU."""
+    """Make a short evaluation: only 8 images, fewer points on the rate-distortion curves, and no
+    measurements that are slow on a CPU."""
 
     max_images: int | None = None
-    """Largest number of images to measure, chosen at equal distances in the sorted list of names.
-    Default: all images."""
+    """Largest number of images to measure. If there are more images, this many are chosen at equal
+    distances in the sorted list of names. Default: all images."""
 
     resolution: int | None = None
     """Resize the shorter side of each image to this many pixels and crop the centre. Default: each
     image keeps its own size."""
 
     sheet_images: int = 4
-    """Number of images that sheet.png shows."""
+    """Number of images that sheet.png shows, each with its reconstructions beside it."""
 
     overwrite: bool = False
-    """Delete the evaluation that is in the folder `out` and start again."""
+    """Delete the earlier evaluation in the folder `out`, and start again."""
 
     device: str | None = None
     """Torch device of the models and metrics. Default: the GPU if there is one, else the CPU."""

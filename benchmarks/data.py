@@ -14,12 +14,12 @@ The plain folder does what training scripts do. Pillow opens a file and converts
 square is cropped, resized and mirrored. torchvision converts the crop to a tensor and normalises
 it. torch's DataLoader makes the batch. Our loader also returns floats in [-1, 1]. Both loaders draw
 random squares in the same way, with sides of 0.5 to 1 of the image's shorter side. The name of a
-row gives the resize kernel of both loaders. Only the last row compares different kernels: our
-default, Lanczos, and torchvision's default, bilinear.
+table row contains the resize kernel of both loaders. Only the last row compares different kernels:
+our default, Lanczos, and torchvision's default, bilinear.
 
 `equal within` is the largest difference between the pixels of both loaders for the same crop. The
-range of pixels is [-1, 1]. The outer three pixels of a crop are not compared. They differ, because
-the plain folder resizes after cropping and does not use the pixels around the crop.
+range of pixels is [-1, 1]. The outer three pixels of a crop are not compared. These pixels differ,
+because the plain folder resizes after cropping, and does not use the pixels around the crop.
 """
 
 import itertools
@@ -75,14 +75,16 @@ class Options:
     """JSON file to write the results to."""
 
     images: int = 128
-    """Number of JPEGs, a multiple of 16. Every timed run reads all of them."""
+    """Number of JPEGs. This number must be a multiple of 16. Every timed run reads all these
+    JPEGs."""
 
     runs: int = 7
-    """Number of timed runs of each loader, after one untimed run. The runs of both loaders
-    alternate."""
+    """Number of timed runs of each of the two data loaders, after one untimed run. The runs of the
+    two loaders alternate."""
 
     workers: tuple[int, ...] = (0, 2)
-    """Numbers of worker processes. Both loaders are measured with each of these numbers."""
+    """Numbers of worker processes. Each of the two data loaders is measured with each of these
+    numbers."""
 
     quick: bool = False
     """Make a short measurement with 32 images, three runs and no workers."""
@@ -137,7 +139,7 @@ def write_jpegs(photos: ImageSource, root: Path, count: int) -> None:
         size = (round(photo.width * scale), round(photo.height * scale))
         photo.resize(size, Image.Resampling.LANCZOS).save(path, quality=QUALITY)
 
-    # the same files in tar shards
+    # the same JPEGs in tar files (shards)
     paths = sorted(folder.iterdir())
     for i in range(SHARDS):
         with tarfile.open(shards / f"{i:03d}.tar", "w") as writer:

@@ -7,12 +7,12 @@ preset `factor_sprites` with several weights of the total correlation. It measur
 are drawn at random:
 
 - the reconstruction error (negative log-likelihood in nats) and the KL
-- the total correlation of 400 codes in an aggregate of 100,000 posteriors, see
-  `losses.total_correlation.measure_kl_parts`. A KL of 10 nats needs that many.
+- the total correlation, estimated from 400 codes and 100,000 posteriors (see
+  `losses.total_correlation.measure_kl_parts`). A KL of 10 nats needs that many posteriors.
 - the FactorVAE score, MIG, SAP and DCI
 
-The total correlation of a beta-VAE at the reconstruction error of another run is interpolated
-between its weights. Finished runs are kept if you run the command again.
+To compare at equal reconstruction error, the total correlation of the beta-VAE is interpolated
+between its weights of the KL. Finished runs are kept if you run the command again.
 """
 
 import json
@@ -40,34 +40,36 @@ from latentvae.tasks.likelihood.images import binary
 from latentvae.tasks.likelihood.task import LikelihoodTask
 
 BATCH = 200
-CODES = 2000  # images for the reconstruction error and the scores on codes
-AGGREGATE, TC_CODES = 100_000, 400  # posteriors, and codes, for the total correlation
-VOTES = 400  # of the FactorVAE score
-SHAPE = 0  # the factor whose values have no order
+CODES = 2000  # number of images for the reconstruction error and the scores
+AGGREGATE, TC_CODES = 100_000, 400  # numbers of posteriors and of codes for the total correlation
+VOTES = 400  # number of votes of the FactorVAE score
+SHAPE = 0  # index of the factor whose values have no order
 MEASURES = ("error", "kl", "tc", "factor_vae_score", "mig", "sap", "dci")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to train and to measure."""
+    """Options: which networks to train and measure, and where to write the results."""
 
     out: Path
-    """Folder for the runs."""
+    """Folder for the files of the trainings."""
 
     json: Path
     """JSON file for the results."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs."""
+    """Seeds of the trainings. Each network is trained once with each seed."""
 
     betas: tuple[float, ...] = (1.0, 4.0, 8.0)
-    """Weights of the KL of the beta-VAE. One run is made for each weight and seed."""
+    """Weights of the KL term (beta) of the beta-VAE. One network is trained for each weight and
+    seed."""
 
     gammas: tuple[float, ...] = (10.0,)
-    """Weights of the total correlation of FactorVAE. One run is made for each weight and seed."""
+    """Weights of the total correlation (gamma) of FactorVAE. One network is trained for each weight
+    and seed."""
 
     updates: int = 5000
-    """Number of updates of each run."""
+    """Number of updates of each training."""
 
     def run(self) -> None:
         """Train, measure, compare, print a table and write the file."""
@@ -154,7 +156,7 @@ def batches(factors: np.ndarray, side: int) -> Iterator[Tensor]:
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each FactorVAE beside the beta-VAE of its seed at the same reconstruction error.
+    """Compare each FactorVAE with the beta-VAE of the same seed, at equal reconstruction error.
 
     Runs whose error lies outside the errors of the beta-VAEs are left out.
     """

@@ -2,11 +2,12 @@
 
     python benchmarks/flow_vae.py --data photos --validation_data unseen --json out.json
 
-For each seed, the script trains a small AutoencoderKL at several weights of the KL. The arms are:
+For each seed, the script trains a small AutoencoderKL at several weights of the KL. The compared
+models (arms) are:
 
 - "plain": the standard normal prior
-- "flow": a learned prior, as `--posterior_flow`
-- "flow, fixed variance": a learned prior, and a fixed variance as `--posterior_logvar`
+- "flow": a learned prior, as with the option `--posterior_flow`
+- "flow, fixed variance": a learned prior, and a fixed variance, as with `--posterior_logvar`
 
 All arms have the same first weights, images, order, noise and number of updates. The loss is the
 mean squared error plus the weighted KL, as in `latentvae.losses.objective`. The script measures on
@@ -14,11 +15,11 @@ unseen photos:
 
 - the PSNR of 8-bit reconstructions from posterior samples and from the posterior's mean, from the
   mean squared error over all photos
-- the KL in bits per latent element. It is in closed form without a flow. With a flow it is a mean
-  over many samples, and the script gives its standard error.
+- the KL in bits per latent element. Without a flow, the KL has a closed form. With a flow, the KL
+  is a mean over many samples, and the script gives its standard error.
 
-The KL of the plain VAE at the PSNR of another arm is interpolated between weights. If you run the
-command again, finished arms are kept.
+To compare the KL at equal PSNR, the KL of the plain VAE is interpolated between its weights. If you
+run the command again, finished arms are kept.
 """
 
 import json
@@ -64,20 +65,23 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. A network whose results are in this file is not trained again."""
+    """JSON file for the results. If the file already has the results of a network, this network is
+    not trained again."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings. Each network is trained once with each seed."""
 
     arms: tuple[str, ...] = (PLAIN, FLOW)
-    """Networks to train, called arms: plain (no flow), flow, or "flow, fixed variance"."""
+    """Networks to train: plain (no flow), flow, or "flow, fixed variance" (a flow, and a fixed
+    variance of the posterior)."""
 
     kl_weights: tuple[float, ...] = (0.006, 0.03, 0.15)
     """Weights of the KL (as in `--kl_scale`) with which the plain VAE is trained."""
 
     flow_kl_weights: tuple[float, ...] = (0.05, 0.15)
-    """Weights of the KL (as in `--kl_scale`) for the arms with a flow. With these weights, their
-    PSNR must be within the range of PSNR of the plain VAE."""
+    """Weights of the KL (as in `--kl_scale`) for the networks with a flow. Choose weights with
+    which the PSNR of these networks lies between the smallest and the largest PSNR of the plain
+    VAE."""
 
     layers: int = 8
     """Number of coupling layers of the flow."""
@@ -86,20 +90,22 @@ class Options:
     """Number of hidden channels of each layer of the flow."""
 
     logvar: float = -1.386
-    """Log-variance of the posteriors in the arm "flow, fixed variance". -1.386 is a standard
-    deviation of 0.5."""
+    """Log-variance of the posteriors of the network "flow, fixed variance". The value -1.386 means
+    a standard deviation of 0.5."""
 
     latent_channels: int = 4
-    """Number of latent channels d."""
+    """Number of latent channels."""
 
     block_out_channels: tuple[int, ...] = (16, 32, 64)
     """Number of channels of each level of the network, from full resolution down."""
 
     max_images: int = 3000
-    """Largest number of training images, evenly spread over the folder."""
+    """Largest number of training images. If the folder has more, this many are chosen at equal
+    distances in the list of all images."""
 
     samples: int = 8
-    """Number of posterior samples of each unseen photo, from which the KL is estimated."""
+    """Number of posterior samples of each unseen photo. The KL to the flow is estimated from these
+    samples."""
 
     updates: int = 300
     """Number of updates of each training."""
@@ -114,7 +120,7 @@ class Options:
     """Number of CPU threads."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that must be equal for all arms in one JSON file."""
+        """Return the options that must be equal for all trainings in one JSON file."""
         names = (
             "updates batch_size resolution layers width logvar latent_channels block_out_channels "
             "max_images samples"
@@ -123,7 +129,7 @@ class Options:
         return found | {"block_out_channels": list(self.block_out_channels)}
 
     def model(self, arm: str) -> KLModelConfig:
-        """Return the options of an arm's network."""
+        """Return the options of an arm's network (plain, flow, or flow with fixed variance)."""
         fixed = arm == FIXED
         return KLModelConfig(
             block_out_channels=self.block_out_channels,
@@ -158,7 +164,7 @@ def train(images: Tensor, options: Options, *, arm: str, kl_weight: float, seed:
     config = PRESET.with_changes({"run": {"max_train_steps": options.updates}})
     optimizer = torch.optim.AdamW(wrapper.parameters(), weight_decay=0.0, fused=True)
     for update in range(options.updates):
-        torch.manual_seed(1_000_000 * seed + update)  # the noise of posteriors, equal in all arms
+        torch.manual_seed(1_000_000 * seed + update)  # noise of the posteriors, equal in all arms
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=PRESET.optimizer.learning_rate, config=config)
         batch = images[[next(order) for _ in range(options.batch_size)]]
@@ -179,9 +185,10 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 @torch.no_grad()
 def measured(wrapper: Any, images: Tensor, *, samples: int) -> dict[str, float]:
-    """Return PSNR and KL on images, with a fixed seed for the noise of all arms.
+    """Return PSNR and KL on images. The noise has a fixed seed, equal for all trainings.
 
-    The KL is a mean over images and samples. Its standard error is that of the sampling alone.
+    The KL is a mean over images and samples. Its standard error counts only the random samples, not
+    the choice of images.
     """
     torch.manual_seed(0)
     errors: dict[str, list[Tensor]] = {"sample": [], "mean": []}
@@ -206,7 +213,7 @@ def measured(wrapper: Any, images: Tensor, *, samples: int) -> dict[str, float]:
 def run_arm(
     images: Tensor, unseen: Tensor, options: Options, *, arm: str, kl_weight: float, seed: int
 ) -> dict[str, Any]:
-    """Train one arm at one weight, and return its measurements on unseen photos."""
+    """Train one model at one weight of the KL, and return its measurements on unseen photos."""
     start = time.process_time()
     wrapper = train(images, options, arm=arm, kl_weight=kl_weight, seed=seed)
     seconds = time.process_time() - start
@@ -223,7 +230,7 @@ def run_arm(
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each run with a flow beside the plain VAE of the same seed at the same PSNR.
+    """Compare each run with a flow with the plain VAE of the same seed, at equal PSNR.
 
     `plain_bits` is interpolated between the weights of the plain VAE: the logarithm of the bits is
     linear in the PSNR of samples. Runs outside the PSNR range of the plain VAE are left out.
@@ -273,7 +280,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Train all arms whose results are not in the file, and return all results."""
+    """Make all trainings whose results are not in the file, and return all results."""
     if unknown := [arm for arm in options.arms if arm not in (PLAIN, FLOW, FIXED)]:
         raise UserError(f"arms must be of {PLAIN}, {FLOW} and '{FIXED}' (got '{unknown[0]}').")
     result: dict[str, Any] = {"settings": options.settings(), "runs": {}}

@@ -6,10 +6,10 @@
     python benchmarks/image_anomaly.py classes --train mnist/train.parquet \
         --test mnist/test.parquet --out out
 
-`pairs` scores the images of other data sets beside normal ones that the model did not see.
-`classes` leaves out one class after the other: it trains a VAE on all other classes, and scores
-test images of all classes. Both print the AUROC of the likelihood alone and of the corrected
-likelihoods. Finished runs are kept if you run the command again.
+`pairs` scores unseen normal images, and images of other data sets. `classes` leaves out one class
+after the other: it trains a VAE on all other classes, and scores test images of all classes. Both
+commands print the AUROC of the likelihood alone and of the corrected likelihoods. Finished runs are
+kept if you run the command again.
 """
 
 import json
@@ -45,13 +45,14 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Pairs:
-    """Compare data sets under a model that exists."""
+    """Compare the likelihoods of several data sets under a trained model."""
 
     model: Path
-    """Folder of a run of `latentvae train-vae`, or of its export."""
+    """Folder that `latentvae train-vae` wrote, or the exported model in this folder."""
 
     normal: str
-    """Images of the kind that the model learned from, but not the same images."""
+    """Normal images: images of the kind that the model learned from, but not its training
+    images."""
 
     others: tuple[str, ...]
     """Data sets with images of other kinds. These images are resized to the size of the model's
@@ -103,7 +104,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Classes:
-    """Leave out one class after the other."""
+    """Train without one class after the other, and detect the images of the missing class."""
 
     train: str
     """Training images with classes."""
@@ -112,7 +113,7 @@ class Classes:
     """Test images of the same classes."""
 
     out: Path
-    """Folder for the runs and results.json."""
+    """Folder for the trainings and results.json."""
 
     preset: str = "vae_mnist"
     """Preset of `latentvae train-vae` with which all models are trained."""
@@ -121,7 +122,7 @@ class Classes:
     """Number of updates of each training."""
 
     left_out: tuple[int, ...] = tuple(range(10))
-    """Numbers of the classes to leave out, one after the other."""
+    """Numbers of the classes to leave out. Each class is left out of one training."""
 
     max_images: int = 1000
     """Largest number of test images."""
@@ -130,8 +131,8 @@ class Classes:
     """Number of latent samples for each image."""
 
     perturb_rate: float = 0.2
-    """Share (0 to 1) of the pixel values that become random in the training of background models.
-    With 0, no background models are trained."""
+    """Fraction (0 to 1) of the pixel values that become random in the training of background models
+    (models whose likelihood is subtracted). With 0, no background models are trained."""
 
     seed: int = 0
     """Seed of the trainings."""
@@ -157,7 +158,10 @@ class Classes:
         print("mean " + ", ".join(f"{n} {np.mean([r[n] for r in rows]):.3f}" for n in names))
 
     def _trained(self, label: int, perturb_rate: float) -> Path:
-        """Train without a class, unless the run exists, and return the run."""
+        """Train a VAE without the images of one class. Return the folder of the run.
+
+        A run that exists is not repeated.
+        """
         folder = self.out / f"without-{label}{'-perturbed' if perturb_rate else ''}"
         if find_likelihood_export(folder) is not None:
             return folder
@@ -178,7 +182,7 @@ def channels_of(model: Path) -> int:
 
 
 def labelled(data: str, channels: int) -> tuple[ImageSource, np.ndarray]:
-    """Return images and the numbers of their classes."""
+    """Return images and the indices of their classes."""
     source = open_items(data, pixels=PixelFormat(channels))
     found = find_labels(source, label_column=None)
     if found is None:
@@ -187,7 +191,7 @@ def labelled(data: str, channels: int) -> tuple[ImageSource, np.ndarray]:
 
 
 def write_others(data: str, folder: Path, label: int) -> None:
-    """Write the images of all other classes as PNG."""
+    """Write the images of all classes except `label` as PNG files."""
     source, labels = labelled(data, 1)
     unfinished = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -207,7 +211,7 @@ def scores_of(
     max_images: int,
     samples: int,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Return anomaly scores by correction, (N,), in nats, and the numbers of the images."""
+    """Return anomaly scores (N,) in nats for each correction, and the indices of the images."""
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f
     pixels, kept = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())
@@ -252,7 +256,7 @@ COMMANDS: dict[str, Any] = {"pairs": Pairs, "classes": Classes}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command that the first argument names."""
+    """Run the command (`pairs` or `classes`) that is given as first argument."""
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print(__doc__)

@@ -1,16 +1,17 @@
-"""Compare ways to encode and decode large images: whole, in diffusers' tiles, in exact strips.
+"""Compare ways to encode and decode large images: at once, in diffusers' tiles, in exact strips.
 
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
 Each value is measured in a new process. Memory is the rise of the process's resident memory during
-the call. In every row, `ours` is the cost (time or memory) with strips, and `reference` is the cost
-with tiles or with the whole image. `equal within` is the largest difference from the output for the
-whole image. Rows that compare with the whole image give this difference for the output of strips.
-Rows that compare with tiles give this difference for the output of tiles.
+the call. Strips are this project's way to compute large images with the same result as at once. In
+every row, `ours` is the cost (time or memory) with strips, and `reference` is the cost with tiles
+or with the whole image. `equal within` is the largest difference from the output for the whole
+image. Rows that compare with the whole image give this difference for the output of strips. Rows
+that compare with tiles give this difference for the output of tiles.
 
-The script also prints the seams of diffusers' tiles, in 8-bit levels. A seam above 2 levels is
-visible (latentvae/evaluation/tiling_check.py). diffusers does not tile images that are no larger
-than a tile, so there is no comparison with tiles at such sizes.
+The script also prints the seams of diffusers' tiles (steps of the image at tile borders), in 8-bit
+levels. A seam above 2 levels is visible (latentvae/evaluation/tiling_check.py). diffusers does not
+tile images that are no larger than a tile, so there is no comparison with tiles at such sizes.
 """
 
 import json
@@ -55,14 +56,16 @@ class Options:
     """What to measure, and where to write the results."""
 
     model: str = "sd"
-    """Folder of an AutoencoderKL, or `sd` or `kl_small`. `sd` means a network of Stable Diffusion's
-    shape, and `kl_small` a network of the shape of this preset. Both have random weights."""
+    """Folder of an AutoencoderKL, or `sd` or `kl_small`. `sd` means a network with the layers of
+    Stable Diffusion's autoencoder. `kl_small` means a network with the layers of the preset
+    kl_small. The networks of `sd` and `kl_small` have random weights."""
 
     sizes: tuple[int, ...] = (512, 1024)
     """Sides of the images in pixels."""
 
     storage: Literal["memory", "disk"] = "disk"
-    """Where the feature maps are kept while an image is computed strip by strip."""
+    """Place where feature maps are stored while an image is computed strip by strip (in bands of
+    rows)."""
 
     folder: Path | None = None
     """Folder for temporary files. Default: the system's folder for temporary files."""
@@ -91,7 +94,7 @@ def measured(options: Options) -> Iterator[Row]:
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
-    """Return the names of the ways to compute that can be measured at this image size.
+    """Return the names of the ways to compute (whole, tiles, strips) that work at this image size.
 
     diffusers tiles only images that are larger than a tile.
     """
@@ -156,7 +159,7 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
             net, inputs, computation=None if strips is None else StripComputation(strips)
         )
 
-    work(_inputs(net, call, 64))  # so that one-time allocations do not count
+    work(_inputs(net, call, 64))  # a first call, so that one-time allocations do not count
 
     # measured call
     inputs = _inputs(net, call, int(size))
@@ -170,7 +173,7 @@ def measure(model: str, call: str, way: str, size: str, folder: str, storage: An
 
 
 def _inputs(net: Any, call: str, size: int) -> Tensor:
-    """Return noise that is interpolated 8 times, so that it is smooth.
+    """Return smooth noise: random values that are enlarged 8 times by interpolation.
 
     The noise is an image in [-1, 1] for the call "encode", and a latent for the call "decode".
     """

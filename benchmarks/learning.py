@@ -7,14 +7,15 @@ A recipe is a preset, your own YAML file, a file in benchmarks/recipes, or `refe
 script, reference.py). A YAML file may name the preset that it changes: `preset: kl_small`.
 
 First, the script measures each recipe's start (the seconds before the first update) and its seconds
-per update, before and after the start of the discriminator. Do this on an idle machine. From these
-it computes how many updates fit into the given time. The script then trains every recipe with every
-seed, so the machine may do other work during the trainings. It measures the weights at several
-points of each training, on unseen images. The weights are averaged if the recipe averages them.
+per update, before and after the start of the discriminator. The machine should be idle during this
+phase. From these times, the script computes how many updates fit into the given time. The script
+then trains every recipe with every seed, for this number of updates. So the machine may do other
+work during the trainings. The script measures the weights at several points of each training, on
+unseen images. The weights are averaged if the recipe averages them.
 
-The script writes the JSON file and a plot beside it (learning.png). If you run the same command
-again, it keeps what is measured and trained. It continues an interrupted training of a preset, and
-starts an interrupted `reference` anew.
+The script writes the JSON file and, in the same folder, a plot (learning.png). If you run the same
+command again, the script keeps finished measurements and trainings. The script continues an
+interrupted training of a preset. It starts an interrupted `reference` from the beginning.
 """
 
 import bisect
@@ -64,21 +65,21 @@ METRICS = {"psnr": "PSNR (dB), higher is better", "lpips_alex": "LPIPS (alex), l
 
 @dataclass(frozen=True)
 class Options:
-    """Which recipes to train, on what, and for how long."""
+    """Options: which recipes (configs) to train, on which images, and for how long."""
 
     recipes: tuple[str, ...] = ("no_disc", REFERENCE)
-    """Recipes to train: names of presets, your own YAML files, names of files in
-    benchmarks/recipes, or `reference` (the plain script reference.py)."""
+    """Recipes (configs of trainings) to compare: names of presets, your own YAML files, names of
+    files in benchmarks/recipes, or `reference` (the plain script reference.py)."""
 
     data: str = "samples"
     """Folder of training images."""
 
     validation_data: str | None = None
-    """Folder of unseen images. Default: a part of the training images that is not trained on."""
+    """Folder of unseen images. By default, a part of the training images is held out."""
 
     minutes: float = 45.0
-    """Training time in minutes for each recipe and seed. It includes the seconds before the first
-    update."""
+    """Training time in minutes for each recipe and seed. This time includes the seconds before the
+    first update."""
 
     seeds: tuple[int, ...] = (0,)
     """Seeds of the trainings. Each recipe is trained once with each seed."""
@@ -94,13 +95,15 @@ class Options:
     Default: twice the resolution of the training."""
 
     points: int = 6
-    """Number of points on each curve, evenly spread over the updates."""
+    """Number of points on each learning curve, at equal distances in updates."""
 
     threads: int = 2
-    """Number of CPU threads while the speed is measured. The trainings share this many threads."""
+    """Number of CPU threads. All of them are used while the speed is measured. Trainings that run
+    at the same time share them."""
 
     jobs: int = 1
-    """Number of trainings that run at the same time. The threads are divided among them."""
+    """Number of trainings that run at the same time. The CPU threads are divided among these
+    trainings."""
 
     speed_updates: int = 40
     """Number of updates for the measurement of the speed. The first 10 are not timed."""
@@ -108,7 +111,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Speed:
-    """The time that a recipe needs on an idle machine, in seconds."""
+    """The time that a recipe (a set of training options) needs on an idle machine, in seconds."""
 
     start: float
     """Seconds from the start of the program to the first update."""
@@ -135,15 +138,20 @@ class Speed:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe to train. `values` are its options by section, or None for the plain script."""
+    """A recipe: the options of a training, or the plain script.
+
+    `values` is a dict from sections to options, or None for the plain script.
+    """
 
     name: str
     values: dict[str, Any] | None
 
     def config(self, updates: int | None = None) -> TrainConfig:
-        """Return all options, for a training of so many updates. The plain script has kl_small's.
+        """Return all options for a training of `updates` updates.
 
-        Options that are a share of the run depend on the number of updates.
+        For the plain script, the options are those of the preset kl_small.
+
+        Options that are shares of the training length depend on the number of updates.
         """
         if self.values is None:
             return load_preset("kl_small")
@@ -179,7 +187,7 @@ def read_recipe(name: str) -> Recipe:
 
     values = _read_sections(path)
     if (preset := values.pop("preset", None)) is not None:
-        load_preset(preset)  # raises an error if there is none
+        load_preset(preset)  # raises an error if there is no such preset
         values = _merged(_read_sections(presets_folder() / f"{preset}.yaml"), values)
     recipe = Recipe(path.stem, values)
     recipe.config()  # raises an error if a value is wrong
@@ -204,7 +212,7 @@ def _nested(value: Any) -> bool:
 
 
 class Trainings:
-    """Times and trains recipes in processes of their own. Each has a folder in `options.out`."""
+    """Times and trains recipes in new processes. Each recipe has a folder in `options.out`."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -278,7 +286,7 @@ class Trainings:
         return folder
 
     def points(self, updates: int) -> list[int]:
-        """Return the updates at which the weights are saved, for a run of so many updates."""
+        """Return the updates at which the weights are saved, for a run of `updates` updates."""
         step = max(1, updates // self.options.points)
         return [*range(step, updates - step // 2, step), updates]
 
@@ -342,7 +350,10 @@ class Measurements:
     def curve(
         self, recipe: Recipe, folder: Path, updates: int, *, seed: int
     ) -> list[dict[str, float]]:
-        """Return the metrics of a run's weights at each point, saved for the next command."""
+        """Return the metrics of a run's weights at each saved update.
+
+        Keep the metrics in a file.
+        """
         path = folder / "curve.json"
         saved = json.loads(path.read_text()) if path.exists() else {}
         measured_on = [self.options.validation_data, self.options.resolution]
@@ -369,7 +380,7 @@ class Measurements:
                     "train_data_dir": self.options.data,
                     "validation_data_dir": self.options.validation_data,
                 },
-                "run": {"seed": seed},  # decides which images are held out
+                "run": {"seed": seed},  # the seed decides which images are held out
             }
         )
         _, images = open_data(config)

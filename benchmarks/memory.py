@@ -4,12 +4,11 @@
     python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
 
 The script needs no GPU and little memory. It makes the same updates as a real run, in the precision
-of the preset. The updates include
-the model, LPIPS, the discriminator, both optimizers and the moving average of the weights. All
-tensors are torch's fake tensors, which have shapes, dtypes and lifetimes but no values. A tracker
-adds up the sizes of all tensor storages in use, and records the largest sum. The script makes two
-updates, because the optimizers have their state only after the first update. The discriminator
-learns from the start.
+of the preset. The memory of an update includes that of the model, LPIPS, the discriminator, both
+optimizers and the moving average of the weights. All tensors are torch's fake tensors, which have
+shapes, dtypes and lifetimes but no values. A tracker adds up the sizes of all tensor storages in
+use, and records the largest sum. The script makes two updates, because the optimizers have their
+state only after the first update. The discriminator learns from the start.
 
 Autocast on a GPU computes normalisation layers in float32, but autocast on a CPU does not. So
 `--device cuda`, the default, casts the inputs of these layers to float32. Only tensors are counted.
@@ -59,10 +58,10 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Options:
-    """What to compute, and where to write the results."""
+    """Options: which presets to compute, in which way, and where to write the results."""
 
     presets: tuple[str, ...] = ()
-    """Names of presets. Default: all presets."""
+    """Names of presets whose memory is computed. Default: all presets."""
 
     batch_sizes: tuple[int, ...] = ()
     """Numbers of images per process and micro-step (forward and backward pass). Default: the
@@ -79,7 +78,7 @@ class Options:
     """Recompute activations in the backward pass. This needs less memory and more time."""
 
     device: Device = "cuda"
-    """Device whose behaviour in autocast is imitated."""
+    """Type of device. The computed memory is that of autocast on this type of device."""
 
     json: Path | None = None
     """JSON file to write the results to."""
@@ -90,7 +89,7 @@ class Peak:
     """The result for one preset: the peak memory of a training update.
 
     Attributes:
-        batch_size: images per process and micro-step.
+        batch_size: number of images per process in one forward pass.
         gib: peak memory in GiB.
         fixed_gib: GiB in use before the forward pass: weights, their average and the optimizers'
             state.
@@ -107,8 +106,8 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
     """Return the peak memory of `UPDATES` updates and the memory in use between updates, in bytes.
 
     Args:
-        config: options of the run. `train_batch_size` is the number of images of a micro-step.
-        device: device whose behaviour in autocast is imitated.
+        config: options of the run. `train_batch_size` is the number of images in one forward pass.
+        device: device whose autocast rules are imitated.
         fake: use fake tensors. False uses real tensors on the CPU, to check this computation.
     """
     with ExitStack() as stack:
@@ -138,8 +137,8 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
 class _LivingStorages(TorchDispatchMode):
     """Adds up the bytes of all tensor storages that exist now, and records the largest sum.
 
-    `torch.distributed._tools.mem_tracker` does the same. But its hooks on parameters fail in the
-    `torch.autograd.grad` that computes the adaptive weight.
+    `torch.distributed._tools.mem_tracker` does the same. But the hooks of that module fail in the
+    call of `torch.autograd.grad` that computes the adaptive weight.
     """
 
     def __init__(self) -> None:
@@ -248,7 +247,8 @@ def _norms_in_float32() -> Iterator[None]:
 def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
     """Return the options of a preset, with a discriminator that learns from the start.
 
-    The network has random weights, because a linear start needs memory before the first update.
+    The network has random weights, because a linear start (`--init linear`) needs memory before the
+    first update.
     """
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}

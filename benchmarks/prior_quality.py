@@ -1,4 +1,4 @@
-"""Measure the samples of priors beside real photos, reconstructions and independent tokens.
+"""Compare the samples of priors with real photos, reconstructions and independent tokens.
 
     python benchmarks/prior_quality.py --priors runs/prior0 runs/prior1 runs/prior2 \
         --data imagenette/train --unseen imagenette/val --json prior.json
@@ -9,17 +9,20 @@
 The columns of the table:
 
 - kd: kernel distance to the unseen photos, the unbiased MMD^2 of (x . y / D + 1)^3. The features
-  are relu5_3 of LPIPS' VGG16, so this is no FID. Lower is better.
-- class: share of the images whose class is the intended one. Ten nearest training photos vote, with
-  the same features (`class vgg`) or with the tokenizer's features (`class codes`).
-- near: median distance to the nearest training photo, divided by the same median of
-  reconstructions of the unseen photos. A value well below 1 means copies.
-- copies: share of the images that are nearer to a training photo than 99 % of these
-  reconstructions. About 0.01 is normal.
+  are relu5_3 of LPIPS' VGG16, so this distance is not an FID. Lower is better.
+- class: share of the images whose class is the intended one. The ten nearest training photos vote
+  for the class, with the same features (`class vgg`) or with the tokenizer's features (`class
+  codes`).
+- near: median distance of the images to the nearest training photo. This is divided by the same
+  median for reconstructions of the unseen photos. A value far below 1 means that the images are
+  copies of training photos.
+- copies: share of the images that are nearer to a training photo than 99 % of the reconstructions
+  of the unseen photos. Without copies, this share is about 0.01.
 
-Rows beside the priors: real training photos, their reconstructions, and tokens drawn independently
-with the frequencies of the training tokens (unigram). Samples have all classes equally often.
-Several priors, such as those of several seeds, get a row each, a mean and a standard deviation.
+The table also has rows for real training photos, their reconstructions, and tokens drawn
+independently with the frequencies of the training tokens (unigram). Samples have all classes
+equally often. Several priors, such as those of several seeds, get a row each, a mean and a standard
+deviation.
 """
 
 import json
@@ -56,11 +59,11 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Options:
-    """Which priors to measure, on what."""
+    """Options: which priors to measure, and on which images."""
 
     priors: tuple[str, ...]
-    """Priors to measure: folders of exports or runs, such as runs with several seeds. All priors
-    must have the same tokenizer."""
+    """Priors to measure: output folders of `latentvae train-prior`, such as trainings with several
+    seeds, or exported models. All priors must have the same tokenizer."""
 
     data: str
     """Folder of the training photos, in one folder per class."""
@@ -69,7 +72,7 @@ class Options:
     """Folder of photos that neither the prior nor its tokenizer learned from."""
 
     num: int = 1000
-    """Number of samples of each prior."""
+    """Number of images that are sampled from each prior."""
 
     guidance: float = 1.0
     """Weight of classifier-free guidance. 1 is no guidance. Larger values give samples that fit
@@ -79,7 +82,8 @@ class Options:
     """Divide the logits by this number. Values below 1 prefer likely tokens."""
 
     top_k: int = 0
-    """Draw each token from this many most likely codes only. 0 draws from all codes."""
+    """Draw each token only from this many codes, which are the most likely ones. With 0, each token
+    is drawn from all codes."""
 
     seed: int = 0
     """Seed of the samples."""
@@ -93,7 +97,7 @@ class Images:
     """Features and codes of a set of images, and their classes.
 
     Attributes:
-        vgg: (N, 512). codes: (N, D h w). classes: (N,).
+        vgg, codes, classes: VGG16 features (N, 512), tokenizer's features (N, D h w), classes (N,).
     """
 
     vgg: Tensor
@@ -166,7 +170,8 @@ def measured(images: Images, train: Images, own: Images) -> dict[str, float]:
     """Return the classes of images, and how near they are to training images.
 
     Args:
-        own: reconstructions of the unseen photos, which are no copies of training photos.
+        own: reconstructions of the unseen photos, which are certainly not copies of training
+            photos.
     """
     found = {}
     for name in ("vgg", "codes"):

@@ -1,7 +1,7 @@
 """Define pairs of quantisers with equal settings, from this package and vector-quantize-pytorch.
 
-Both quantisers of a pair have the same methods. tokenizer_quality.py trains
-networks with these pairs.
+The two quantisers of a pair have the same methods. tokenizer_quality.py trains networks with these
+pairs.
 
 `B` batch, `D` code width, `h w` latent positions, `K` codes, `L` levels, `N` vectors.
 """
@@ -97,7 +97,7 @@ KINDS: dict[Name, Kind] = {
     "simvq": Kind(
         {"type": "simvq", "num_codes": 1024, "code_channels": 64},
         {"commitment": COMMITMENT, "codebook": 1.0},
-        lambda _: SimVQ(64, 1024, rotation_trick=False),  # has the same loss weights by default
+        lambda _: SimVQ(64, 1024, rotation_trick=False),  # its default loss weights equal ours
         _same_codes,
     ),
 }

@@ -13,9 +13,9 @@ compared:
 - vector-quantize-pytorch's `VectorQuantize`
 
 First, the script counts the vectors for which two quantisers choose the same code. For all other
-vectors, both codes must be almost equally near: their distances in float64 differ by less than 1e-5
-of the distance. Then the quantisers are timed in turns. The peak memory is the rise of the resident
-memory of a new process during the call.
+vectors, both chosen codes must be almost equally near to the vector: their distances in float64
+differ by less than 1e-5 of the distance. Then the quantisers are timed alternately. The peak memory
+is the rise of the resident memory of a new process during the call.
 """
 
 import json
@@ -58,14 +58,14 @@ Quantise = Callable[[Tensor], Tensor]  # features (1, D, 128, 128) -> indices (N
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure, and where to write the results."""
+    """Options: how to measure, and where to write the results."""
 
     json: Path | None = None
     """JSON file to write the results to."""
 
     runs: int = 5
-    """Number of timed runs of each quantiser, after one untimed run. The runs of the quantisers
-    alternate."""
+    """Number of timed runs of each quantiser, after one untimed run. The runs of different
+    quantisers alternate."""
 
     threads: int = 2
     """Number of CPU threads."""
@@ -140,7 +140,7 @@ def peak(size: str, name: str) -> int:
     """Return the bytes that one call needs in addition to those that the process already uses."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
-    quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count
+    quantise(features[:, :, :1, :1].contiguous())  # one-time allocations do not count
     Path("/proc/self/clear_refs").write_text("5")  # resets the system's peak
     before = psutil.Process().memory_info().rss
     quantise(features)
@@ -156,7 +156,7 @@ def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
-    """Return for each quantiser the seconds of all its runs. The quantisers run in turns."""
+    """Return for each quantiser the seconds of all its runs. The quantisers run alternately."""
     seconds: dict[str, list[float]] = {name: [] for name in quantisers}
     for run in range(runs + 1):
         for name, quantise in quantisers.items():

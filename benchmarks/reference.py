@@ -55,7 +55,9 @@ LOG_STEPS = 10
 
 
 class CentreCrops(Dataset[Tensor]):
-    """A dataset of centre crops. Before, each image's shorter side is resized to the resolution.
+    """A dataset of centre crops.
+
+    Each image is first resized, so that its shorter side equals the resolution.
 
     The resize filter is bilinear, which is torchvision's default.
     """
@@ -92,14 +94,16 @@ class Options:
     """Number of updates."""
 
     validation_data_dir: str | None = None
-    """Folder of unseen images. By default, the script does not train on the images that
-    `train_kl.py` would hold out."""
+    """Folder of unseen images. By default, the script holds out the same images for validation as
+    `train_kl.py` does."""
 
     save_every: int = 500
-    """Number of updates between saves of the weights. The last update is always saved."""
+    """Number of updates from one save of the weights to the next. The weights are also saved after
+    the last update."""
 
     seed: int = 0
-    """Seed of weights, image order and held-out images."""
+    """Seed of the initial weights, of the order of the images, and of the choice of held-out
+    images."""
 
 
 def train_reference(
@@ -161,7 +165,7 @@ def _endless(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
 
 def run(options: Options) -> None:
     """Train the plain script's network, and save its weights."""
-    # images and network, as `kl_small` has them
+    # images and network, as in the preset `kl_small`
     keep_freed_memory(torch.device("cpu"))
     config = load_preset("kl_small").with_changes(
         {

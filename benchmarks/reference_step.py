@@ -19,8 +19,8 @@ update, they do the following:
    discriminator sees images and reconstructions. The reconstructions are not detached, so the
    backward pass of the discriminator's loss goes through the whole model. The gradients of the
    model are then deleted.
-2. "diffusers mended" corrects two faults of "diffusers as-is". The discriminator is frozen in the
-   model's step, and the model has no autograd graph in the discriminator's step.
+2. "diffusers mended" corrects two faults of "diffusers as-is". In the model's step, the
+   discriminator is frozen. In the discriminator's step, the model has no autograd graph.
 3. "taming" is like "diffusers mended", but with two optimisers of Lightning. In each step,
    Lightning freezes the parameters of the other network. LPIPS is also computed in the
    discriminator's step.
@@ -33,8 +33,8 @@ all of them compute the same gradient. All references have the following in comm
 - torch's default AdamW, diffusers' default `EMAModel`, clipping to norm 1, and float32
 
 Each reference reads as many values for the log as its script does. Losses are sums over pixels in
-diffusers' script and means in taming's. `ReferenceStep.scale` is the ratio of a script's losses to
-this project's losses.
+diffusers' script, and means over pixels in taming's script. `ReferenceStep.scale` is the ratio of a
+script's losses to this project's losses.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -72,7 +72,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Script:
-    """The properties in which the scripts differ (see the docstring of the module).
+    """The properties of the training step in which the public scripts differ.
 
     Attributes:
         summed: the script's losses are sums over pixels instead of means.
@@ -103,7 +103,8 @@ class ReferenceStep:
             same weights.
         lpips: the frozen LPIPS network.
         weights: weights of the loss terms.
-        autocast: run both steps in bfloat16 autocast. None of the scripts does this correctly.
+        autocast: run both steps in bfloat16 autocast. The scripts themselves do not do this
+            correctly.
         stock: use the layers of torch and diffusers, as the scripts do. False keeps the layers of
             `net`.
     """
@@ -123,7 +124,7 @@ class ReferenceStep:
         self.script, self.weights = script, weights
         self.net: Any = copy.deepcopy(net)
         self.lpips = copy.deepcopy(lpips)
-        if stock:  # this project's runs replace some layers by faster ones
+        if stock:  # this project's runs replace some layers by faster layers
             restore_stock_layers(self.net)
             restore_stock_layers(self.lpips.to(memory_format=torch.contiguous_format))
         self.discriminator = copy.deepcopy(discriminator)
@@ -154,7 +155,7 @@ class ReferenceStep:
         self.optimizer.zero_grad(set_to_none=False)
 
     def scale(self, images: Tensor) -> float:
-        """Return how many times larger the script's loss is than this project's."""
+        """Return the factor by which the script's loss is larger than this project's loss."""
         return float(images[0].numel()) if self.script.summed else 1.0
 
     def backward_model(self, images: Tensor) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
     python benchmarks/semi_supervised.py --train digits --test digits_test --json out.json
 
-For each seed, the script keeps some labels of each class, drawn at random, fits every classifier on
-all training images, and counts its errors on the test images. It also fits a logistic regression
-on the labelled images alone, to show what the other images add.
+For each seed, the script keeps the labels of a few images of each class, drawn at random. It fits
+every classifier on all training images, and counts its errors on the test images. It also fits a
+logistic regression on the labelled images alone, to show how much the images without labels help.
 """
 
 import json
@@ -32,10 +32,10 @@ KINDS: dict[str, Any] = {"m1": M1Classifier, "m2": M2Classifier, "m1m2": M1M2Cla
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options: which classifiers to measure, and on which images."""
 
     train: str
-    """Training images: a folder with a folder per class, or a table."""
+    """Training images: a folder that has one folder per class, or a table."""
 
     test: str
     """Test images of the same classes."""
@@ -47,17 +47,19 @@ class Options:
     """Height and width of the images in pixels."""
 
     labels_per_class: int = 10
-    """Number of labels of each class that the classifiers see."""
+    """Number of training images of each class whose labels the classifiers get. All other training
+    images are used without labels."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds. For each seed, labels are drawn at random and every classifier is fitted once."""
+    """Seeds of the measurements. For each seed, the labelled images are drawn at random and every
+    classifier is fitted once."""
 
     classifiers: tuple[str, ...] = ("m1", "m2", "m1m2")
-    """Classifiers to fit, out of m1, m2 and m1m2."""
+    """Classifiers to fit: some of m1, m2 and m1m2 (arXiv:1406.5298)."""
 
     vae: str | None = None
-    """Export of `latentvae train-vae` whose VAE the classifiers m1 and m1m2 use. By default, they
-    train a VAE themselves."""
+    """Exported VAE of `latentvae train-vae`, which the classifiers m1 and m1m2 use. By default,
+    these classifiers train their own VAE."""
 
     options: str = "{}"
     """Other options of the classifiers as JSON, such as '{"epochs": 50}'."""

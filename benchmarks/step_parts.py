@@ -6,7 +6,8 @@ Each part of an update is timed alone. `torch.utils.flop_counter` counts the flo
 operations of the part's convolutions, matrix products and attention. It does not count the
 operations of normalisation and activation layers. The machine's peak speed is the higher speed of
 two operations in the same precision: a product of 4096 x 4096 matrices, and a 3 x 3 convolution of
-256 channels. If the speed of a part is near the peak, only fewer operations can save time.
+256 channels. If the speed of a part is near the peak, this part can become faster only by fewer
+operations.
 """
 
 import sys
@@ -34,7 +35,7 @@ from latentvae.tasks.autoencoder.backward import backward_discriminator
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options: sizes and precisions to measure, and number of timed runs."""
 
     resolution: tuple[int, ...] = (64,)
     """Sides of the images in pixels."""
@@ -43,8 +44,8 @@ class Options:
     """Precisions to measure. bf16 means bfloat16 autocast."""
 
     runs: int = 3
-    """Number of timed runs of each part, after one untimed run in which the operations are
-    counted."""
+    """Number of timed runs of each part of an update. One untimed run, in which the operations are
+    counted, comes before them."""
 
     threads: int | None = None
     """Number of CPU threads. Default: all cores."""
@@ -52,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of an update: its name, its median seconds, its floating-point operations."""
+    """A part of an update: name, median seconds, and number of floating-point operations."""
 
     name: str
     seconds: float

@@ -4,11 +4,11 @@
 
 Without `--model`, the script trains a network of Stable Diffusion's shape for some updates. The
 reference runs the network in float32 on the whole image, without compilation. The script compares
-the reference with other ways to run the network. Ways of `latentvae.load` are `exact`, `fast`,
-`openvino` and `strips`. Ways of diffusers are `tiled`, `cast` (to bfloat16) and `compiled` (by
-torch). The calls of each way alternate with those of the reference. Whether a process keeps memory
-that it frees is a setting of the whole process (`latentvae.compute.memory`). So each way and the
-reference run in processes of their own.
+the reference with other ways to run the network. The ways `exact`, `fast`, `openvino` and `strips`
+are modes of `latentvae.load`. The ways `tiled`, `cast` (to bfloat16) and `compiled` (by torch) use
+diffusers. The calls of each way alternate with calls of the reference. Whether a process keeps
+memory that it frees is a setting of the whole process (`latentvae.compute.memory`). So each way and
+the reference run in separate processes.
 
 `equal_within` is the largest difference from the output of the reference: of latents, or of pixels
 in [-1, 1]. Peak memory is the memory of a call, without the memory of the network's weights.
@@ -45,16 +45,17 @@ class Options:
     """JSON file to write the results to."""
 
     model: str | None = None
-    """Folder or Hub id of an autoencoder. By default, the script trains a network of Stable
-    Diffusion's shape for `updates` updates."""
+    """Folder or Hub id of an autoencoder. By default, the script itself trains a network with the
+    layers of Stable Diffusion's autoencoder (see channels and updates)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    """Number of channels of each level of the network that the script trains."""
+    """Number of channels of each level of the network that the script trains, if `model` is not
+    given."""
 
     updates: int = 30
-    """Number of updates of the network that the script trains, on two sample photos at 64 px.
-    Without updates (0), the weights are random. bfloat16 is then too inexact, and `fast` falls back
-    to float32."""
+    """Number of updates with which the script trains the network, if `model` is not given. Training
+    uses two sample photos at 64 px. With 0, the weights stay random. With random weights, bfloat16
+    is too inexact, so the mode `fast` computes in float32."""
 
     sizes: tuple[int, ...] = (256, 512, 1024)
     """Sides of the images in pixels."""
@@ -63,15 +64,16 @@ class Options:
     """Number of images per call."""
 
     ways: tuple[str, ...] = ()
-    """Ways to run the network (see the text above), each of which is compared with the reference.
-    Default: all ways whose packages are installed."""
+    """Names of the ways to run the network, such as exact, fast or tiled (see the text above). Each
+    way is compared with the unchanged network in float32 (the reference). Default: all ways whose
+    packages are installed."""
 
     runs: int = 5
-    """Number of timed calls of each way, after two untimed calls. These calls alternate with those
-    of the reference."""
+    """Number of timed calls of each way to run the network, after two untimed calls. These calls
+    alternate with calls of the unchanged network (the reference)."""
 
     memory: bool = True
-    """Also measure peak memory."""
+    """Also measure the peak memory of each call."""
 
     threads: int | None = None
     """Number of CPU threads. Default: all cores."""
@@ -80,15 +82,15 @@ class Options:
     """Device to run on: cpu or cuda."""
 
     quick: bool = False
-    """Make a short measurement: only `exact` and `fast`, at the first size (256 px), with three
-    runs and without memory."""
+    """Make a short measurement: only the ways `exact` and `fast`, only the first size (256 px),
+    three timed calls, and no memory."""
 
 
 def checked(options: Options) -> Options:
     """Return the options, with the defaults of `quick` and `ways` filled in.
 
     Raises:
-        UserError: a name in `ways` is not the name of a way.
+        UserError: `ways` contains an unknown name.
     """
     if options.quick:
         ways = options.ways or ("exact", "fast")
@@ -104,7 +106,7 @@ def checked(options: Options) -> Options:
 def measure(options: Options) -> Iterator[Row]:
     """Yield the rows of each image size: first rows of time, then rows of peak memory."""
     compared = compare(options)
-    release_freed_memory()  # so that the new processes can use this memory
+    release_freed_memory()  # new processes can use this memory
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):
@@ -122,10 +124,10 @@ def measure(options: Options) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """The difference of a way's output from the output of the stock network.
+    """The difference between the output of a way to run the network and that of plain diffusers.
 
     Attributes:
-        way: name of the way. If the way falls back to another one, also the name of that way.
+        way: name of the way. If the way falls back to another way, the name of that way is added.
         precision: `"fp32"` or `"bf16"`.
         side: side of the images in pixels.
         largest: largest absolute difference of the outputs.
@@ -197,7 +199,7 @@ def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
 
 
 def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, options: Options) -> Row:
-    """Time one call of a way and of the stock network in turns. Print the speed, return the row."""
+    """Time a call of a way and of plain diffusers alternately. Print the speed, return the row."""
     _, call, name = key
     seconds = alternate(
         {"stock": partial(stock, call, found.side), name: partial(way, call, found.side)},

@@ -1,4 +1,4 @@
-"""Time calls in turns, and print and save the results. All benchmarks share this module.
+"""Time calls alternately, and print and save the results. All benchmarks use this module.
 
 Absolute times depend on the load of the machine. But the load slows two calls about equally if they
 run one after the other. So each round of calls gives a ratio of their times. The median, minimum
@@ -41,7 +41,7 @@ class Row:
             reference / ours. A ratio above 1 means that ours is better.
         runs: number of rounds.
         equal_within: the largest difference between the outputs of both calls, as the benchmark
-            defines it. None if the outputs are not meant to be equal.
+            defines this difference. None if the outputs are not meant to be equal.
     """
 
     name: str

@@ -18,20 +18,20 @@ Both arms have the following in common:
 The following differs, because the packages define it differently:
 
 - A code counts as unused if the moving average of its use is too low. Our limit is 6% of the mean
-  use. Our average covers the time in which a code at this limit is used once. Their limit is 2%,
-  and their average has a decay of 0.8. In both packages, an unused code restarts after 17 updates
-  of K vectors.
-- Their learned codebook has one weight for both the commitment loss and the codebook loss. Our
-  quantiser gets this weight for each of these losses.
-- With cosine distance, their codes can only be moving averages. So our codes are moving averages
-  too.
-- In their residual quantiser, each level passes the decoder's gradient to the features. Ours passes
-  this gradient to the features only once.
+  use. Our average covers about the time in which a code at this limit is used once. The limit of
+  vector-quantize-pytorch is 2%, and its average has a decay of 0.8. In both packages, an unused
+  code restarts after 17 updates of K vectors.
+- In vector-quantize-pytorch, a learned codebook has one weight for both the commitment loss and the
+  codebook loss. Our quantiser gets this weight for each of these losses.
+- With cosine distance, the codes of vector-quantize-pytorch can only be moving averages. So our
+  codes are moving averages too.
+- In the residual quantiser of vector-quantize-pytorch, each level passes the decoder's gradient to
+  the features. Our residual quantiser passes this gradient to the features only once.
 - The moving averages start with the counts of k-means. Our quantiser scales these counts to the
   number of vectors in an update.
 
 Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. The
-speeds of both arms are measured in turns. All times are CPU times, so other work on the machine
+speeds of both arms are measured alternately. All times are CPU times, so other work on the machine
 hardly changes them.
 """
 
@@ -87,20 +87,21 @@ class Options:
     """Folder of unseen images."""
 
     json: Path
-    """JSON file for the results. A network whose results are in this file is not trained again."""
+    """JSON file for the results. If the file already has the results of a network, this network is
+    not trained again."""
 
     quantizers: tuple[Name, ...] = tuple(KINDS)
-    """Quantisers to compare with the ones of vector-quantize-pytorch."""
+    """Quantisers of this package to compare with the same quantisers in vector-quantize-pytorch."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the trainings. For each quantiser and seed there are two trainings, one with our
-    quantiser and one with theirs."""
+    """Seeds of the trainings. For each quantiser and seed there are two trainings: one with this
+    package's quantiser, and one with that of vector-quantize-pytorch."""
 
     updates: int = 300
     """Number of updates of each training."""
 
     minutes: float | None = None
-    """Time of each training in CPU minutes. This option replaces `updates`."""
+    """Time of each training in CPU minutes. If you give this option, `updates` has no effect."""
 
     resolution: int = 64
     """Side of the images in pixels."""
@@ -109,24 +110,25 @@ class Options:
     """Number of images per update."""
 
     channels: int = PRESET.model.shape()["block_out_channels"][0]
-    """Number of channels of the network's first level. The ratios between the levels are those of
-    the preset."""
+    """Number of channels of the network's first level. The other levels have as many times more
+    channels as in the preset vq_small."""
 
     speed_updates: int = 10
-    """Number of updates with each of the two quantisers in the measurement of speed. The updates
-    with our quantiser alternate with the updates with theirs."""
+    """Number of updates with each of the two quantisers in the measurement of speed. Updates with
+    this package's quantiser alternate with updates with the quantiser of
+    vector-quantize-pytorch."""
 
     threads: int = 1
     """Number of CPU threads."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that must be equal for all arms in one JSON file."""
+        """Return the options that must be equal for all trainings (arms) in one JSON file."""
         names = "data validation_data updates minutes resolution batch_size channels threads"
         return {name: getattr(self, name) for name in names.split()}
 
 
 class Training:
-    """Trains the network of one arm."""
+    """Trains a network with our quantiser or with that of vector-quantize-pytorch (an arm)."""
 
     def __init__(
         self, name: Name, arm: Arm, *, seed: int, images: Tensor, options: Options, updates: int
@@ -185,7 +187,7 @@ class Training:
 def _network(
     kind: Kind, arm: Arm, *, seed: int, vectors: int, channels: int
 ) -> DiscreteAutoencoder:
-    """Return the preset's network with the quantiser that the arm uses.
+    """Return the preset's network with our quantiser, or with that of vector-quantize-pytorch.
 
     Args:
         vectors: number of vectors in an update.
@@ -258,7 +260,7 @@ def measured(net: DiscreteAutoencoder, images: Tensor) -> dict[str, float]:
 
 
 class Comparison:
-    """Trains all arms, and stores their results in a JSON file."""
+    """Makes all trainings (arms), and stores their results in a JSON file."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -279,7 +281,7 @@ class Comparison:
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
-        """Measure the arms' speeds, and train all arms whose results are not in the file."""
+        """Measure the speed of all trainings, and make those whose results are not in the file."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:
@@ -345,7 +347,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per quantiser and metric, with means over the seeds that both arms have.
 
     `spread` is the range of an arm's values over the seeds: the largest value minus the smallest.
-    Of both arms' ranges, the larger is used.
+    An arm is the trainings with one of the two packages. The larger range of the two arms is used.
     """
     found: list[dict[str, Any]] = []
     for name in KINDS:

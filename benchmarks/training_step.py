@@ -8,12 +8,12 @@ and gradients. They are called references.
 
 First, losses and gradients are compared, to show that they are equal. This project and the
 references start with equal weights and equal posterior noise. The gradients of the discriminator
-are compared on the same reconstruction. `equal_within` is the largest relative difference. For
+are computed from the same reconstruction. `equal_within` is the largest relative difference. For
 gradients, it is the norm of the difference between the vectors of all gradients, divided by the
 norm of the expected vector. For the adversarial loss, it is the absolute difference, because this
 loss is a mean of logits near 0.
 
-Then this project and a reference make updates in turns, each in its own process, as in real
+Then this project and a reference make updates alternately, each in its own process, as in real
 training. This project's updates are the functions that `train` calls, with all logging and with the
 memory settings of `train`. In rows named bf16, this project uses bf16 autocast and the references
 use float32, because the scripts do not use bf16 correctly. In rows named `bf16 both`, the
@@ -73,11 +73,11 @@ class Options:
     """Number of channels of the discriminator's first layer."""
 
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Precisions of this project's update. bf16 means bfloat16 autocast."""
+    """Precisions in which this project's update is measured. bf16 means bfloat16 autocast."""
 
     runs: int = 5
-    """Number of timed updates of this project and of each script, after three untimed updates. The
-    updates of the project and the script alternate."""
+    """Number of timed updates of this project and of each script that it is compared with, after
+    three untimed updates. Updates of this project and of the script alternate."""
 
     threads: int | None = None
     """Number of CPU threads. Default: all cores."""
@@ -86,11 +86,12 @@ class Options:
     """Device to run on: cpu or cuda."""
 
     bf16_references: bool = False
-    """Add rows in which the scripts also run in bf16 autocast."""
+    """Measure the scripts that this project is compared with also in bf16 autocast, in additional
+    rows."""
 
     peer_script: Path | None = None
-    """Folder of a clone of CompVis/taming-transformers. The script then also measures an update
-    with the loss module of this clone."""
+    """Folder of a clone of the repository CompVis/taming-transformers. If you give this folder, an
+    update with the loss module of that repository is also measured."""
 
     quick: bool = False
     """Make a short measurement at 64 px only, with half the channels and three runs."""
@@ -178,9 +179,9 @@ def photos(resolution: int, count: int) -> Tensor:
 
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
-    """Return the largest relative difference between our losses and gradients and a reference's.
+    """Return the largest relative difference of losses and gradients between us and a reference.
 
-    The weights of both must be equal.
+    Both must have the same weights.
     """
     # losses of the model, with equal noise
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)

@@ -1,16 +1,18 @@
-"""Compare an update of our VAE and IWAE with pythae's, on the same network, images and weights.
+"""Compare a training update of our VAE and IWAE with that of pythae.
 
     pip install --no-deps --target peers pythae==0.1.2
     PYTHONPATH=peers python benchmarks/vae_peers.py --data mnist/train.parquet --json out.json
 
-Both have the dense network of Burda et al. (784-200-200-50) and Adam. The script
+Both packages train the dense network of Burda et al. (784-200-200-50) by Adam, on the same images.
+The script
 
-- copies our weights into pythae's network and compares the mean bound of the same images. Each
-  estimate has its standard error, because the latents are drawn separately. The IWAE's value is the
-  weighted mean of ln w, which is what pythae reports. It is above the importance-weighted bound.
-- times updates of both in alternation, in rounds, and reports the median ratio of pythae's time to
-  ours, with minimum and maximum. An update is a forward pass, a backward pass and Adam. Making the
-  batch is not part of it.
+- copies our weights into pythae's network and compares the mean bound of the same images. Each mean
+  has a standard error, because the two packages draw different latents. For the IWAE, the compared
+  value is the weighted mean of ln w, which pythae reports. This value is above the
+  importance-weighted bound.
+- times updates of both packages alternately, in rounds. It reports the median, minimum and maximum
+  ratio of pythae's time to our time. An update is a forward pass, a backward pass and Adam. The
+  time to make the batch does not count.
 """
 
 import importlib
@@ -34,7 +36,7 @@ from latentvae.tasks.likelihood.images import binary, read_all
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and how often."""
+    """Options: on which images to measure, and how often."""
 
     data: str
     """Images of digits, in any form that --train_data_dir takes."""
@@ -43,19 +45,19 @@ class Options:
     """JSON file for the results."""
 
     samples: int = 50
-    """Number of latent samples for each image in the IWAE."""
+    """Number of latent samples for each image, in the IWAE (importance-weighted autoencoder)."""
 
     batch_size: int = 100
     """Number of images in an update."""
 
     rounds: int = 9
-    """Number of rounds. In each round, both packages make the same number of updates."""
+    """Number of rounds. In each round, this package and pythae make the same number of updates."""
 
     updates: int = 5
-    """Number of updates that each package makes in a round."""
+    """Number of updates that each of the two packages makes in a round."""
 
     repeats: int = 40
-    """Number of estimates of the bound, for the comparison of both packages."""
+    """Number of estimates of the likelihood bound, for the comparison of the two packages."""
 
     def run(self) -> None:
         """Measure, print a table and write the file."""
@@ -193,7 +195,7 @@ def our_step(net: VectorVAE, samples: int) -> Any:
 
 
 def their_step(net: Any) -> Any:
-    adam = torch.optim.Adam(net.parameters(), lr=1e-3)  # as pythae's trainer makes it
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)  # as in pythae's trainer
 
     def step(images: Tensor, *, learn: bool) -> float:
         loss = net({"data": (images + 1.0) / 2.0}).loss
@@ -203,7 +205,7 @@ def their_step(net: Any) -> Any:
 
 
 def update(loss: Tensor, adam: torch.optim.Optimizer, learn: bool) -> float:
-    """Make an update, or none. Return the bound in nats."""
+    """Return the bound in nats. With `learn`, also make an update."""
     if learn:
         adam.zero_grad()
         loss.backward()

@@ -3,13 +3,13 @@
     pip install --no-deps --target peers pythae==0.1.2
     PYTHONPATH=peers python benchmarks/vae_trainers.py --data mnist/test.parquet --out out
 
-Both train the dense network of Burda et al. on the same binary images, from the same weights, with
-batches of the same size and the same constant learning rate. After each epoch, the same function
-measures the bound on the same unseen images. The clock counts CPU seconds of the process, and stops
-while the bound is measured. The trainings are in alternation. Ours computes in bfloat16 where the
-processor multiplies it (`--mixed_precision auto`), and a second time in float32, as pythae does.
-Our time includes what our trainer does besides: clipping, checks of gradients, log rows, sample
-pictures and the last checkpoint.
+Both packages train the dense network of Burda et al. on the same binary images, from the same
+weights, with batches of the same size and the same constant learning rate. After each epoch, the
+same function measures the bound on the same unseen images. The clock counts CPU seconds of the
+process, and stops while the bound is measured. The trainings of both packages alternate. Our
+package trains twice: in bfloat16 if the processor can multiply bfloat16 (`--mixed_precision auto`),
+and in float32, as pythae does. Our time includes all other work of our trainer: clipping, checks of
+gradients, log rows, sample pictures and the last checkpoint.
 """
 
 import json
@@ -50,15 +50,15 @@ class Options:
     """Images of digits, in any form that --train_data_dir takes."""
 
     out: Path
-    """Folder for this project's runs and results.json. It must be new."""
+    """Folder for this project's trainings and results.json. This folder must be new."""
 
     samples: tuple[int, ...] = (1, 50)
     """Numbers of latent samples for each image in training. 1 trains a VAE, and larger numbers
     train an IWAE."""
 
     bounds: tuple[float, ...] = (120.0, 115.0)
-    """Bounds to reach in nats per image, one for each number in `samples`: the ELBO of the VAE, or
-    the importance-weighted bound of the IWAE."""
+    """Values that the negative bound must reach, in nats per image: one value for each number in
+    `samples`. The bound is the ELBO for the VAE, and the importance-weighted bound for the IWAE."""
 
     epochs: int = 15
     """Length of each training in epochs."""
@@ -99,7 +99,7 @@ class Options:
         }
 
     def _trained(self, samples: int, seed: int, *, precision: str) -> "TimedTask":
-        """Train ours, and return its task."""
+        """Train with our package, and return the task."""
         name = f"{samples}-{seed}-{precision}"
         config = load_preset("vae_mnist", LikelihoodConfig)
         optimizer = {
@@ -120,7 +120,7 @@ class Options:
             }
         )
 
-        # an epoch is known only once the data are open
+        # the length of an epoch is known only after the data are opened
         task = TimedTask(config, samples=samples)
         epoch = task.updates_per_epoch()
         steps = self.epochs * epoch
@@ -132,7 +132,7 @@ class Options:
         return task
 
     def _pythae(self, samples: int, seed: int, task: "TimedTask") -> Curve:
-        """Train pythae's model on the images of our task, from the weights it started with."""
+        """Train pythae's model on the images of our task, from the same initial weights."""
         before = dict(os.environ)
         pythae = import_peer()
         import pythae.data.datasets as datasets  # type: ignore[import-not-found]
@@ -169,7 +169,7 @@ class Options:
         )
         trainer.train()
         for name in os.environ.keys() - before.keys():
-            del os.environ[name]  # pythae's variables of distributed training
+            del os.environ[name]  # pythae sets these variables of distributed training
         return curve
 
 
@@ -194,7 +194,7 @@ class Clock:
 
 
 class TimedTask(LikelihoodTask):
-    """Our task, whose validation writes a curve instead of a log row."""
+    """Our training task, whose validation adds a point to a curve instead of writing to the log."""
 
     def __init__(self, config: LikelihoodConfig, *, samples: int) -> None:
         super().__init__(config)
@@ -238,7 +238,7 @@ def measure(net: VectorVAE, task: LikelihoodTask, samples: int) -> float:
 
 
 def ours_of(model: Any) -> VectorVAE:
-    """Return our network with the weights of pythae's."""
+    """Return our network with the weights of pythae's network."""
     net = VectorVAE()
     encoder, decoder = model.encoder.state_dict(), model.decoder.state_dict()
     state: dict[str, Tensor] = {

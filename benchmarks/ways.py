@@ -21,7 +21,7 @@ from latentvae.evaluation.speed import MIB, peak_memory
 from latentvae.models import build_autoencoder_kl, calls, load_network
 
 CALLS = ("encode", "decode", "round trip")
-SMALL = 64  # side in pixels of a first image. Allocations for it are not measured.
+SMALL = 64  # side in pixels of a first image, which is not measured
 
 
 class Way:
@@ -31,8 +31,8 @@ class Way:
         net: the network.
         precision: `"fp32"` or `"bf16"`, the precision of matrix products. The name of a row
             contains it.
-        strips: how to compute in strips. None computes the whole image at once.
-        note: text for the user that says how the way computes on this machine.
+        strips: settings to compute large images in strips. None computes the whole image at once.
+        note: text for the user that says how the network is computed on this machine.
         fallback: name of the way that is used instead, if this way is too inexact or not useful on
             this machine. Otherwise "".
     """
@@ -80,8 +80,8 @@ def network(model: str, device: str) -> Any:
 def trained(channels: tuple[int, ...], *, updates: int, images: Tensor, device: str) -> Any:
     """Return a network of Stable Diffusion's shape, trained on images for some updates.
 
-    Random weights are not suitable. They amplify rounding errors, so that bfloat16 would be too
-    inexact and `fast` would fall back to float32.
+    Random weights are not suitable, because they amplify rounding errors. With them, bfloat16 would
+    be too inexact, and the mode `fast` would fall back to float32.
 
     Args:
         channels: number of channels of each level.
@@ -142,7 +142,10 @@ WAYS: Mapping[str, Callable[[Any], Way]] = {
 
 
 def build(name: str, net: Any) -> Way | None:
-    """Return the way of this name. If it does not work here, print why and return None."""
+    """Return the way with this name.
+
+    If the way does not work on this machine, print why, and return None.
+    """
     try:
         return WAYS[name](net)
     # Ways raise different errors if a package, a block or a method is missing.

@@ -56,9 +56,10 @@ class Autoencoder:
 
     Images are padded at the right and at the bottom to a multiple of the downsampling factor f (of
     2 f for FLUX.2). Reconstructions are cropped back to the image size. The padding reflects the
-    image, or replicates its border if the image is too small. A tokenizer raises an error for
-    images with a side below f pixels, because their tokens would describe padding. Returned tensors
-    are not inference-mode tensors, so a diffusion model can be trained on them.
+    image. If the image is too small to be reflected, its border is replicated. A tokenizer raises
+    an error for images with a side below f pixels, because the tokens of such an image would
+    describe the padding. Returned tensors are not inference-mode tensors, so a diffusion model can
+    be trained on them.
 
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype of the computation.
@@ -66,12 +67,12 @@ class Autoencoder:
             require gradients. Pass a `copy.deepcopy` if you want to train the network further.
         name: name of the model in reports.
         path: the folder, file or Hub id that the network was loaded from.
-        optimize: method that makes the computation faster, see `compute.optimization`. None
-            computes with `net` itself.
-        strips: compute large images strip by strip. The results are exact, and the computation
-            needs little memory. Before a call of more than ten seconds, the estimated time is
-            printed on stderr, once per image size. Only `AutoencoderKL` and tokenizers (`VQModel`)
-            can compute in strips.
+        optimize: method that makes the computation faster, see `compute.optimization`. None means
+            that `net` itself computes.
+        strips: compute large images strip by strip (in bands of rows). The results are the same as
+            for the whole image, and the computation needs little memory. Before a call of more than
+            ten seconds, the estimated time is printed on stderr, once per image size. Only
+            `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
 
     Attributes:
         optimization: the network that computes the results. `str(optimization)` says how close
@@ -82,10 +83,10 @@ class Autoencoder:
             (AutoencoderRAE), else None.
         num_codes: number of codes K of a tokenizer. None for other networks.
         smallest_side: smallest side of an image in pixels: f for a tokenizer, else 1.
-        normalization: shift and scale of the latents that the option `scaled` asks for.
+        normalization: shift and scale that `encode(..., scaled=True)` applies to latents.
 
     Raises:
-        UserError: `strips` is set, but the network does not support strips, or `optimize` is set
+        UserError: `strips` is set, but the network does not support strips or `optimize` is set
             too.
     """
 
@@ -136,18 +137,17 @@ class Autoencoder:
     ) -> Tensor:
         """Return latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
 
-        The latents of a tokenizer are not quantised. `decode` and `encode_tokens` quantise them.
+        d is the number of latent channels, and f is the downsampling factor. The latents of a
+        tokenizer are not quantised. `decode` and `encode_tokens` quantise them.
 
         Args:
             images: PIL image(s) of one size, or a NumPy array, or a torch tensor. Arrays are (B, H,
                 W, C) or (H, W, C), as uint8, uint16 or float in [0, 1]. Tensors are (B, C, H, W) in
                 [-1, 1].
             sample: draw from the posterior, instead of taking its mode.
-            generator: random generator that draws from the posterior. None uses torch's global
-                generator.
+            generator: random generator of the samples. None means torch's global generator.
             scaled: return latents as a diffusion model sees them, shifted and scaled to about unit
-                variance. For FLUX.2, the latents are also folded to (B, 4 d, h / 2, w / 2), as in
-                its pipeline.
+                variance. For FLUX.2, latents are also folded to (B, 4 d, h / 2, w / 2).
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
@@ -156,7 +156,8 @@ class Autoencoder:
     def encode_posterior(self, images: Images) -> tuple[Tensor, Tensor | None]:
         """Return mean and log-variance of the posterior, each (B, d, h, w).
 
-        For a network without a posterior, return its latent and None.
+        d is the number of latent channels. For a network without a posterior, return its latent and
+        None.
         """
         prepared = self._prepare(self._read(images)[0])
         self._tell_price("encode", prepared.shape)
@@ -190,9 +191,10 @@ class Autoencoder:
         """Decode latents to images.
 
         Args:
-            z: the latents, (B, d, h, w).
-            size: (H, W) of the result, which is cropped from the top left. None keeps the decoded
-                size, f * h by f * w.
+            z: the latents, (B, d, h, w), with d latent channels.
+            size: (H, W) of the result, which is cropped from the top left. With None, nothing is
+                cropped, and the result has the size f * h by f * w, where f is the downsampling
+                factor.
             scaled: whether the latents come from `encode(..., scaled=True)`.
             output_type: `"pt"` for (B, C, H, W) float32 in [-1, 1], `"np"` for (B, H, W, C) float32
                 in [0, 1], or `"pil"` for a list of PIL images.
@@ -329,7 +331,7 @@ class Autoencoder:
         return self._cropped(images.float(), size)
 
     def _tell_price(self, call: Literal["encode", "decode"], shape: torch.Size) -> None:
-        """Print how long a call in strips will take, if this is long and was not printed before.
+        """Print how long a call in strips will take, if this time is long and was not printed yet.
 
         Args:
             call: the call that follows.
@@ -374,14 +376,15 @@ def load(
         device: device of the network. None means the CPU, as in diffusers.
         dtype: dtype of the weights. None means float32. float16 may overflow unless the config's
             `force_upcast` is false.
-        family: model family of a single file, if the file does not say how its latents are scaled:
-            `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not scaled).
+        family: model family of the autoencoder in a single file. This argument is needed if the
+            file does not say how its latents are scaled: `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or
+            `"other"` (not scaled).
         variant: variant of the weights in a folder, such as `"fp16"`.
         optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
             latentvae[openvino]`). The attribute `optimization` says which mode is used, and its
             PSNR against `"exact"`. If this option is set, a process on the CPU keeps the memory
-            that a call frees, see `latentvae.compute.memory`.
+            that a call frees for its next calls, see `latentvae.compute.memory`.
         strips: compute strip by strip, for images that do not fit into memory. True, or a `Strips`
             object with options. See `Autoencoder`.
 

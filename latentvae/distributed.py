@@ -74,9 +74,9 @@ def gather_cat(tensor: Tensor) -> Tensor:
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Return the tensors of all ranks, joined along the first axis in rank order, with gradients.
 
-    The gradient of this rank's part is the sum of the gradients that all ranks have for it. So a
-    loss that every rank computes from the gathered tensor has, after DDP's mean over ranks, the
-    gradient of one process with all images. All ranks must call `backward`.
+    In the backward pass, each rank's tensor gets the sum of the gradients that all ranks compute
+    for it. So if every rank computes the same loss from the gathered tensor, DDP's mean over ranks
+    gives the same gradient as one process with all images. All ranks must call `backward`.
 
     Args:
         tensor: a tensor of the same shape on all ranks.

@@ -12,7 +12,7 @@ _IN_A_WORKER = "Original Traceback (most recent call last):"
 
 
 class UserError(ValueError):
-    """An error in the user's input. Commands print it in one line and exit with code 2."""
+    """An error in the user's input. Commands print the error in one line and exit with code 2."""
 
     def __init__(self, sentence: str = "") -> None:
         # DataLoader raises the exception of a worker again, with the whole traceback as its text.
@@ -24,7 +24,7 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """An error that the user did not cause: a full disk, no memory left, a process that died.
 
-    Scripts print it in one line and exit with code 1.
+    Scripts print the error in one line and exit with code 1.
     """
 
     def __init__(self, sentence: str = "") -> None:

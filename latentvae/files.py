@@ -1,4 +1,4 @@
-"""Read small JSON and YAML files. Each fault of a file is reported in one sentence.
+"""Read small JSON and YAML files. If a file is wrong, an error says why in one sentence.
 
 Pipes and devices are an error, because opening them could wait forever. YAML tags never create
 Python objects. A key that occurs twice is an error.

@@ -1,9 +1,9 @@
 """Compute the best linear code of image patches, by their principal components.
 
-The code turns each patch of f x f pixels into d numbers: its coordinates along the principal
-components. Decoding builds the patch again from these numbers. Among all linear codes with d
-numbers, this code has the smallest squared error on the images of the fit (Eckart and Young 1936).
-An autoencoder with the same f and d should do better.
+The code turns each patch of f x f pixels into d numbers: the coordinates of the patch along d
+principal components. Decoding computes the patch again from these numbers. Among all linear codes
+with d numbers, this code has the smallest squared error on the images that it was fitted on (Eckart
+and Young 1936). An autoencoder with the same f and d should have a smaller error than this code.
 
 Symbols: `B` batch size, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per
 patch, `h w` patches.
@@ -21,11 +21,11 @@ from latentvae.moments import RunningMoments
 
 @dataclass(frozen=True)
 class LinearCode:
-    """A linear code of image patches, which encodes and decodes images by its components.
+    """A linear code of image patches, which encodes and decodes images by principal components.
 
     Attributes:
-        mean: the mean patch, (C, f, f).
-        basis: orthonormal components, the one with the largest variance first, (d, C, f, f).
+        mean: the mean patch, (C, f, f), with C image channels and f pixels on a side.
+        basis: d orthonormal components, the one with the largest variance first, (d, C, f, f).
         variances: variance of each of the d numbers, (d,).
     """
 
@@ -40,7 +40,7 @@ class LinearCode:
     def encode(self, images: Tensor) -> Tensor:
         """Return the code (B, d, h, w) of images (B, C, H, W) of any size.
 
-        If a side is not a multiple of f, the last row or column is repeated.
+        If a side is not a multiple of f (the side of a patch), the last row or column is repeated.
         """
         height, width = images.shape[2:]
         right, below = -width % self.f, -height % self.f
@@ -54,7 +54,7 @@ class LinearCode:
 
         Args:
             size: height and width of the result, which is cropped at the right and at the bottom.
-                None keeps f h and f w.
+                None means the full size, f * h by f * w, where f is the side of a patch.
         """
         images = F.conv_transpose2d(z, self.basis, stride=self.f)
         images = images + self.mean.repeat(1, z.shape[2], z.shape[3])

@@ -1,8 +1,8 @@
 """Compute running mean, variance and covariance over batches and processes.
 
-The pairwise rule of Chan, Golub and LeVeque 1979 joins the moments of two sets of observations
-(http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Any number of batches and
-processes can be joined, in any order. A mean far from zero costs no precision.
+The moments of two sets of observations are joined by the pairwise rule of Chan, Golub and LeVeque
+1979 (http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf). Any number of batches
+and processes can be joined, in any order. The result is also precise if the mean is far from zero.
 
 Symbols: `N` observations, `D` features, `G` groups of features.
 """
@@ -24,7 +24,7 @@ class RunningMoments:
     moments.covariance()
 
     Args:
-        num_features: number of features D. None takes the number from the first batch.
+        num_features: number of features D. None means the number of features of the first batch.
         covariance: whether to keep the products of all pairs of features. Otherwise only the
             squares of features are kept.
         device: device of the sums.
@@ -112,7 +112,7 @@ class RunningMoments:
     def pooled(self, num_groups: int = 1) -> "RunningMoments":
         """Return the moments of G groups of features, as if each group were one feature.
 
-        A group is D / G consecutive features.
+        Each group consists of D / G consecutive features, where D is the number of features.
         """
         mean = self.mean.view(num_groups, -1)
         squares = self._squares().view(num_groups, -1).sum(1)

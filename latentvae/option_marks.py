@@ -1,7 +1,7 @@
 """Define the types from which option classes are built: sections, ranges and marks.
 
-A mark is an object that states a fact about one option. It is part of the type annotation of the
-option:
+A mark is an object that states a fact about one option. The mark is part of the type annotation of
+the option:
 
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
 
@@ -50,14 +50,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class MayChange(Mark):
-    """On resume, the option may have another value. Options without this mark must not change."""
+    """When a run is resumed, the option may have another value. Other options must not change."""
 
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
     """The option affects when `disc_watch disable` switches the discriminator off.
 
-    With `disc_watch disable`, the option must therefore have the same value on resume.
+    With `disc_watch disable`, the option must therefore have the same value when a run is resumed.
     """
 
 
@@ -73,7 +73,7 @@ class ChosenByPreset(Mark):
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The training itself uses the option. An object built from the section does not get it."""
+    """The option is for the training, and is no argument of the module built from the section."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Elsewhere(Mark):
 
 @dataclass(frozen=True)
 class ShareOfRun(Mark):
-    """A value below 1 is a share of max_train_steps.
+    """A value of the option between 0 and 1 is a fraction of max_train_steps.
 
-    `JobConfig` replaces such a value by a number of updates.
+    `JobConfig` replaces such a value by a number of updates (optimizer steps).
     """
 
 
@@ -102,7 +102,7 @@ def _whole(value: float) -> float:
     return value if 0 < value < 1 else int(value)
 
 
-# `JobConfig` replaces each share by a number of updates, so other code sees only whole numbers.
+# `JobConfig` replaces each fraction by a number of updates, so other code sees only whole numbers.
 if TYPE_CHECKING:
     UpdatesOrShare = int
 else:

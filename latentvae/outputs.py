@@ -26,10 +26,10 @@ class Latent(BaseOutput):
     Attributes:
         z: what the decoder reads, (B, d, h, w), float32.
         kl: KL divergence from the posterior to the prior, (B,), in nats per image, float32.
-        kl_per_channel: the KL divergence of each channel, (B, d), in nats per image and channel. A
-            KL over tokens (Gumbel-softmax) counts as one channel, (B, 1).
+        kl_per_channel: the KL divergence of each channel, (B, d), in nats per image and channel.
+            For a KL over tokens (Gumbel-softmax), the tensor has one channel, (B, 1).
         mean: mean of the posterior, (B, d, h, w), float32. Without a posterior, the mean is z.
-        indices: the codes, (B, h, w) or (B, L, h, w), int64.
+        indices: the codes, (B, h, w), or (B, L, h, w) for L levels of codes, int64.
         features: the features before quantisation, (B, c, h, w).
         losses: the bottleneck's losses by name, unweighted scalars, see
             `bottlenecks.Quantized.losses`.

@@ -89,17 +89,17 @@ def reconstruct(
     """Write a PNG per picture (original, reconstruction, difference), and a table of metrics.
 
     The table is printed and written to table.csv. A PNG has as many channels as the model's images.
-    It has 8 bits, or 16 bits if the model is grey and the picture has more than 8 bits.
+    The PNG has 8 bits, or 16 bits if the model is grey and the picture has more than 8 bits.
 
     Args:
         model: an `Autoencoder`, or the folder or Hub id of a model. A model that this function
             loads runs on the GPU if there is a GPU.
         inputs: image files and folders. Folders are searched with all their subfolders.
         out: folder of the results. Existing files of the same name are overwritten.
-        max_side: shrink pictures whose longer side has more pixels than this. None keeps every
-            size.
-        strips: compute strip by strip, see `Autoencoder`. The option has an effect only if `model`
-            is a folder or Hub id.
+        max_side: shrink pictures whose longer side has more pixels than this. None means that no
+            picture is shrunk.
+        strips: compute each picture strip by strip to save memory, see `Autoencoder`. The option
+            has an effect only if `model` is a folder or Hub id.
         value_range: the numbers that files store for black and white, as in training. Files of
             floats need this argument if the model is grey or RGBA.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
@@ -332,7 +332,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: Iterable[float | None], digits: str) -> str:
-    """Return the mean of all values except None. One infinite PSNR makes the mean infinite."""
+    """Return the mean of all values except None. If one value is infinite, the mean is infinite."""
     known = [value for value in values if value is not None]
     if not known:
         return "n/a"

@@ -2,9 +2,9 @@
 
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
-An export with 16 latent channels runs in the pipelines of Stable Diffusion 3, any other export in
-those of Stable Diffusion 1. The other networks of the pipelines are tiny and have random weights.
-The script writes three pictures side by side.
+An export with 16 latent channels runs in the pipelines of Stable Diffusion 3, and any other export
+runs in the pipelines of Stable Diffusion 1. The other networks of the pipelines are tiny and have
+random weights. The script writes three pictures side by side.
 
 1. A held-out photo.
 2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, two
@@ -37,13 +37,13 @@ from PIL import Image
 from latentvae.data import SamplePhotos
 
 SIDE = 256  # pixels
-WIDTH = 32  # of the prompts' embeddings
+WIDTH = 32  # number of channels of the prompts' embeddings
 SD3_CHANNELS = 16
 logging.set_verbosity_error()  # no warnings about missing safety checkers and text encoders
 
 
 def random_pipelines(vae: AutoencoderKL) -> tuple[Any, Any, dict[str, Any]]:
-    """Return pipelines of ``vae`` and a tiny network with random weights.
+    """Return pipelines with ``vae`` and with a tiny diffusion network of random weights.
 
     Returns:
         First, the text-to-image pipeline. Second, the image-to-image pipeline. Third, embeddings

@@ -1,4 +1,6 @@
-"""Train a flow matching model on latents. Its options are `tasks.flow.LatentFlowConfig`.
+"""Train a flow matching model on latents.
+
+The class of its options is `tasks.flow.LatentFlowConfig`.
 
     accelerate launch train/train_flow.py --latents latents --output_dir runs/flow
 

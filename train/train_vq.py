@@ -6,11 +6,11 @@ If diffusers' class VQModel can compute the same codes, the tokenizer is exporte
         --train_data_dir photos --output_dir runs/tokens --max_train_steps 100000
 
 `--config` takes a YAML file or the name of a preset, which chooses the quantiser. Every flag below
-overrides a value of this config. To resume a run that was interrupted, run the same command again.
-`--preflight` trains a few updates to check the run, and then exits. `--recipe fast` starts at a
-linear code and trains by Muon (`--init auto --optimizer muon`). `--recipe published` starts at
-random weights and trains by AdamW. `--train_data_dir samples` trains on the photos that come with
-scikit-image.
+overrides a value of this config. To resume a training that was interrupted, run the same command
+again. `--preflight` trains a few updates to check the training, and then exits. `--recipe fast`
+means `--init auto --optimizer muon`: the initial weights compute a PCA of image patches, and the
+optimizer is Muon. `--recipe published` means random initial weights and AdamW. `--train_data_dir
+samples` trains on 16 photos that come with scikit-image, scikit-learn and matplotlib.
 """
 
 import sys

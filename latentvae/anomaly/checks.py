@@ -13,9 +13,9 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
     """Return rows as a finite float64 array (N, F).
 
     Args:
-        detector: the estimator, which stores the names and the number of columns.
+        detector: the detector, which stores the names and the number of columns.
         rows: array, list of lists or pandas table.
-        reset: True (in `fit`) stores the columns. False compares the columns with the stored
+        reset: whether to store the columns, as in `fit`. False compares the columns with the stored
             columns.
         minimum: smallest number of rows.
 
@@ -90,7 +90,7 @@ def check_range(
 
 
 def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
-    """Warn if there are too few clean rows for a threshold of this false-alarm rate."""
+    """Warn if there are too few clean (normal) rows for a threshold with the false-alarm `rate`."""
     if (num_rows + 1) * rate < 1:
         warnings.warn(
             f"{num_rows} clean rows are too few for a false-alarm rate of {rate:g}: the threshold "

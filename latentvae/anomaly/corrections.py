@@ -1,4 +1,4 @@
-"""Correct log-likelihoods, which are too high for simple images of other kinds.
+"""Correct log-likelihoods, which are too high for simple images that differ from the training.
 
 A likelihood model of photos gives plain images a higher likelihood than its own training images
 (arXiv:1810.09136). Both corrections subtract the log-likelihood of a more general model (a
@@ -36,6 +36,8 @@ def likelihood_ratio(
 ) -> np.ndarray:
     """Return log p(x) - log p_background(x) of each image in nats, (N,).
 
+    The result is larger for images that are more like the training images.
+
     The background model is trained on images whose pixels were changed at random. The command is
     `latentvae train-vae --perturb_rate 0.2`. So the background model learns colours and textures
     but not what the images show.
@@ -58,8 +60,9 @@ def likelihood_ratio(
 def input_complexity(log_likelihood: np.ndarray | Tensor, bits: np.ndarray | Tensor) -> np.ndarray:
     """Return log p(x) + L(x) log 2 of each image in nats, (N,).
 
-    The log-likelihood must come from a probability of 8-bit pixels, not from a density, so that
-    both terms have the same unit. For a density of pixels in [0, 1], subtract C H W log 256 first.
+    L(x) is the size in bits of the image under a lossless codec. The log-likelihood must come from
+    a probability of 8-bit pixels, not from a density, so that both terms have the same unit. For a
+    density of pixels in [0, 1], subtract C H W log 256 first.
 
     Args:
         log_likelihood: log-likelihood of each image, in nats, (N,).
@@ -85,8 +88,8 @@ def lossless_bits(images: Tensor, *, codec: Codec = "png", headerless: bool = Tr
     Args:
         images: (N, C, H, W) in [-1, 1]. Pixels are rounded to 8 bits.
         codec: "png" or "webp".
-        headerless: subtract the size of a black image of one pixel, whose file consists of the
-            header only. For images of 28 or 32 pixels a side, the header would be a large part of
+        headerless: subtract the size of a file with one black pixel, which is the size of the
+            file's header. For images of 28 or 32 pixels a side, the header would be a large part of
             the file.
 
     Raises:

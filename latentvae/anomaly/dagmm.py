@@ -1,8 +1,8 @@
 """DAGMM, the deep autoencoding Gaussian mixture model of Zong et al. (ICLR 2018).
 
-The anomaly score of a row is its energy: -log of its density under a Gaussian mixture over the
-latent of an autoencoder and two features of the reconstruction. Autoencoder and mixture are
-trained together:
+The anomaly score of a row is its energy: -log of its density under a Gaussian mixture. The mixture
+is over the latent of an autoencoder and two features of the reconstruction. Autoencoder and mixture
+are trained together:
 
     mean |x - x'|^2 + energy_weight * mean E(z) + diagonal_weight * sum 1 / Sigma_kjj
 """
@@ -52,7 +52,7 @@ PAPER_OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-# options that are whole numbers from 1 on
+# options that must be whole numbers of at least 1
 COUNTS = (
     "latent_dim",
     "estimation_width",
@@ -64,32 +64,36 @@ COUNTS = (
 
 
 class DAGMM(Detector):
-    """Deep autoencoding Gaussian mixture model.
+    """Detector of anomalous rows: a deep autoencoding Gaussian mixture model (Zong et al. 2018).
 
         detector = DAGMM(num_components=2).fit(clean)
         anomalies = detector.predict(new) == -1
 
     Args:
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
-        latent_dim: number of columns of the latent.
+        latent_dim: number of dimensions of the latent.
         estimation_width: width of the hidden layer of the estimation network.
         num_components: number of components of the mixture.
         dropout: share of the hidden units of the estimation network that training drops.
-        energy_weight: weight of the mean energy (lambda 1 of the paper).
-        diagonal_weight: weight of the sum of inverse variances (lambda 2).
+        energy_weight: weight of the mean energy in the loss (lambda 1 of the paper). The energy is
+            the -log density of a row's latent.
+        diagonal_weight: weight of the sum of inverse variances of the mixture in the loss (lambda
+            2).
         variance_floor: variance added to each diagonal of the covariances.
-        epochs: passes over the training rows.
-        batch_size: largest number of rows of an update.
+        epochs: number of passes over the training rows.
+        batch_size: largest number of rows in an update.
         learning_rate: learning rate of Adam.
-        schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0.
-            Then the result depends less on the seed.
+        schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0,
+            and the result depends less on the seed.
         num_networks: number of networks that are trained from different random weights. The score
-            of a row is the mean of their energies. 1 is the paper's DAGMM. With 5, the result
-            depends less on the seed, and training takes five times as long.
-        scaling: "standard" (mean 0, variance 1), "minmax" ([0, 1]) or "none", from training rows.
-        constant_columns: "error", or "keep" to allow columns with one value in the training rows.
-        false_alarm_rate: share of clean rows that the threshold may flag.
-        random_state: seed, NumPy RandomState, or None for another seed in each fit.
+            of a row is the mean of their energies. 1 is the paper's DAGMM. With 8, the result
+            depends less on the seed, and training takes eight times as long.
+        scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
+            "minmax" ([0, 1]) or "none".
+        constant_columns: "error" rejects columns with only one value in the training rows, and
+            "keep" allows them.
+        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:
         networks_: the trained networks, in float64.
@@ -141,7 +145,7 @@ class DAGMM(Detector):
     def latents(self, X: Any) -> np.ndarray:
         """Return z of each row (N, D): latent, relative distance and cosine to the reconstruction.
 
-        With several networks, the columns of all networks are side by side.
+        With several networks, the columns of all networks are concatenated.
         """
         rows = self._checked(X)
         return torch.cat([_latents(network, rows) for network in self.networks_], dim=1).numpy()
@@ -154,9 +158,8 @@ class DAGMM(Detector):
             network, of_epochs = self._trained(rows, seed_of_network(seed, number))
             losses.append(of_epochs)
 
-            # The mixture of all training rows replaces those of the batches.
-            assignments = in_batches(rows, lambda batch, net=network: net(batch).assignments)
-            z = _latents(network, rows)
+            # A mixture of all training rows replaces the mixtures of the batches.
+            z, assignments = _latents(network, rows), _assignments(network, rows)
             self.mixtures_.append(fit_mixture(z, assignments, floor=self.variance_floor)[0])
             self.networks_.append(network)
         self.losses_ = np.mean(losses, axis=0).tolist()
@@ -241,3 +244,7 @@ def seed_of_network(seed: int, number: int) -> int:
 
 def _latents(network: DAGMMNetwork, rows: np.ndarray) -> Tensor:
     return in_batches(rows, lambda batch: network(batch).z)
+
+
+def _assignments(network: DAGMMNetwork, rows: np.ndarray) -> Tensor:
+    return in_batches(rows, lambda batch: network(batch).assignments)

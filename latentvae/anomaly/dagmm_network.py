@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Smallest norm of a row: a row of zeros has no direction, and every relative distance to it is
-# infinite.
+# Smallest norm of a row. Without this limit, the relative distance and the cosine of a row of zeros
+# would not be finite.
 MIN_NORM = 1e-8
 NUM_RECONSTRUCTION_FEATURES = 2
 
 
 class Compressed(NamedTuple):
-    """The reconstruction (N, F), the features z (N, D) and the assignments (N, K) of rows."""
+    """The reconstruction (N, F), the features z (N, D) and the component probabilities (N, K)."""
 
     recon: Tensor
     z: Tensor
@@ -29,7 +29,10 @@ class Compressed(NamedTuple):
 
 
 class DAGMMNetwork(nn.Module):
-    """Compression and estimation network in one module.
+    """The two networks of DAGMM in one module: an autoencoder and an estimation network.
+
+    The autoencoder compresses a row x to z_c. The estimation network gives the probability of each
+    component of a Gaussian mixture.
 
     Args:
         num_features: number of columns F.
@@ -67,7 +70,7 @@ class DAGMMNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Compressed:
-        """Return the reconstruction, the features z and the assignments of rows x (N, F)."""
+        """Return reconstructions, features z and component probabilities of rows x (N, F)."""
         latent = self.encoder(x)
         recon = self.decoder(latent)
         z = torch.cat([latent, reconstruction_features(x, recon)], dim=1)

@@ -18,7 +18,7 @@ MAX_LOG_STD = 5.0  # e^5 = 148 standard deviations of the training rows
 
 
 class Terms(NamedTuple):
-    """Log densities in nats of each sample and row, each (L, N)."""
+    """Log densities in nats of each sample of z and each row, each (L, N)."""
 
     likelihood: Tensor  # log p(x|z)
     prior: Tensor  # log p(z)
@@ -26,15 +26,15 @@ class Terms(NamedTuple):
 
 
 class DenseVAE(nn.Module):
-    """Encoder and decoder of tanh layers, both with Gaussian outputs.
+    """A VAE for rows of numbers, with tanh layers and Gaussian outputs of encoder and decoder.
 
     Args:
         num_features: number of columns F.
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns D of z.
         min_std: smallest standard deviation of p(x|z), in units of the scaled columns.
-        std_per_row: whether the decoder computes standard deviations for each row. If not, each
-            column has one standard deviation, which training learns.
+        std_per_row: whether the decoder computes standard deviations for each row. Otherwise each
+            column has one learned standard deviation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Define the base of all detectors of tables: checks, scaling, threshold, scikit-learn's methods.
+"""Define the base class of all detectors for tables: checks, scaling, threshold and methods.
 
     fit:            check rows -> scale columns -> train -> threshold from the training rows
     score_samples:  check rows -> scale columns -> score, larger is more normal
@@ -22,7 +22,7 @@ from latentvae.anomaly.checks import (
 )
 
 SCALINGS = ("standard", "minmax", "none")
-SLACK = 1e-9  # relative distance of a threshold from the score that sets it
+SLACK = 1e-9  # relative distance of a threshold from the score that determines it
 
 
 class Detector(OutlierMixin, BaseEstimator):
@@ -32,7 +32,7 @@ class Detector(OutlierMixin, BaseEstimator):
     `random_state`, and define `_train`, `_anomaly_scores`, `_tensors` and `_restore`.
 
     Attributes:
-        offset_: threshold of `score_samples`. Rows with a lower score are anomalies.
+        offset_: threshold of the scores of `score_samples`. Rows with a lower score are anomalies.
         n_features_in_: number of columns F.
         shift_, scale_: scaled rows are (rows - shift_) / scale_, each (F,).
     """
@@ -68,14 +68,14 @@ class Detector(OutlierMixin, BaseEstimator):
     def calibrate(self, X: Any, *, false_alarm_rate: float | None = None) -> Self:
         """Set the threshold from held-out rows without anomalies.
 
-        To the detector, training rows look more normal than new rows. So a threshold from held-out
-        rows keeps the false-alarm rate, but a threshold from the training rows flags more clean
-        rows.
+        Training rows get more normal scores than new rows. So a threshold from held-out rows keeps
+        the false-alarm rate. A threshold from the training rows flags more clean (normal) rows as
+        anomalies.
 
         Args:
-            X: clean rows that were not in `fit`, (N, F).
-            false_alarm_rate: share of clean rows that may be flagged. None takes the detector's
-                option.
+            X: rows without anomalies that were not used in `fit`, (N, F).
+            false_alarm_rate: share of clean rows that may be flagged as anomalies. With None, the
+                detector's option is used.
         """
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         check_range("false_alarm_rate", rate, low=0, high=0.5, open_low=True)
@@ -97,7 +97,7 @@ class Detector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def learned(self) -> dict[str, torch.Tensor]:
-        """Return everything that `fit` and `calibrate` learned, as tensors."""
+        """Return all values that `fit` and `calibrate` learned, as tensors."""
         check_is_fitted(self)
         return self._tensors() | {
             "columns.shift": torch.from_numpy(self.shift_),
@@ -106,7 +106,10 @@ class Detector(OutlierMixin, BaseEstimator):
         }
 
     def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
-        """Restore what a detector with equal options learned, from the result of its `learned`."""
+        """Restore what a detector with equal options learned.
+
+        `tensors` is the result of the other detector's `learned`.
+        """
         own = {"columns.shift", "columns.scale", "offset"}
         self.shift_ = tensors["columns.shift"].numpy()
         self.scale_ = tensors["columns.scale"].numpy()
@@ -116,7 +119,7 @@ class Detector(OutlierMixin, BaseEstimator):
         return self
 
     def _checked(self, X: Any) -> np.ndarray:
-        """Return the scaled rows of a fitted detector."""
+        """Check rows for a fitted detector, and return them scaled."""
         check_is_fitted(self)
         return self._scaled(checked_rows(self, X, reset=False))
 
@@ -124,20 +127,20 @@ class Detector(OutlierMixin, BaseEstimator):
         return (rows - self.shift_) / self.scale_
 
     def _train(self, rows: np.ndarray, *, seed: int) -> None:
-        """Train on scaled rows (N, F). Use no random numbers but those of `seed`."""
-        raise NotImplementedError  # Each detector defines its own.
+        """Train on scaled rows (N, F). All random numbers come from `seed`."""
+        raise NotImplementedError  # Each detector defines its own method.
 
     def _anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
         """Return the anomaly score of each scaled row, (N,). Larger is more anomalous."""
-        raise NotImplementedError  # Each detector defines its own.
+        raise NotImplementedError  # Each detector defines its own method.
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return what training learned."""
-        raise NotImplementedError  # Each detector defines its own.
+        """Return the tensors that training learned."""
+        raise NotImplementedError  # Each detector defines its own method.
 
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over the tensors of `_tensors`."""
-        raise NotImplementedError  # Each detector defines its own.
+        """Restore the learned tensors, which `_tensors` returned."""
+        raise NotImplementedError  # Each detector defines its own method.
 
 
 def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +161,13 @@ def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarr
 
 
 def clean_threshold(scores: np.ndarray, rate: float) -> float:
-    """Return the threshold below which a new clean row falls with probability at most `rate`.
+    """Return a threshold. The score of a new clean row is below it with probability at most `rate`.
 
-    The threshold is the conformal quantile: the floor(rate (n + 1))-th smallest of n clean scores.
-    A new row of the same distribution is equally likely to have any rank among n + 1 scores. If
-    there are too few rows for the rate, the quantile is the smallest score. The threshold lies just
-    below the quantile, so that rounding never flags the row whose score is the quantile.
+    Clean rows are rows without anomalies. The threshold is the conformal quantile: the floor(rate
+    (n + 1))-th smallest of n scores of clean rows. If a new row has the same distribution, all
+    ranks of its score among n + 1 scores are equally likely. If there are too few rows for the
+    rate, the quantile is the smallest score. The threshold lies just below the quantile, so that
+    rounding never flags the row whose score is the quantile.
 
     Args:
         scores: `score_samples` of clean rows, (N,).

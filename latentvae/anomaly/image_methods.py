@@ -3,7 +3,7 @@
     reconstruction   error of the reconstruction, L1 or LPIPS. Nothing is fitted.
     latent_density   density of the whole image's pooled latents: a mixture or neighbours
     positions        a Gaussian of the latents at each position (PaDiM, arXiv:2011.08785), for
-                     images taken the same way, such as parts on a belt
+                     images taken in the same way, such as parts on a production line
     likelihood       -log-likelihood under a VAE, with or without a correction. Nothing is fitted.
 
 Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
@@ -45,7 +45,10 @@ class Scored(NamedTuple):
 
 
 class ImageMethod(Protocol):
-    """A way to score images. `fit` takes the latents of all clean images, (N, d, h, w)."""
+    """A method that gives images an anomaly score and a heat map.
+
+    `fit` takes the latents of all clean images (images without anomalies), (N, d, h, w).
+    """
 
     def fit(self, latents: Tensor) -> Self: ...
 
@@ -63,11 +66,11 @@ class ImageOptions:
     Attributes:
         distance: distance of the method `reconstruction`, "l1" or "lpips".
         density: density of the method `latent_density`, "gmm" or "knn".
-        correction: correction of the method `likelihood`, "none", "complexity" or "ratio", see the
-            module `corrections`.
+        correction: correction of the method `likelihood`: "none", "complexity" (compare with the
+            size of a lossless file) or "ratio" (compare with a background model).
         background: folder of the background model, for the correction "ratio".
-        samples: latent samples per image of the method `likelihood`.
-        seed: seed of all draws.
+        samples: number of latent samples per image, for the method `likelihood`.
+        seed: seed of all random numbers.
     """
 
     distance: Literal["l1", "lpips"] = "l1"
@@ -130,7 +133,7 @@ class PooledDensity:
         self.seed = seed
 
     def fit(self, latents: Tensor) -> Self:
-        """Fit a density of whole images and a density of single positions."""
+        """Fit one density to pooled latents of images, and one to the latents of positions."""
         self.image.fit(pooled(latents).double().numpy())
         vectors = latents.movedim(1, -1).flatten(0, 2)
         order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(self.seed))
@@ -138,9 +141,10 @@ class PooledDensity:
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the score of each image, and a map of the -log density of the positions.
+        """Return the score of each image, and a map of the -log density of each position's latent.
 
-        The score is the -log density in nats with "gmm", and the distance to neighbours with "knn".
+        With "gmm", the score is the -log density in nats. With "knn", it is the distance to the
+        nearest clean images.
         """
         latents = model.encode(images).float().cpu()
         batch, _, height, width = latents.shape
@@ -151,7 +155,7 @@ class PooledDensity:
         return Scored(scores, enlarged(maps, images))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the densities of images and of positions learned."""
+        """Return the learned values of both densities: of images and of positions."""
         return {
             f"{name}.{key}": value
             for name, part in (("image", self.image), ("local", self.local))
@@ -166,20 +170,22 @@ class PooledDensity:
 
 
 class Positions:
-    """Score images by the Mahalanobis distance of each latent from clean latents of its position.
+    """Score images by each latent's Mahalanobis distance from clean latents at its position.
+
+    Clean latents are those of images without anomalies.
 
     The latent of a position is concatenated with the latents of its eight neighbours. The score of
     an image is the largest distance, after an average over neighbouring positions.
 
     Args:
-        floor: share of the mean variance that is added to each variance.
+        floor: number added to each variance of the latents, as a share of the mean variance.
     """
 
     def __init__(self, floor: float = 0.1) -> None:
         self.floor = floor
 
     def fit(self, latents: Tensor) -> Self:
-        """Fit mean and covariance of each position."""
+        """Fit the mean and covariance of the latents at each position."""
         vectors = neighbourhoods(latents).double()  # (N, D, h, w)
         self.means = vectors.mean(dim=0)
         offset = (vectors - self.means).permute(2, 3, 1, 0)  # (h, w, D, N)
@@ -190,7 +196,7 @@ class Positions:
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the largest distance of each image, and the distance of each position."""
+        """Return each image's largest distance as its score, and the map of all distances."""
         vectors = neighbourhoods(model.encode(images).float().cpu()).double()
         if vectors.shape[1:] != self.means.shape:
             raise UserError(
@@ -249,7 +255,7 @@ class Likelihood:
         """Return the negative corrected log-likelihood of each image in nats, and pixel errors.
 
         Raises:
-            UserError: the model has no likelihood, or the background model is of another kind.
+            UserError: the model has no likelihood, or the background model does not fit the model.
         """
         net, about = likelihood_net_of(model.net, name=model.name), images_of(model)
         images = self._as_expected(net, about, images.to(model.net.device))
@@ -264,7 +270,10 @@ class Likelihood:
         return Scored(-torch.as_tensor(nats), maps.float())
 
     def _as_expected(self, net: LikelihoodNet, about: ImagesOfModel, images: Tensor) -> Tensor:
-        """Return images of values that the model knows. The same draws make each image binary."""
+        """Return images with pixel values that the model knows, for example binary values.
+
+        The same random numbers are used for each image.
+        """
         if about.binarize != "static":
             return net.pixels.rounded(images)
         draws = torch.Generator().manual_seed(self.options.seed)
@@ -283,7 +292,10 @@ class Likelihood:
             )
 
     def _log_likelihood(self, net: LikelihoodNet, images: Tensor) -> Tensor:
-        """Return the bound of each image, (B,). All images get the same draws."""
+        """Return the bound of each image's log-likelihood, (B,).
+
+        All images get the same random numbers.
+        """
         bounds = []
         with torch.random.fork_rng([images.device] if images.device.type == "cuda" else []):
             for image in images:
@@ -292,13 +304,13 @@ class Likelihood:
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a hash of the background model's weights, so that a change is noticed."""
+        """Return a hash of the background model's weights, by which a change is noticed."""
         if self.background is None:
             return {}
         return {"background": fingerprint(self.background[0])}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
-        """Check that the background model has the same weights as in the fit.
+        """Check that the background model has the same weights as when the detector was fitted.
 
         Raises:
             UserError: the weights differ.
@@ -313,7 +325,7 @@ class Likelihood:
 
 
 def images_of(model: Autoencoder) -> ImagesOfModel:
-    """Return the form of images that a model with a likelihood expects."""
+    """Return the size, channels and values of images that a model with a likelihood expects."""
     folder = find_likelihood_export(Path(model.path)) if model.path else None
     return ImagesOfModel() if folder is None else read_images_file(folder)
 

@@ -34,7 +34,7 @@ DEFAULT_SIDE = 128  # px
 
 
 class Pictures:
-    """The images of a folder as batches for an autoencoder. Damaged files are left out.
+    """Reads the images of a folder in batches for an autoencoder. Damaged files are left out.
 
     Args:
         folder: folder of images.
@@ -83,19 +83,19 @@ def fit_images(
     held_out_share: float = 0.2,
     false_alarm_rate: float = 0.01,
 ) -> ImageMethod:
-    """Fit a detector on clean images, set its threshold from held-out images, and save it.
+    """Fit a detector on clean images, set its threshold on held-out images, and save it.
 
     Args:
-        data: folder of clean images.
+        data: folder of clean images (images without anomalies).
         out: folder for the detector.
         model: folder or Hub id of an autoencoder. Only its name is stored, not its weights.
-        method: a key of `image_methods.METHODS`.
+        method: name of the scoring method, a key of `image_methods.METHODS`.
         resolution: side in pixels. None takes the model's image size if the model supports only one
             size, else 128.
         options: options of the method. Their `seed` also decides which images are held out.
-        held_out_share: share of the clean images that only set the threshold. A method that learns
-            nothing uses all clean images for the threshold.
-        false_alarm_rate: share of clean images that may be flagged.
+        held_out_share: share of the clean images that are used only for the threshold. A method
+            that learns nothing uses all clean images for the threshold.
+        false_alarm_rate: share of clean images that may be flagged as anomalies.
 
     Raises:
         UserError: the images, the model or an option is wrong.
@@ -157,7 +157,7 @@ def score_images(
     num_pictures: int = 8,
     heat_maps: bool = False,
 ) -> Results:
-    """Score images, and write a sheet of the most anomalous images with heat maps.
+    """Score images, and write a picture of the most anomalous images with heat maps.
 
     Args:
         folder: folder that `fit_images` wrote.
@@ -165,8 +165,8 @@ def score_images(
         out: folder for the pictures.
         normal_folder: first-level folder of `data` with the normal images. The images of all other
             folders are anomalies. None if it is unknown which images are normal.
-        num_pictures: number of images on the sheet.
-        heat_maps: write the heat map of every image too.
+        num_pictures: number of images in the picture of the most anomalous images.
+        heat_maps: whether to write the heat map of every image too.
 
     Raises:
         UserError: a folder, the model or an option is wrong.
@@ -183,7 +183,7 @@ def score_images(
     clean_heat = tensors.pop("clean_heat")
     fitted = METHODS[run["method"]](ImageOptions(**run["options"])).restore(tensors)
 
-    # labels, before any computation
+    # check the labels before any computation
     pictures = Pictures(data, network, run["resolution"])
     if normal_folder is not None:
         check_both_classes(_labels(pictures.source.names, normal_folder, data), f"'{data}'")
@@ -235,10 +235,10 @@ def _joined(latents: list[Tensor], data: Path) -> Tensor:
 
 
 def _same_model(run: dict, folder: Path) -> Autoencoder:
-    """Load the autoencoder, and check that its weights are those of the fit.
+    """Load the autoencoder, and check that its weights have not changed since the fit.
 
     Raises:
-        UserError: it cannot be loaded, or its weights changed.
+        UserError: the autoencoder cannot be loaded, or its weights changed.
     """
     network = load(run["model"], device="cuda" if torch.cuda.is_available() else "cpu")
     if network.info()["weights_sha256"] != run["weights_sha256"]:

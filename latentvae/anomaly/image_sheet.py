@@ -16,7 +16,7 @@ from latentvae.pictures import to_uint8
 
 GAP, LINE = 8, 14  # pixels between pictures, and height of a line of text
 LEGIBLE = 256  # side of pictures on a sheet, in pixels
-OPACITY = 0.55  # of a heat map that lies over its image
+OPACITY = 0.55  # opacity of a heat map that is drawn over its image
 
 
 def heat_picture(heat: Tensor, *, low: float, high: float) -> Image.Image:
@@ -24,7 +24,7 @@ def heat_picture(heat: Tensor, *, low: float, high: float) -> Image.Image:
 
     Args:
         heat: the heat map.
-        low, high: ends of the colour scale, the same for all pictures that are compared.
+        low, high: ends of the colour scale. Use the same values for all pictures to compare.
     """
     unit = ((heat.float() - low) / max(high - low, 1e-12)).clamp(0, 1).cpu().numpy()
     return Image.fromarray((colormaps["inferno"](unit)[..., :3] * 255).round().astype(np.uint8))
@@ -38,7 +38,7 @@ def sheet(
     Args:
         images: (N, C, H, W) in [-1, 1].
         maps: heat maps, (N, H, W).
-        texts: a line of text for each row.
+        texts: a line of text for each row of the picture.
         low, high: ends of the colour scale.
     """
     images, maps = legible(images), legible(maps[:, None])[:, 0]
@@ -65,7 +65,7 @@ def legible(pixels: Tensor) -> Tensor:
 
 
 def shortened(text: str, *, width: int) -> str:
-    """Return the end of a text that fits into a width in pixels."""
+    """Return the end of a text, as long as fits into a `width` in pixels."""
     letters = max(width // 6, 4)
     return text if len(text) <= letters else f"...{text[3 - letters :]}"
 
@@ -87,7 +87,7 @@ def colour_scale(clean_maps: Tensor, maps: Tensor) -> tuple[float, float]:
 def quantile(values: Tensor, share: float) -> Tensor:
     """Return the quantile of many values at `share`, 0 to 1.
 
-    `torch.quantile` takes at most 16 million values.
+    Unlike `torch.quantile`, this function accepts more than 16 million values.
     """
     ordered = values.flatten().sort().values
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

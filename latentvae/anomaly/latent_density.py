@@ -1,4 +1,4 @@
-"""Fit a density of feature vectors, such as latents: a Gaussian mixture or neighbours."""
+"""Fit a density of feature vectors, such as latents: a Gaussian mixture or nearest neighbours."""
 
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ DENSITIES: dict[str, type[MixtureDensity] | type[NeighbourDensity]] = {
 
 
 class LatentDensity(Detector):
-    """Density of rows of features, such as the latents of a network.
+    """Detector of anomalous rows, by a density of features such as the latents of a network.
 
         latents = VAEDetector().fit(clean).latents(clean)
         detector = LatentDensity(density="knn").fit(latents)
@@ -105,16 +105,19 @@ class LatentDensity(Detector):
         variance_floor: variance added to each diagonal of the covariances of "gmm", in units of
             the scaled columns.
         num_neighbours: number of neighbours of "knn".
-        scaling: "standard" (mean 0, variance 1), "minmax" ([0, 1]) or "none", from training rows.
-        constant_columns: "error", or "keep" to allow columns with one value in the training rows.
-        false_alarm_rate: share of clean rows that the threshold may flag.
-        random_state: seed, NumPy RandomState, or None for another seed in each fit.
+        scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
+            "minmax" ([0, 1]) or "none".
+        constant_columns: "error" rejects columns with only one value in the training rows, and
+            "keep" allows them.
+        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:
         density_: the fitted density.
 
-    With "knn", each training row is a neighbour of itself, so training rows score lower than new
-    rows. Call `calibrate` with held-out rows for a threshold that keeps the false-alarm rate.
+    With "knn", each training row is a neighbour of itself. So training rows get lower anomaly
+    scores than new rows. Call `calibrate` with held-out rows for a threshold that keeps the
+    false-alarm rate.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from latentvae.errors import UserError
 
-# Smallest sum of the assignments to a component. A component without rows keeps finite parameters.
+# Smallest sum of the assignments to a component. With this limit, a component without rows has
+# finite parameters.
 MIN_COUNT = 1e-10
 
 
@@ -48,7 +49,7 @@ class Mixture:
 
 
 def fit_mixture(z: Tensor, assignments: Tensor, *, floor: float) -> tuple[Mixture, Tensor]:
-    """Return the mixture that soft assignments describe, and its covariances (K, D, D).
+    """Return the mixture for given component probabilities of rows, and its covariances (K, D, D).
 
     The equations are those of DAGMM, and of the M step of the EM algorithm.
 

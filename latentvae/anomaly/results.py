@@ -1,4 +1,4 @@
-"""Write the anomaly scores of items, and measures such as AUROC if there are labels."""
+"""Write the anomaly scores of rows or images. With labels, also write measures such as AUROC."""
 
 import csv
 import json
@@ -15,12 +15,12 @@ from latentvae.text import spreadsheet_text
 
 @dataclass(frozen=True)
 class Results:
-    """Anomaly scores of items. A larger score is more anomalous.
+    """Anomaly scores of items (table rows or images). A larger score is more anomalous.
 
     Attributes:
         names: name of each item: the row number of a table, from 1, or the path of an image.
         scores: anomaly scores, (N,).
-        threshold: items with a larger score are flagged.
+        threshold: items with a larger score are flagged as anomalies.
         labels: 0 for normal items and 1 for anomalies, (N,), or None.
     """
 
@@ -31,11 +31,11 @@ class Results:
 
     @property
     def flagged(self) -> np.ndarray:
-        """Whether each item is flagged, (N,)."""
+        """Whether each item is flagged as an anomaly, (N,)."""
         return self.scores > self.threshold
 
     def summary(self) -> dict[str, int | float]:
-        """Return the number of items, the number of flagged items, the threshold, and measures.
+        """Return the numbers of all items and of flagged items, the threshold, and measures.
 
         The measures `auroc`, `average_precision` and `f1` need labels. `auroc` and
         `average_precision` do not depend on the threshold, but `f1` does.
@@ -72,7 +72,7 @@ class Results:
 
 
 def check_both_classes(labels: np.ndarray, where: str) -> None:
-    """Check that labels hold normal items and anomalies, which every measure needs.
+    """Check that labels hold normal items and anomalies. Measures such as AUROC need both.
 
     Raises:
         UserError: the labels hold only one class.
@@ -85,7 +85,7 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
 
 
 def held_out(num_items: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Return the sorted numbers of the training items, and of the held-out items.
+    """Return the sorted indices of the training items, and of the held-out items.
 
     Raises:
         UserError: `share` is not between 0 and 1, or there are too few items.

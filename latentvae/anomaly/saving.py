@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Load a detector that `save_detector` wrote. It gives exactly the same scores as before.
+    """Load a detector that `save_detector` wrote. The scores are exactly the same as before.
 
     Raises:
         UserError: a file is missing, damaged or of another format.
@@ -70,7 +70,7 @@ def load_detector(folder: str | Path) -> Detector:
 
 
 def _plain(value: Any) -> Any:
-    """Return an option as JSON can hold it."""
+    """Return an option as a value that JSON can store."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (tuple, list)):

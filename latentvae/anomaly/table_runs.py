@@ -38,18 +38,20 @@ def fit_table(
     false_alarm_rate: float = 0.01,
     seed: int = 0,
 ) -> Detector:
-    """Fit a detector on clean rows, set its threshold from held-out rows, and save it.
+    """Fit a detector on clean rows, set its threshold on held-out rows, and save it.
+
+    Clean rows are rows without anomalies.
 
     Args:
         data: file with a table of clean rows.
         out: folder for the detector.
         method: "dagmm", "vae" or "latent_density".
         options: options of the detector's class.
-        labels: column of 0 (normal) and 1 (anomaly). Rows with 1 are left out.
+        labels: name of the column with 0 (normal) and 1 (anomaly). Rows with 1 are left out.
         drop: columns that are not used.
-        held_out_share: share of the clean rows that only set the threshold.
-        false_alarm_rate: share of clean rows that may be flagged.
-        seed: decides the held-out rows and the training.
+        held_out_share: share of the clean rows that are used only for the threshold.
+        false_alarm_rate: share of clean rows that may be flagged as anomalies.
+        seed: seed of the choice of held-out rows and of the training.
 
     Raises:
         UserError: the table or an option is wrong.
@@ -95,7 +97,7 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
         folder: folder of the detector.
         data: file with a table. The table needs the columns that the detector was fitted on, and
             may have more columns.
-        labels: column of 0 (normal) and 1 (anomaly).
+        labels: name of the column with 0 (normal) and 1 (anomaly).
 
     Raises:
         UserError: the folder, the table or the labels are wrong.
@@ -111,7 +113,7 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
 
 def write_run(folder: Path, content: dict[str, Any]) -> None:
-    """Write the facts that scoring needs besides the detector, as JSON."""
+    """Write the facts that scoring needs, besides the detector itself, as JSON."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (folder / RUN_NAME).write_text(text, encoding="utf-8")
 
@@ -131,7 +133,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _check_columns(table: pd.DataFrame) -> None:
-    """Check that no column has one value only: the user should know and decide.
+    """Check that no column has only one value, because the user should decide about such columns.
 
     Raises:
         UserError: a column is constant, or there is no column.

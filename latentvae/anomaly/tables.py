@@ -1,4 +1,4 @@
-"""Read tables of any kind, and turn their columns into numbers.
+"""Read tables from files, and turn all columns into columns of numbers.
 
     table = read_table("machine.csv")
     encoder = TableEncoder().fit(table)
@@ -32,8 +32,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Return the table in a file.
 
     Columns of .npy and .npz files are named x0, x1 and so on. In an .npz file, the rows are the
-    array `X` (or the only array with two axes), and each array with one axis of the same length is
-    a column with its own name, such as `y`.
+    array `X`, or the only array with two axes. Each array with one axis of the same length is a
+    column with its own name, such as `y`.
 
     Args:
         path: a .csv, .parquet, .npz or .npy file.
@@ -138,7 +138,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 
     Args:
         max_categories: largest number of different values of a column of text. A column with more
-            values is an error, because it is probably a name or a date.
+            values is an error, because such a column probably holds names or dates.
 
     Attributes:
         numbers_: names of the columns of numbers.
@@ -150,7 +150,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         self.max_categories = max_categories
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Remember the columns of a table and the values of its categories.
+        """Store the columns of a table and the values of its text columns.
 
         Args:
             X: pandas table, or an array of numbers (N, F).
@@ -253,7 +253,7 @@ def _check_complete(table: pd.DataFrame) -> None:
     """Check that no value is missing or infinite.
 
     Raises:
-        UserError: a value is. The message names the column and the first row.
+        UserError: a value is missing or infinite. The message names the column and the first row.
     """
     for name in table.columns:
         column: Any = table[name]

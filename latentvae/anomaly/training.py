@@ -18,7 +18,7 @@ SCORE_ROWS = 8192  # rows per batch of a computation without gradients
 def own_randomness(seed: int) -> Iterator[torch.Generator]:
     """Seed torch's global generator in a `with` block, and restore its state afterwards.
 
-    The block gets another generator with the same seed.
+    The block gets a separate generator with the same seed.
 
     Weight initialisation and dropout draw from the global generator.
     """
@@ -51,7 +51,7 @@ def train_network(
         batch_size: largest number of rows of a batch.
         learning_rate: Adam's learning rate.
         generator: generator that draws the order of the rows.
-        cosine: let the learning rate fall to 0 along half a cosine.
+        cosine: whether the learning rate falls to 0 along half a cosine.
 
     Raises:
         UserError: the loss becomes NaN or infinite.
@@ -68,7 +68,7 @@ def train_network(
         for picked in torch.randperm(len(data), generator=generator).tensor_split(batches):
             try:
                 value = loss(data[picked])
-            except torch.linalg.LinAlgError as error:  # a covariance of infinite values
+            except torch.linalg.LinAlgError as error:  # the covariance has infinite values
                 raise UserError(_diverged(epoch)) from error
             optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -95,7 +95,7 @@ def _diverged(epoch: int) -> str:
 def in_batches(
     rows: np.ndarray, function: Callable[[Tensor], Tensor], *, num_rows: int = SCORE_ROWS
 ) -> Tensor:
-    """Return the results of a function of rows, which is called with `num_rows` rows at a time."""
+    """Return the results of a function on all rows. It is called with `num_rows` rows at a time."""
     data = torch.from_numpy(np.ascontiguousarray(rows))
     return torch.cat([function(batch) for batch in data.split(num_rows)])
 

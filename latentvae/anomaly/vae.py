@@ -1,4 +1,4 @@
-"""Detect anomalies by a variational autoencoder, with one of three scores.
+"""Detect anomalies in tables by a variational autoencoder, with one of three scores.
 
 With z_1 to z_L from q(z|x), the score of a row is one of
 
@@ -60,15 +60,18 @@ class VAEDetector(Detector):
         decoder_std: "column" learns one standard deviation for each column. "row" computes standard
             deviations for each row, as An and Cho do. Unusual rows may then get large standard
             deviations, so that their scores look normal.
-        criterion: "reconstruction_probability", "elbo" or "importance". May change after `fit`.
-        num_samples: number L of samples of z for a score.
-        epochs: passes over the training rows.
-        batch_size: largest number of rows of an update.
+        criterion: the score, "reconstruction_probability", "elbo" or "importance". You can change
+            this option after `fit`.
+        num_samples: number L of samples of z for the score of a row.
+        epochs: number of passes over the training rows.
+        batch_size: largest number of rows in an update.
         learning_rate: learning rate of Adam.
-        scaling: "standard" (mean 0, variance 1), "minmax" ([0, 1]) or "none", from training rows.
-        constant_columns: "error", or "keep" to allow columns with one value in the training rows.
-        false_alarm_rate: share of clean rows that the threshold may flag.
-        random_state: seed, NumPy RandomState, or None for another seed in each fit.
+        scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
+            "minmax" ([0, 1]) or "none".
+        constant_columns: "error" rejects columns with only one value in the training rows, and
+            "keep" allows them.
+        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:
         network_: the trained network, in float64.
@@ -143,7 +146,7 @@ class VAEDetector(Detector):
             kl = gaussian_kl(*self.network_.encode(batch))
             return -score(self.network_.terms(batch, self.noise_), kl)
 
-        # L samples of each row are in memory at once.
+        # Batches are small, because L samples of each row are in memory at once.
         return in_batches(rows, negative_score, num_rows=1024).numpy()
 
     def _new_network(self, num_features: int) -> DenseVAE:

@@ -1,6 +1,6 @@
 """Bottlenecks: modules that turn encoder features into a posterior or into codes.
 
-Each bottleneck has its own file. `table.BOTTLENECKS` lists them all.
+Each bottleneck has its own file. `table.BOTTLENECKS` lists all bottlenecks.
 """
 
 from latentvae.bottlenecks.nearest import nearest_codes

@@ -34,9 +34,9 @@ class Shape(Mark):
 
 @dataclass(frozen=True)
 class WeightOf(Mark):
-    """Marks an option that is the weight of the loss `Quantized.losses[term]`.
+    """Marks an option that is the weight of a loss of the bottleneck.
 
-    The option is not an argument of the bottleneck's module.
+    The loss is `Quantized.losses[term]`. The option is not an argument of the bottleneck's module.
     """
 
     term: str
@@ -80,7 +80,7 @@ class BottleneckConfig(Section):
     """Base class of all bottleneck options, with the properties that a training reads.
 
     Attributes:
-        type: name of the bottleneck in a preset. The name chooses the class of the options.
+        type: name of the bottleneck. The name chooses the class of the options.
     """
 
     type: Annotated[
@@ -102,7 +102,7 @@ class BottleneckConfig(Section):
 
     @property
     def why_no_linear_start(self) -> str:
-        """The reason why `--init linear` does not work, with advice. "" means that it works."""
+        """The reason why the option `--init linear` does not work, with advice, or ""."""
         return ""
 
     @property
@@ -116,7 +116,7 @@ class BottleneckConfig(Section):
         return 1
 
     def temperature_at(self, update: int) -> float:
-        """Return the softmax temperature in update number `update`, from 0. Only Gumbel uses it."""
+        """Return the softmax temperature in an update, counted from 0. Only Gumbel uses it."""
         return 1.0
 
     def arguments(self) -> dict[str, Any]:
@@ -141,9 +141,9 @@ class BottleneckConfig(Section):
         return {name: arguments[name] for name in marked(type(self), Shape) if name in arguments}
 
     def remedies(self) -> list[str]:
-        """Return flags that can keep more codes in use, in the order to try them.
+        """Return command-line flags that can keep more codes in use, in the order to try them.
 
-        Flags of options that are set already are not included.
+        Flags of options that are already turned on are not included.
         """
         found = marks(type(self), KeepsCodesInUse)
         idle = [mark for name, mark in found.items() if getattr(self, name) == 0]
@@ -161,8 +161,8 @@ class CommitmentConfig(BottleneckConfig):
         default=0.25,
         description=(
             "Weight of the commitment loss (beta). This loss is the mean squared distance of the "
-            "encoder's vectors to their codes. A larger weight keeps the vectors closer to their "
-            "codes."
+            "encoder's vectors to their codes. With a larger weight, the vectors stay closer to "
+            "their codes."
         ),
     )
 
@@ -170,7 +170,7 @@ class CommitmentConfig(BottleneckConfig):
 class EntropyConfig(CommitmentConfig):
     """Options of the entropy losses.
 
-    These losses make the code of each vector certain, and make the batch use all codes.
+    These losses make each vector clearly nearest to one code, and make the batch use all codes.
     """
 
     entropy_weight: Annotated[
@@ -182,23 +182,25 @@ class EntropyConfig(CommitmentConfig):
         default=0.0,
         description=(
             "Weight of the loss that lowers the entropy of each vector's soft assignment (a "
-            "softmax over codes). 0 turns all entropy losses off."
+            "softmax over all codes), so that each vector is clearly nearest to one code. 0 turns "
+            "this loss and the batch entropy (see batch_entropy_gamma) off."
         ),
     )
     batch_entropy_gamma: Annotated[Weight, OfTheRun()] = Field(
         default=1.0,
         description=(
-            "Weight of the batch entropy, as a multiple of entropy_weight. The batch entropy is "
-            "the entropy of the mean of the soft assignments over the batch. Training maximises "
-            "the batch entropy, so that all codes are used."
+            "Weight of the batch entropy, as a multiple of entropy_weight. A soft assignment is a "
+            "softmax over codes for one vector. The batch entropy is the entropy of the average of "
+            "these assignments over the batch. Training maximises the batch entropy, so that all "
+            "codes are used."
         ),
     )
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description=(
-            "Temperature of the soft assignments to codes in the entropy losses. With a lower "
-            "temperature, each assignment is closer to a single code. The default is 1 for BSQ "
-            "(see spherical) and 0.01 for all other quantisers."
+            "Temperature of the softmax over codes in the entropy losses. With a lower "
+            "temperature, the softmax is closer to a choice of a single code. The default is 1 for "
+            "BSQ (see spherical) and 0.01 for all other quantisers."
         ),
     )
 
@@ -228,12 +230,10 @@ class CodebookConfig(CommitmentConfig):
     num_codes: NumCodes = Field(
         default=1024,
         description=(
-            "Number of codes K. If the quantiser has several levels, each level has K codes."
+            "Number of codes. If the quantiser has several levels, each level has this many codes."
         ),
     )
-    code_channels: CodeChannels = Field(
-        default=256, description="Number of channels D of each code."
-    )
+    code_channels: CodeChannels = Field(default=256, description="Number of channels of each code.")
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
         default=1.0,
         description=(
@@ -244,28 +244,29 @@ class CodebookConfig(CommitmentConfig):
 
 
 class LearnedCodebookConfig(CodebookConfig):
-    """Options of a codebook whose codes learn separately, so that some codes may become unused."""
+    """Options of a codebook in which each code is learned separately, so some may become unused."""
 
     codebook_decay: Annotated[
-        # In a preset, the name `ema_decay` belongs to the moving average of the model's weights.
+        # Outside this section, the name `ema_decay` is for the moving average of the weights.
         Annotated[float, Field(gt=0.0, lt=1.0)] | None,
         Argument("ema_decay"),
         Elsewhere("codebook_ema_decay"),
     ] = Field(
         default=None,
         description=(
-            "Compute each code as the moving average of the vectors that choose it, with this "
-            "decay per update, such as 0.99. A larger decay averages over more updates. By "
-            "default, the codes learn by gradient descent."
+            "Compute each code as a moving average of the encoder's vectors for which this code is "
+            "the nearest one. This option is the decay of the average per update, such as 0.99. A "
+            "larger decay averages over more updates. By default, codes are not averages but learn "
+            "by gradient descent."
         ),
     )
     gradient: GradientName = Field(
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "`straight_through` passes the gradient unchanged. `rotation` applies to the gradient "
-            "the rotation and scaling that turn the encoder's vector into its code (rotation "
-            "trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` (the rotation trick) "
+            "rotates and scales the gradient in the same way in which the encoder's vector must be "
+            "rotated and scaled to become its code."
         ),
     )
     restart_threshold: Annotated[
@@ -276,8 +277,9 @@ class LearnedCodebookConfig(CodebookConfig):
         default=0.0,
         description=(
             "Replace each rarely used code by one of the encoder's vectors in the batch. A code is "
-            "rarely used if its use is below this share (0 to 1) of the mean use of all codes. For "
-            "a smaller share, the use is measured over more updates. With 0, no code is replaced."
+            "rarely used if its use is below this fraction (0 to 1) of the mean use of all codes. "
+            "The smaller this fraction is, the more updates the program needs to find rarely used "
+            "codes. With 0, no code is replaced."
         ),
     )
     kmeans_iterations: Annotated[
@@ -288,8 +290,9 @@ class LearnedCodebookConfig(CodebookConfig):
     ] = Field(
         default=0,
         description=(
-            "Number of iterations of k-means, which computes the initial codes from the encoder's "
-            "vectors of training images. With 0, the initial codes are random."
+            "Number of iterations of k-means. At the start of training, k-means computes the "
+            "initial codes from the encoder's vectors of training images. With 0, the initial "
+            "codes are random."
         ),
     )
 
@@ -311,7 +314,7 @@ class LearnedCodebookConfig(CodebookConfig):
 
     @property
     def why_no_linear_start(self) -> str:
-        # The linear start fits the decoder to the initial codes, so these must not be random.
+        # The linear start fits the decoder to the initial codes, so the codes must not be random.
         return "" if self.starts_by_kmeans else "its codes are random. Give --kmeans_iterations 10."
 
     @property

@@ -5,9 +5,8 @@ z (B, d, h, w) -> coupling -> ... -> coupling -> f(z) (B, d, h, w), log |det df/
 A coupling (Dinh et al. 2016, arXiv:1605.08803) leaves one part of its input as it is. A small
 network reads the unchanged part and chooses an affine map and a spline (Durkan et al. 2019,
 arXiv:1906.04032) for each element of the other part. The parts are the two colours of a
-checkerboard of positions, or two halves of the channels. The convolutions see neighbouring
-positions, so the map works for latents of any size. The affine maps and splines come from the
-package zuko.
+checkerboard of positions, or two halves of the channels. The small network is convolutional, so the
+map works for latents of any size. The affine maps and splines come from the package zuko.
 
 `B` batch, `d` latent channels, `h w` latent positions, `w` hidden channels, `K` bins of a spline.
 """
@@ -20,8 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from zuko.transforms import ComposedTransform, MonotonicAffineTransform, MonotonicRQSTransform
 
-BINS = 8  # K
-BOUND = 5.0  # Outside [-BOUND, BOUND], the spline is the identity.
+BINS = 8  # number of bins of a spline
+BOUND = 5.0  # outside [-BOUND, BOUND], the spline is the identity
 
 
 class Coupling(nn.Module):
@@ -46,7 +45,7 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mapped latent (B, d, h, w) and the log-determinant (B,)."""
+        """Return the mapped latents (B, d, h, w) and log |det| of the map's Jacobian, (B,)."""
         mapped = self.mapped_part(z)
         result, logs = self._map(z, mapped).call_and_ladj(z)
         return torch.where(mapped, result, z), (logs * mapped).sum(dim=(1, 2, 3))
@@ -58,7 +57,7 @@ class Coupling(nn.Module):
         return torch.where(mapped, inverse(result), result)
 
     def mapped_part(self, z: Tensor) -> Tensor:
-        """Return a bool mask (d, h, w) that is True for the mapped elements of a latent."""
+        """Return a bool mask (d, h, w) that is True for the elements of a latent to map."""
         d, h, w = (torch.arange(side, device=z.device) for side in z.shape[1:])
         if self.pattern < 2:
             chosen = (h[:, None] + w) % 2 == self.pattern
@@ -67,7 +66,7 @@ class Coupling(nn.Module):
         return chosen[:, None, None].expand(z.shape[1:])
 
     def _map(self, z: Tensor, mapped: Tensor) -> ComposedTransform:
-        """Return the elementwise map, which depends on the part of `z` that is not mapped."""
+        """Return a map of single elements. It depends on the part of `z` that stays unchanged."""
         hidden = F.silu(_convolved(self.first, z.masked_fill(mapped, 0.0)))
         hidden = F.silu(_convolved(self.middle, hidden))
         numbers = rearrange(_convolved(self.last, hidden), "b (d n) h w -> b d h w n", d=z.shape[1])
@@ -93,13 +92,16 @@ class CouplingFlow(nn.Module):
 
     def __init__(self, channels: int, *, layers: int, width: int) -> None:
         super().__init__()
-        patterns = 4 if channels > 1 else 2  # one channel has no halves
+        patterns = 4 if channels > 1 else 2  # one channel cannot be split into halves
         self.layers = nn.ModuleList(
             Coupling(channels, width, pattern=i % patterns) for i in range(layers)
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f(z), (B, d, h, w), and log |det df/dz|, (B,), in float32 under any autocast."""
+        """Return the mapped latents f(z), (B, d, h, w), and log |det df/dz|, (B,).
+
+        Both are float32, also under autocast.
+        """
         with torch.autocast(z.device.type, enabled=False):
             result, log_determinant = z.float(), z.new_zeros(len(z), dtype=torch.float32)
             for layer in self.layers:
@@ -117,6 +119,6 @@ class CouplingFlow(nn.Module):
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return the layer's output in the dtype of `x`, also if the weights are of half precision."""
+    """Return the layer's output in the dtype of `x`, also if the weights have half precision."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return F.conv2d(x, layer.weight.to(x.dtype), bias, padding=layer.padding)  # type: ignore[arg-type]

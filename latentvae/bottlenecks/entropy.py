@@ -2,10 +2,10 @@
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
-Training lowers the entropy of p for each vector, so that each vector clearly prefers one code.
-Training raises the entropy of the mean of p over the batch, so that all codes are used. The N x K
-probabilities are never in memory at once. They are computed for a few vectors at a time, and
-computed again in the backward pass.
+Training lowers the entropy of p for each vector, so that each vector is clearly nearest to one
+code. Training raises the entropy of the mean of p over the batch, so that all codes are used. The
+N x K probabilities are never all in memory at the same time. They are computed for a few vectors at
+a time, and computed again in the backward pass.
 
 `N` vectors, `K` codes, `D` code width.
 """
@@ -31,15 +31,17 @@ def code_entropies(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean entropy of p(k | v) over vectors, and the entropy of the mean p, in nats.
 
+    p(k | v) is a softmax over codes k of the negative squared distance between vector v and code k.
+
     Args:
-        vectors: the encoder's vectors, (N, D), float32.
-        codebook: the codes, (K, D), float32.
+        vectors: N vectors of the encoder with D channels, (N, D), float32.
+        codebook: the K codes, (K, D), float32.
         temperature: temperature of the softmax, above 0, in squared units of the vectors.
         over_ranks: take the mean over the vectors of all ranks. Every rank must have the same
-            number of vectors. The mean of the ranks' gradients, which DDP computes, is then the
-            gradient of one batch of all these vectors.
-        chunk: number of probabilities in memory at a time. Default: 2^21 on the CPU and 2^24
-            elsewhere.
+            number of vectors. DDP averages the ranks' gradients. With `over_ranks`, this average is
+            the gradient for one large batch of the vectors of all ranks.
+        chunk: number of probabilities in memory at a time. The default is 2^21 on the CPU and 2^24
+            on other devices.
     """
     chunk = chunk or (CPU_CHUNK if vectors.device.type == "cpu" else GPU_CHUNK)
 
@@ -62,8 +64,14 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the sum of entropies (a scalar) and of probabilities (K,) over vectors (n, D)."""
-    # |v|^2 is the same for all codes, so the softmax does not need it.
+    """Return the sum over vectors of entropies (a scalar) and of probabilities (one per code).
+
+    Args:
+        part: n vectors of D channels, (n, D).
+        codebook: K codes, (K, D).
+        temperature: temperature of the softmax over codes.
+    """
+    # The squared length of a vector is the same for all codes, so the softmax does not need it.
     logits = torch.addmm(-codebook.square().sum(1), part, codebook.t(), alpha=2.0) / temperature
     log_p = logits.log_softmax(1)  # (n, K)
     p = log_p.exp()

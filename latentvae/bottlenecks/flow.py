@@ -5,8 +5,8 @@ moments (B, 2d, h, w) -> z (B, d, h, w) -> decoder
 
     KL = E_q[log q(z|x) - log N(f(z); 0, I) - log |det df/dz|]
 
-The flow changes neither the posterior nor what the decoder reads. Only the KL depends on it, so a
-network without the flow encodes and decodes the same.
+The flow changes neither the posterior nor the decoder's input. Only the KL in training depends on
+the flow. So the trained network without the flow encodes and decodes in the same way.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -31,13 +31,16 @@ class FlowConfig(GaussianConfig):
 
     type: Literal["flow"] = "flow"  # type: ignore[assignment]
     layers: Positive = Field(default=8, description="Number of coupling layers of the flow.")
-    width: Positive = Field(default=64, description="Number of hidden channels of each layer.")
+    width: Positive = Field(
+        default=64, description="Number of hidden channels of each coupling layer."
+    )
 
 
 class FlowBottleneck(GaussianBottleneck):
-    """A Gaussian posterior. Its KL is the divergence from the prior that a flow describes.
+    """A Gaussian posterior, with a KL to a prior that a learned flow describes.
 
-    At the start the flow is the identity, so the KL equals the KL of `GaussianBottleneck`.
+    At the start of training the flow is the identity, so the KL equals that of
+    `GaussianBottleneck`.
 
     Args:
         latent_channels: number of latent channels d.
@@ -64,19 +67,19 @@ class FlowBottleneck(GaussianBottleneck):
     ) -> GaussianLatent:
         """Return the latent and an estimate of its KL from one sample, without a KL per channel.
 
-        The estimate is the KL to N(0, I), which has a closed form, plus the difference of the
-        log-densities of N(0, I) and of the learned prior at a sample z:
+        The estimate is the KL from the posterior q to N(0, I), which has a closed form, plus a
+        second term. This term is the log-density of N(0, I) minus that of the learned prior, at a
+        sample z. With the flow f:
 
             KL = KL(q, N(0, I)) + (f(z)^2 - z^2) / 2 - log |det df/dz|
 
-        The expected value of the estimate is the KL. The flow mixes channels, so the KL of one
-        channel is not defined.
+        The expected value of the estimate is the true KL to the learned prior. The flow mixes
+        channels, so the KL of one channel is not defined.
 
         Args:
-            moments: mean and log-variance, (B, 2d, h, w).
-            sample: draw the latent from the posterior. False returns the posterior's mean. The KL
-                needs a sample in both cases.
-            temperature: factor on the latent's standard deviation. The KL does not depend on it.
+            moments: mean and log-variance of d channels, (B, 2d, h, w).
+            sample: draw the latent. If False, it is the mean, but the KL still draws a sample.
+            temperature: factor on the standard deviation of the drawn latent, not of the KL.
         """
         posterior = self.posterior(moments)
         drawn = posterior.sample()

@@ -19,8 +19,8 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # widens the range by this share, so that finite features reach the outermost levels
-MAX_LEVELS = 1000  # with more levels the margin would round to a level that does not exist
+MARGIN = 1e-3  # the range is wider by this share, so that finite features reach the last levels
+MAX_LEVELS = 1000  # with more levels, this margin would give a level that does not exist
 
 
 class FSQConfig(BottleneckConfig):
@@ -30,8 +30,9 @@ class FSQConfig(BottleneckConfig):
     levels: Annotated[tuple[int, ...], Shape()] = Field(
         default=(8, 5, 5, 5),
         description=(
-            "Number of levels of each channel. Each channel is rounded to one of its levels, so "
-            "the number of codes K is the product of these numbers."
+            "Number of levels of each channel of the latent: one number for each channel. Each "
+            "channel is rounded to one of its levels, so the number of codes is the product of all "
+            "these numbers."
         ),
     )
 
@@ -55,19 +56,20 @@ class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` that rounds each channel, without a codebook, losses or parameters.
 
     A channel h with L levels is bounded to tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o
-    is 1/2 for even L and 0 for odd L. The shift s is chosen so that h = 0 gives the level 0. This
-    bound follows the text of the paper. The code in the paper differs: it has tan instead of
-    artanh, and 1 - margin instead of 1 + margin. Cosmos and vector-quantize-pytorch use the same
-    formula as this class, so they compute the same indices. The rounded value lies in -floor(L /
-    2)..ceil(L / 2) - 1. This value divided by floor(L / 2) is z.
+    is 1/2 for even L and 0 for odd L. The shift s is chosen by artanh, so that h = 0 gives the
+    level 0. This formula follows the text of the paper (arXiv:2309.15505). The code listing in the
+    paper differs: it has tan instead of artanh, and 1 - margin instead of 1 + margin. Cosmos and
+    vector-quantize-pytorch use the formula of this class, so they compute the same indices. The
+    bounded value is rounded to an integer from -floor(L / 2) to ceil(L / 2) - 1. This integer
+    divided by floor(L / 2) is z.
 
-    The index is sum_i d_i prod_{j < i} L_j, where the digit d_i in 0..L_i - 1 counts from the
-    lowest level. The digit of the first channel changes fastest.
+    A code index is sum_i d_i prod_{j < i} L_j. Here d_i is the level of channel i, counted from the
+    lowest level, in 0..L_i - 1.
 
     Args:
-        levels: number of levels L_i of each channel, 3 to 1000. The paper uses (8, 6, 5) for K =
-            240, (8, 5, 5, 5) for K = 1000, (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for
-            K = 64000.
+        levels: number of levels L_i of each channel i, 3 to 1000. The number of codes K is the
+            product of all L_i. The paper uses (8, 6, 5) for K = 240, (8, 5, 5, 5) for K = 1000,
+            (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for K = 64000.
 
     Raises:
         UserError: there are no levels, or a channel has fewer than 3 or more than 1000 levels.
@@ -88,7 +90,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("basis", _per_channel(basis), persistent=False)
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
+        """Quantise features of D channels, (B, D, h, w). ``temperature`` has no effect."""
         assert features.shape[1] == self.in_channels, features.shape
         half = self.levels // 2
         bounded = self._bound(features.float())
@@ -98,7 +100,7 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized(z, (digits * self.basis).sum(1), losses={}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
+        """Return the decoder's input `z` of D channels, (B, D, h, w), for indices (B, h, w)."""
         half = self.levels // 2
         digits = indices.unsqueeze(1) // self.basis % self.levels
         return (digits - half).float() / half

@@ -2,7 +2,7 @@
 
 moments (B, 2d, h, w) -> mean, logvar (B, d, h, w) -> z = mean + temperature * exp(logvar / 2) noise
 
-Everything here is computed in float32, also under autocast.
+All values in this module are computed in float32, also under autocast.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentvae.bottlenecks.bottleneck_config import BottleneckConfig
 from latentvae.option_marks import Positive
 
-# Log-variance of a posterior. diffusers clamps it to this range.
+# Log-variance of a posterior. diffusers clamps log-variances to this range.
 Logvar = Annotated[float, Field(ge=-30.0, le=20.0)]
 
 
@@ -41,10 +41,13 @@ class GaussianConfig(BottleneckConfig):
     """Options of the bottleneck: a diagonal Gaussian posterior, with a KL to N(0, I)."""
 
     type: Literal["gaussian"] = "gaussian"
-    latent_channels: Positive = Field(default=4, description="Number of latent channels d.")
+    latent_channels: Positive = Field(default=4, description="Number of latent channels.")
     posterior_logvar: Logvar | None = Field(
         default=None,
-        description="Log-variance of every posterior. By default (None), the encoder learns it.",
+        description=(
+            "Fixed log-variance of every posterior. By default (None), the encoder predicts the "
+            "log-variance."
+        ),
     )
 
     @property
@@ -57,10 +60,10 @@ class GaussianBottleneck(nn.Module):
     """A bottleneck that samples from the encoder's posterior and computes its KL to N(0, I).
 
     Args:
-        latent_channels: number of latent channels d. The features have 2 d channels: the mean and
-            the log-variance.
-        posterior_logvar: constant that replaces the log-variance of the features, as in SimFlow
-            (arXiv:2512.04084).
+        latent_channels: number of latent channels d. The encoder's output has 2 d channels: the
+            mean and the log-variance.
+        posterior_logvar: constant that replaces the encoder's log-variance, as in SimFlow
+            (arXiv:2512.04084). None keeps the encoder's log-variance.
     """
 
     kind: ClassVar[str] = "gaussian"
@@ -79,9 +82,10 @@ class GaussianBottleneck(nn.Module):
         Args:
             moments: mean and log-variance concatenated along the channel axis, (B, 2d, h, w). The
                 log-variance is clamped to [-30, 20], as in diffusers.
-            sample: draw from the posterior with the global generator. False returns the posterior's
-                mean.
-            temperature: factor on the posterior's standard deviation. 1 is the posterior itself.
+            sample: draw from the posterior with torch's global generator. If this is False, the
+                latent is the posterior's mean.
+            temperature: factor on the posterior's standard deviation. With 1, the latent is drawn
+                from the posterior itself.
         """
         posterior = self.posterior(moments)
         mean, kl = posterior.mean, gaussian_kl(posterior)
@@ -99,9 +103,9 @@ class GaussianBottleneck(nn.Module):
 
 
 def gaussian_kl(posterior: DiagonalGaussianDistribution) -> Tensor:
-    """Return the KL from a posterior to N(0, I), (B, d), in nats per image and channel.
+    """Return the KL from a posterior to N(0, I) for each image and channel, (B, d), in nats.
 
-    The KL has a closed form (arXiv:1312.6114, appendix B): the sum over positions of
+    The KL has a closed form (arXiv:1312.6114, appendix B). It is the sum over positions of
     0.5 * (mean^2 + var - 1 - logvar).
     """
     mean, var, logvar = posterior.mean, posterior.var, posterior.logvar

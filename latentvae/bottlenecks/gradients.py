@@ -1,7 +1,7 @@
 """Functions that pass the decoder's gradient through a quantiser to the encoder.
 
-Each function returns the values of the codes, and passes the gradient of the codes to the encoder's
-vectors.
+Quantisation has no useful gradient of its own. Each function here returns the values of the codes,
+and passes the gradient of the codes to the encoder's vectors.
 
 `N` vectors, `D` code width.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from latentvae.errors import UserError, nearest
 
-SMALLEST_NORM = 1e-6  # a vector shorter than this number counts as having no direction
+SMALLEST_NORM = 1e-6  # the direction of a shorter vector is not used
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
@@ -25,10 +25,11 @@ def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
 
 
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
-    """Return ``quantised`` (N, D) exactly, and pass its rotated, scaled gradient to ``vectors``.
+    """Return ``quantised`` exactly, and pass its rotated and scaled gradient to ``vectors``.
 
-    ``quantised`` is computed as a rotation and scaling of ``vectors`` (N, D). The gradient treats
-    the rotation and the scale as constants (rotation trick, arXiv:2410.06424, section 4.2).
+    Both have N rows of D channels, (N, D). Each row of ``quantised`` is the same row of
+    ``vectors``, rotated and scaled. The gradient treats the rotation and the scale as constants
+    (rotation trick, arXiv:2410.06424, section 4.2).
     """
     vector, quantised = vectors.detach(), quantised.detach()
     norm, target = (v.norm(dim=1, keepdim=True) for v in (vector, quantised))

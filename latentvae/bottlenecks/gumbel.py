@@ -27,21 +27,20 @@ Temperature = Annotated[float, Field(gt=0.0), OfTheRun()]
 
 
 class GumbelConfig(BottleneckConfig):
-    """Options of the quantiser Gumbel-softmax, which draws a relaxed sample from K logits.
+    """Options of the quantiser Gumbel-softmax, which mixes codes with random weights.
 
-    The option kl_scale of the loss is the weight of the KL.
+    The weights are a relaxed sample from a softmax over all codes. The option kl_scale of the loss
+    is the weight of the KL to a uniform distribution of codes.
     """
 
     type: Literal["gumbel"] = "gumbel"
-    num_codes: NumCodes = Field(default=8192, description="Number of codes K.")
-    code_channels: CodeChannels = Field(
-        default=128, description="Number of channels D of each code."
-    )
+    num_codes: NumCodes = Field(default=8192, description="Number of codes.")
+    code_channels: CodeChannels = Field(default=128, description="Number of channels of each code.")
     straight_through: bool = Field(
         default=False,
         description=(
-            "In training, give the decoder one code instead of a mixture of codes. The gradient "
-            "still passes through the mixture."
+            "In training, give the decoder one code at each position instead of a mixture of "
+            "codes. The gradient is still that of the mixture (straight-through estimator)."
         ),
     )
     temperature: Temperature = Field(
@@ -54,8 +53,8 @@ class GumbelConfig(BottleneckConfig):
     final_temperature: Temperature = Field(
         default=0.0625,
         description=(
-            "Temperature of the Gumbel-softmax after temperature_steps updates. The temperature "
-            "falls to this value along half a cosine."
+            "Temperature of the Gumbel-softmax after temperature_steps updates. From the first "
+            "update on, the temperature falls to this value along half a cosine."
         ),
     )
     temperature_steps: Annotated[Positive, OfTheRun()] = Field(
@@ -94,19 +93,18 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the positions of the largest logits without noise, also in training. Encoding an
-    image uses these indices too (arXiv:2102.12092, section 2.2). Only in evaluation is `z` equal to
-    `codes(indices)`.
+    `indices` are the positions of the largest logits without noise, also in training. Tokens of an
+    image are these indices (arXiv:2102.12092, section 2.2). In evaluation, `z` is equal to
+    `codes(indices)`. In training, `z` depends on noise and is not.
 
     The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
-    The KL is between 0 and log K nats per token.
+    It is between 0 and log K nats per token.
 
     Args:
         num_codes: number of codes K, also the number of feature channels.
         code_channels: code width D.
         straight_through: in training, `z` is the single code with the largest weight, but the
-            gradient is the gradient of the mixture of codes. By default `z` is the mixture of codes
-            itself.
+            gradient is that of the weighted mean of codes. By default `z` is the weighted mean.
 
     Raises:
         UserError: there are fewer than 2 codes, or no channel.
@@ -129,9 +127,10 @@ class GumbelQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.randn(num_codes, code_channels))
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise logits (B, K, h, w).
+        """Quantise logits of K codes at each position, (B, K, h, w).
 
         Args:
+            features: the logits.
             temperature: temperature of the softmax, above 0. The caller computes this value by a
                 schedule. The temperature has no effect in evaluation.
         """
@@ -143,14 +142,15 @@ class GumbelQuantizer(Quantizer):
             return Quantized(z, indices, {"kl": _kl_to_uniform(logits)}, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w), codes of width D, for indices (B, h, w)."""
         codes = F.embedding(indices, self.codebook.float())
         return rearrange(codes, "B h w D -> B D h w").contiguous()
 
     def _mixture(self, logits: Tensor, temperature: float) -> Tensor:
         weights = F.gumbel_softmax(logits, tau=temperature, dim=1)
         if self.straight_through:
-            # torch's option `hard` is not exactly one-hot, because 1 - weight + weight is rounded.
+            # The option `hard` of torch computes 1 - weight + weight, which is rounded. So the
+            # result would not be exactly one-hot.
             largest = weights.argmax(1, keepdim=True)
             one_hot = torch.zeros_like(weights).scatter(1, largest, 1.0)
             weights = straight_through(weights, one_hot)
@@ -158,6 +158,9 @@ class GumbelQuantizer(Quantizer):
 
 
 def _kl_to_uniform(logits: Tensor) -> Tensor:
-    """Return the mean over tokens of sum_k q_k (log q_k + log K), for logits (B, K, h, w)."""
+    """Return the mean over tokens of the KL from q = softmax(logits) to a uniform distribution.
+
+    The KL of a token is sum_k q_k (log q_k + log K), for logits of K codes, (B, K, h, w).
+    """
     log_q = logits.log_softmax(1)
     return (log_q.exp() * (log_q + math.log(logits.shape[1]))).sum(1).mean()

@@ -2,20 +2,20 @@
 
 features h (B, D, h, w) [-> h / |h|] -> sign -> z (B, D, h, w), each element -s or s
 
-LFQ has s = 1. BSQ puts h on the unit sphere and has s = 1 / sqrt(D). The entropies are computed
-from a softmax over all K codes:
+LFQ has s = 1. BSQ divides each vector h by its length and has s = 1 / sqrt(D). The entropy losses
+are computed from a softmax over all K codes:
 
     p(c | h) = softmax_c(-|h - c|^2 / t) = prod_i sigmoid(4 s h_i b_i / t),  c = s b, b_i = -1 or 1
 
-The probability is a product over bits for two reasons. First, -|h - c|^2 is, up to a constant, a
+The probability p is a product over bits for two reasons. First, -|h - c|^2 is, up to a constant, a
 sum over bits of 2 s h_i b_i. Second, the codes are all combinations of bits. (arXiv:2406.07548
-shows this for the sphere, but the proof also holds without the sphere.) So the entropy of a token
-is exactly the sum of its bits' entropies.
+shows this for vectors on the unit sphere, but the proof holds for all vectors.) So the entropy of a
+token is exactly the sum of its bits' entropies.
 
-The mean of p over tokens is not a product. The entropy of the mean is computed exactly for each
-group of bits, and the entropies of the groups are added. So no table of all K codes is needed. The
-sum is an upper bound of the exact entropy, because entropy is subadditive. The sum is exact if the
-groups are independent.
+The mean of p over tokens is not a product. So the bits are divided into groups. The entropy of the
+mean is computed exactly within each group, and the entropies of the groups are added. No table of
+all K codes is needed. The sum is an upper bound of the exact entropy, because entropy is
+subadditive. The sum is exact if the groups are independent.
 
 `B` batch, `D` bits, `K` = 2^D codes, `N = B * h * w` tokens, `s` scale, `t` entropy temperature.
 """
@@ -34,12 +34,12 @@ from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.distributed import all_reduce_mean
 from latentvae.errors import UserError
 
-MAX_BITS = 62  # indices are int64
-MAX_LISTED_BITS = 16  # 65,536 codes
+MAX_BITS = 62  # because indices are int64
+MAX_LISTED_BITS = 16  # a list has at most 2^16 = 65,536 codes
 
-# Smallest probability in the logarithm of the batch entropy, similar to MAGVIT-v2. Without it,
-# codes far from all tokens would put the whole gradient on the few tokens that lie between two
-# codes.
+# Smallest probability in the logarithm of the batch entropy, similar to MAGVIT-v2. Codes far from
+# all tokens have tiny probabilities. Without this limit, these codes would put almost the whole
+# gradient on the few tokens that lie between two codes.
 SMALLEST_SHARE = 1e-5
 
 
@@ -50,8 +50,8 @@ class LFQConfig(EntropyConfig):
     num_bits: Annotated[int, Field(ge=1, le=24), Shape()] = Field(
         default=16,
         description=(
-            "Number of channels. Each channel gives one bit, so the number of codes K is 2 ** "
-            "num_bits."
+            "Number of latent channels. The sign of each channel gives one bit, so the number of "
+            "codes is 2 ** num_bits."
         ),
     )
     spherical: Annotated[bool, Shape()] = Field(
@@ -66,20 +66,21 @@ class LFQConfig(EntropyConfig):
 class LookupFreeQuantizer(Quantizer):
     """A `Quantizer` that takes the sign of each channel, without a codebook or parameters.
 
-    The sign of 0 is +1. The index is sum_i 2^i [h_i >= 0], so the first channel is the lowest bit
-    (arXiv:2310.05737).
+    The sign of 0 is +1. The index of features h is the sum over channels i of 2^i [h_i >= 0], so
+    the first channel is the lowest bit (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
     In training, `batch_entropy` is computed over the tokens of one micro-step on all ranks. Every
-    rank must have the same number of tokens. The mean of the ranks' gradients, which DDP computes,
-    is then the gradient of one batch of all these tokens. In evaluation each rank uses only its own
-    batch, because ranks may have different numbers of batches.
+    rank must have the same number of tokens. DDP averages the ranks' gradients, which gives the
+    gradient for one large batch of the tokens of all ranks. In evaluation each rank uses only its
+    own batch, because ranks may have different numbers of batches.
 
     Args:
-        num_bits: number of bits D = log2 K, also the number of feature channels.
-        spherical: use BSQ instead of LFQ.
-        entropy_temperature: temperature t of the softmax, in squared units of h. Default: 0.01 for
-            LFQ and 1 for BSQ, the usual values.
+        num_bits: number of bits of a code, also the number of feature channels. There are
+            2^num_bits codes.
+        spherical: use BSQ instead of LFQ: divide each vector by its length.
+        entropy_temperature: temperature of the softmax in the entropy losses, in squared units of
+            the features. The default is 0.01 for LFQ and 1 for BSQ, the usual values.
         group_bits: number of bits in each group of the batch entropy. A group needs a table of
             2^group_bits numbers. The batch entropy is exact if `group_bits` is at least `num_bits`.
 
@@ -109,7 +110,7 @@ class LookupFreeQuantizer(Quantizer):
         self.group_bits = group_bits
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
+        """Quantise features of D channels, (B, D, h, w). ``temperature`` has no effect."""
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
             h = features.float()
@@ -123,11 +124,11 @@ class LookupFreeQuantizer(Quantizer):
             return Quantized(straight_through(h, code), indices, losses, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
+        """Return the decoder's input `z` of D channels, (B, D, h, w), for indices (B, h, w)."""
         return self._code(indices.unsqueeze(1) >> self._places(indices) & 1 == 1)
 
     def why_not_listed(self) -> str:
-        """Return a reason if there are too many codes to list, else ""."""
+        """Return a reason if there are too many codes for a list, else ""."""
         if self.num_codes <= 2**MAX_LISTED_BITS:
             return ""
         most = 2**MAX_LISTED_BITS
@@ -155,10 +156,10 @@ class LookupFreeQuantizer(Quantizer):
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of Bernoulli variables, in nats.
+    """Return the entropy of Bernoulli variables with the given logits, in nats.
 
-    With l = |logit|: p = sigmoid(l), log p = -softplus(-l), log (1 - p) = log p - l. Every term of
-    the result is positive, so there is no cancellation error.
+    With l = |logit|: p = sigmoid(l), log p = -softplus(-l), log (1 - p) = log p - l. The entropy is
+    computed as a sum of positive terms, so no digits are lost in a subtraction.
     """
     size = logits.abs()
     return F.softplus(-size) + size * torch.sigmoid(-size)
@@ -168,11 +169,11 @@ def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
     """Return the entropy, in nats, of the mean over tokens of the joint distribution of bits.
 
     Args:
-        logits: log-odds of the g bits of one group, for each of N tokens, (N, g).
+        logits: log-odds that a bit is 1, for the g bits of one group and N tokens, (N, g).
         over_ranks: take the mean over the tokens of all ranks.
     """
-    # A sum of outer products over tokens is one matrix product. So the N x 2^g probabilities are
-    # never in memory.
+    # The joint probabilities of a token are an outer product of those of its low and high bits. The
+    # sum over tokens is one matrix product. So the N x 2^g probabilities are never in memory.
     middle = logits.shape[1] // 2
     low, high = _joint(logits[:, :middle]), _joint(logits[:, middle:])
     p = low.t() @ high / len(logits)  # (2^middle, 2^(g - middle))
@@ -182,7 +183,11 @@ def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
 
 
 def _joint(logits: Tensor) -> Tensor:
-    """Return the probabilities (N, 2^g) of all values of g independent bits with logits (N, g)."""
+    """Return the probabilities of all 2^g values of g independent bits, (N, 2^g).
+
+    Args:
+        logits: log-odds that a bit is 1, for g bits of each of N tokens, (N, g).
+    """
     joint = logits.new_ones(len(logits), 1)
     for bit in logits.unbind(1):
         one, zero = torch.sigmoid(bit)[:, None], torch.sigmoid(-bit)[:, None]

@@ -1,9 +1,10 @@
 """Search for the nearest code in tiles, so that memory grows with the tile, not with N x K.
 
-argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2. The scores on the right are computed for one
-tile of vectors at a time, by one matrix product with a bias. The search first finds the largest
-score of each block of 32 codes, then the position within the best block. This is faster than one
-argmax over all codes: a maximum over rows runs at memory speed, and an argmax is many times slower.
+For a vector v and codes c_k, argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2. The terms on
+the right are called scores. They are computed for a tile of some vectors and some codes at a time,
+by one matrix product with a bias. The search first finds the largest score of each block of 32
+codes, then the position within the best block. This is faster than one argmax over all codes. A
+maximum over rows is limited only by the speed of memory, and an argmax is many times slower.
 
 `N` vectors, `K` codes, `D` code width, `n` vectors of a tile.
 """
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 32  # Number of codes in a block.
-# Largest number of codes in a tile: the scores of 256 vectors x 4096 codes take 4 MiB, which fits
-# into caches.
+# Largest number of codes in a tile. The scores of 256 vectors and 4096 codes take 4 MiB, which fits
+# into the caches of a CPU.
 CODES = 4096
 # Number of scores in a tile. Larger tiles mean fewer kernel launches on a GPU.
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**23
@@ -22,17 +23,18 @@ CPU_CHUNK, GPU_CHUNK = 2**20, 2**23
 
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Return the index of each vector's nearest code (Euclidean). Ties take the lowest index.
+    """Return the index of each vector's nearest code (Euclidean).
 
-    The search runs in float32, also under autocast. The codebook's mean is first subtracted from
-    vectors and codes, so that a common offset costs no precision.
+    If several codes are equally near, the lowest index is returned. The search runs in float32,
+    also under autocast. The codebook's mean is first subtracted from vectors and codes, so that an
+    offset that they all have does not reduce the precision.
 
     Args:
-        vectors: the vectors, (N, D), of any float dtype. A vector that is not finite gets an
-            arbitrary index.
-        codebook: the codes, (K, D).
-        chunk: number of scores in memory at a time, at least 32. Default: 2^20 on the CPU (4 MiB)
-            and 2^23 elsewhere.
+        vectors: N vectors of D channels, (N, D), of any float dtype. A vector that is not finite
+            gets an arbitrary index.
+        codebook: the K codes, (K, D).
+        chunk: number of distances in memory at a time, at least 32. The default is 2^20 on the CPU
+            (4 MiB) and 2^23 on other devices.
 
     Returns:
         The indices, (N,), int64.
@@ -54,7 +56,11 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
 
 
 def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tensor) -> Tensor:
-    """Return the index (n,) of the nearest code of each vector (n, D), tile by tile of codes."""
+    """Return the index of the nearest code of each of n vectors `part`, (n,).
+
+    The codes, padded to whole blocks, are searched in tiles of `rows` codes. `bias` is minus half
+    the squared length of each code, and `tile` is memory for the scores of a tile.
+    """
     n, device = len(part), part.device
     columns = torch.arange(n, device=device)
     best = part.new_full((n,), -torch.inf)

@@ -2,8 +2,8 @@
 
 features h (B, C, h, w) -> quantised z (B, D, h, w) and indices (B, h, w) in 0..K - 1
 
-`B` batch, `C` feature channels, `D` code width (C = D, except that Gumbel has C = K), `h w` latent
-positions, `K` codes, `L` levels of a residual quantiser, `N = B * h * w` vectors.
+`B` batch, `C` feature channels, `D` code width, `h w` latent positions, `K` codes, `L` levels of a
+residual quantiser, `N = B * h * w` vectors. C equals D, but for Gumbel-softmax, C equals K.
 """
 
 from typing import ClassVar, NamedTuple
@@ -16,14 +16,16 @@ class Quantized(NamedTuple):
     """The output of a discrete bottleneck, in float32 also under autocast.
 
     Attributes:
-        z: the input of the decoder, (B, D, h, w). The gradient of `z` passes to the features.
-        indices: the codes, (B, h, w), int64 in 0..K - 1. With L levels the shape is (B, L, h, w).
+        z: the input of the decoder, codes of width D, (B, D, h, w). The gradient of `z` passes to
+            the features.
+        indices: indices of the codes, (B, h, w), int64 in 0..K - 1 for K codes. If each position
+            has L codes, the shape is (B, L, h, w).
         losses: unweighted losses by name. Each loss is a scalar, a mean over vectors. `commitment`
-            and `codebook` are also means over the D channels. `sample_entropy`, `batch_entropy` and
-            `kl` are in nats per token. A loss that the bottleneck does not have is absent.
-        statistics: a dict of the tensors that `update` needs. The statistics are sums over the
-            vectors of this rank. So the statistics of several micro-steps and ranks can be added.
-            The dict is empty if `update` learns nothing.
+            and `codebook` are also means over the channels. `sample_entropy`, `batch_entropy` and
+            `kl` are in nats per token. Losses that the bottleneck does not compute are left out.
+        statistics: a dict of the tensors that `Quantizer.update` needs. The statistics are sums
+            over the vectors of this rank. So the statistics of several micro-steps and ranks can be
+            added. The dict is empty if `update` changes nothing.
     """
 
     z: Tensor
@@ -39,13 +41,13 @@ class Quantizer(nn.Module):
     a bottleneck that learns only by gradient, or has nothing to learn.
 
     Attributes:
-        kind: name of the bottleneck in the table and in presets.
-        num_codes: K, the number of codes of each level.
-        num_levels: L, which is 1 except for a residual quantiser.
-        in_channels: C, channels of the features.
-        code_channels: D, channels of `z`.
-        restart_threshold: `update` restarts a code whose use is below this share of the mean use.
-            With 0, `update` never restarts a code.
+        kind: name of the bottleneck, a key of `table.BOTTLENECKS`.
+        num_codes: number of codes K of each level.
+        num_levels: number of codes per position L. It is 1 except for a residual quantiser.
+        in_channels: number of channels C of the features.
+        code_channels: number of channels D of the codes `z`.
+        restart_threshold: `update` replaces a code whose use is below this share of the mean use.
+            With 0, `update` never replaces a code.
     """
 
     kind: ClassVar[str]
@@ -57,23 +59,24 @@ class Quantizer(nn.Module):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one that all levels share, or one for each level."""
+        """Number of codebooks: 1 if all levels share a codebook, else the number of levels."""
         return 1
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
         """Quantise features, and return codes, indices, losses and statistics.
 
         Args:
-            features: (B, C, h, w).
+            features: features of C channels, (B, C, h, w).
             temperature: temperature of the softmax, above 0. Only Gumbel-softmax uses this value,
                 and only in training.
         """
         raise NotImplementedError  # Every bottleneck defines its own `forward`.
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the same `z` (B, D, h, w) as `forward`, for indices (B, h, w) or (B, L, h, w).
+        """Return the codes `z` (B, D, h, w) for indices (B, h, w) or (B, L, h, w).
 
-        The exception is Gumbel-softmax in training, whose `z` is a mixture of codes.
+        D is the code width, and L is the number of codes per position. The result equals `z` of
+        `forward`, except for Gumbel-softmax in training, where `z` is a mixture of codes.
         """
         raise NotImplementedError  # Every bottleneck defines its own `codes`.
 
@@ -89,43 +92,44 @@ class Quantizer(nn.Module):
         The result is the same on every rank for the same features and generator.
 
         Args:
-            features: (N, C).
+            features: N vectors of C channels, (N, C).
             generator: random generator on the CPU.
-            batch_vectors: number of vectors in one update over all ranks. The moving averages start
-                with counts (vectors per code) whose sum is this number. Default: N.
+            batch_vectors: number of vectors in one update, over all ranks. The moving averages
+                start with counts (vectors per code) whose sum is this number. The default is N.
         """
 
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Update the moving averages of the codes, and restart unused codes.
+        """Update the moving averages of the codes, and replace unused codes.
 
-        Call this method once per update, after the optimiser's step. By default it changes nothing.
+        Call this method once per update, after the optimiser's step. The method of this base class
+        changes nothing.
 
         Args:
             statistics: statistics of the complete update, summed over micro-steps and ranks.
-            features: vectors of the last micro-step on all ranks, (N, C). Unused codes restart at
-                some of these vectors.
+            features: N vectors of C channels of the last micro-step on all ranks, (N, C). Unused
+                codes are replaced by some of these vectors ("restart").
             generator: random generator on the CPU that chooses these vectors. Its state must be the
                 same on every rank.
 
         Returns:
-            The number of restarted codes, a scalar on the device (no host sync).
+            The number of replaced codes, a scalar on the device. The CPU does not wait for it.
         """
         return torch.zeros((), dtype=torch.int64, device=features.device)
 
     def why_not_listed(self) -> str:
-        """Return why no list of codes gives the same nearest codes as `forward`, or "".
+        """Return why a search in a list of codes does not find the same codes as `forward`, or "".
 
-        The stock `VQModel` of diffusers searches for the nearest code in a list. The method
-        `listed_codes` returns this list. The reason is a clause for use in a longer sentence.
+        diffusers' `VQModel` searches for the nearest code in a list. The method `listed_codes`
+        returns such a list. The reason is a clause for use in a longer sentence.
         """
         return f"the quantiser {self.kind} does not search for the nearest code in a list"
 
     def listed_codes(self) -> Tensor:
-        """Return a new list of all codes, (K, D), float32, in the order of their indices.
+        """Return a new tensor of all K codes of width D, (K, D), float32, in index order.
 
-        The quantiser takes the nearest of these codes by Euclidean distance. Call this method only
-        if `why_not_listed` returns "".
+        The code that is nearest by Euclidean distance is the code that `forward` chooses. Call this
+        method only if `why_not_listed` returns "".
         """
         raise NotImplementedError(self.why_not_listed())

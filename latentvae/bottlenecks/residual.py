@@ -24,17 +24,19 @@ from latentvae.option_marks import Elsewhere, Positive
 
 
 class ResidualConfig(LearnedCodebookConfig):
-    """Options of the residual quantiser (RQ), which gives each position L codes.
+    """Options of the residual quantiser (RQ), which gives each position several codes.
 
-    Each code approximates what the sum of the codes before it does not represent.
+    A vector is approximated by the sum of its codes. Each code approximates the vector minus the
+    sum of the codes before it.
     """
 
     type: Literal["residual"] = "residual"
     num_levels: Annotated[Positive, Shape(), Elsewhere("num_quantizers")] = Field(
         default=4,
         description=(
-            "Number L of quantisers in a row, called levels. Each level quantises the error that "
-            "the levels before it leave. Each position has one code per level."
+            "Number of quantisers in a row, called levels. The first level quantises the encoder's "
+            "vector, and each further level quantises the error that is left. Each position of the "
+            "latent has one code per level."
         ),
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
@@ -47,17 +49,18 @@ class ResidualConfig(LearnedCodebookConfig):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one if all levels share a codebook, else one for each level."""
+        """Number of codebooks: 1 if all levels share a codebook, else the number of levels."""
         return 1 if self.shared_codebook else self.num_levels
 
 
 class ResidualQuantizer(Quantizer):
     """A `Quantizer` with L codes per position, whose sum is z.
 
-    The losses are means over levels. `commitment` is |h - sg(sum of the codes so far)|^2, as in
-    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. Here sg stops the gradient. The
-    gradient passes from z to h in one step, not level by level. With separate codebooks, each level
-    has its own statistics and buffers. With a shared codebook, statistics are sums over levels.
+    Level l quantises r_{l-1}, the features h minus the codes of the levels before it. The losses
+    are means over levels. `commitment` is |h - sg(sum of the codes up to this level)|^2, as in
+    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. Here sg stops the gradient. The gradient
+    passes from z to h in one step, not level by level. With separate codebooks, each level has its
+    own statistics and buffers. With a shared codebook, statistics are sums over levels.
 
     Args:
         num_levels: number of levels L.
@@ -65,9 +68,9 @@ class ResidualQuantizer(Quantizer):
         code_channels: code width D, also the number of feature channels.
         shared_codebook: use one codebook for all levels, as RQ-VAE does. Otherwise each level has
             its own codebook.
-        ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. Unused
-            codes restart at residuals of their level. In a shared codebook they restart at
-            residuals of any level.
+        ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. An unused
+            code is replaced by a vector that its level quantises. In a shared codebook, this vector
+            may be from any level.
 
     Raises:
         UserError: `num_levels` is below 1, or an argument of `VectorQuantizer` is out of range.
@@ -112,21 +115,21 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def num_codebooks(self) -> int:
-        """Number of codebooks: one that all levels share, or one for each level."""
+        """Number of codebooks: 1 if all levels share a codebook, else the number of levels."""
         return 1 if self.shared_codebook else self.num_levels
 
     @property
     def levels(self) -> list[VectorQuantizer]:
-        """The quantisers of all levels. A quantiser with a shared codebook is listed L times."""
+        """The quantiser of each level. With a shared codebook, all levels have the same one."""
         return [*self.codebooks] * (self.num_levels if self.shared_codebook else 1)  # type: ignore[list-item]
 
     @property
     def codebook(self) -> Tensor:
-        """The codes of each level, (L, K, D), float32."""
+        """The K codes of width D of each of L levels, (L, K, D), float32."""
         return torch.stack([level.codebook for level in self.levels])
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
+        """Quantise features of D channels, (B, D, h, w). ``temperature`` has no effect."""
         features = features.float()
         residual, found = features, []
         for level in self.levels:
@@ -142,7 +145,7 @@ class ResidualQuantizer(Quantizer):
         return Quantized(z, indices, losses, self._join([level.statistics for level in found]))
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, L, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w), of width D, for indices (B, L, h, w)."""
         levels = zip(self.levels, indices.unbind(1), strict=True)
         return torch.stack([level.codes(level_indices) for level, level_indices in levels]).sum(0)
 
@@ -154,11 +157,12 @@ class ResidualQuantizer(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codebooks by k-means of features (N, D) and of residuals, level by level.
+        """Set the codebooks by k-means of N features, (N, D), and of residuals, level by level.
 
-        A shared codebook is set twice. The first time, k-means of the features sets the codebook,
-        which gives residuals of all levels. The second time, k-means of the features and these
-        residuals sets the codebook again.
+        The residuals of a level are the features minus the codes of the levels before it. A shared
+        codebook is set twice. The first time, it is set by k-means of the features. With these
+        codes, the residuals of all levels are computed. The second time, the codebook is set by
+        k-means of the features and the residuals together.
         """
         features = features.detach().float()
         size = batch_vectors or len(features)
@@ -182,7 +186,7 @@ class ResidualQuantizer(Quantizer):
     ) -> Tensor:
         """Update the codebooks, see `Quantizer.update`."""
         some = features.detach().float()
-        if self.restart_threshold > 0:  # at most K codes restart, so K residuals are enough
+        if self.restart_threshold > 0:  # at most K codes are replaced, so K residuals are enough
             order = torch.randperm(len(some), generator=generator)[: self.num_codes]
             some = some[order.to(some.device)]
 
@@ -191,7 +195,7 @@ class ResidualQuantizer(Quantizer):
             joined = torch.cat(self._residuals(some)) if self.restart_threshold > 0 else some
             return self.levels[0].update(statistics, features=joined, generator=generator)
 
-        # one codebook for each level: its residuals are computed before its codes move
+        # one codebook for each level: compute a level's residuals before its codes change
         restarted = torch.zeros((), dtype=torch.int64, device=features.device)
         for place, level in enumerate(self.levels):
             own = {name: values[place] for name, values in statistics.items()}
@@ -208,14 +212,14 @@ class ResidualQuantizer(Quantizer):
         return rearrange(passed, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the statistics of all levels on a new axis 0, or add them if `shared_codebook`."""
+        """Stack the statistics of all levels on a new axis 0. Add them for a shared codebook."""
         joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
         if self.shared_codebook:
             return {name: values.sum(0) for name, values in joined.items()}
         return joined
 
     def _residuals(self, features: Tensor) -> list[Tensor]:
-        """Return the vectors that each level quantises, (N, D) each."""
+        """Return the N vectors that each level quantises, (N, D) for code width D."""
         residuals = [features]
         for level in self.levels[:-1]:
             residuals.append(_residual(residuals[-1], level))
@@ -223,6 +227,6 @@ class ResidualQuantizer(Quantizer):
 
 
 def _residual(vectors: Tensor, level: VectorQuantizer) -> Tensor:
-    """Return vectors (N, D) minus their nearest codes."""
+    """Return N vectors of D channels, (N, D), minus their nearest codes."""
     codebook = level.codebook
     return vectors - codebook[nearest_codes(vectors, codebook)]

@@ -2,10 +2,10 @@
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest row of the codebook C W -> z (B, D, h, w)
 
-C (K, D) is frozen, and W (D, D) is learned. The gradient of one code changes W, and so moves all
-codes. So every code stays near the vectors, and no code needs a restart. C is drawn from a normal
-distribution with variance 1 / D, and W has the default initialisation of a linear layer. The
-authors' code and vector-quantize-pytorch do the same.
+C (K, D) is frozen, and W (D, D) is learned. The gradient of one code changes W, and so changes all
+codes. So every code stays near the encoder's vectors, and no unused code has to be replaced. C is
+drawn from a normal distribution with variance 1 / D, and W has the default initialisation of a
+linear layer. The authors' code and vector-quantize-pytorch initialise C and W in the same way.
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -36,9 +36,9 @@ class SimVQConfig(CodebookConfig):
         default="straight_through",
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
-            "`straight_through` passes the gradient unchanged. `rotation` applies to the gradient "
-            "the rotation and scaling that turn the encoder's vector into its code (rotation "
-            "trick)."
+            "`straight_through` passes the gradient unchanged. `rotation` (the rotation trick) "
+            "rotates and scales the gradient in the same way in which the encoder's vector must be "
+            "rotated and scaled to become its code."
         ),
     )
 
@@ -50,8 +50,9 @@ class SimVQConfig(CodebookConfig):
 class SimVQ(Quantizer):
     """A `Quantizer` that takes the nearest code of a codebook C W, in which only W learns.
 
-    The losses are the losses of VQ-VAE. `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) -
-    code|^2. Here sg stops the gradient. The gradient of `codebook` reaches only W.
+    The rows of C are fixed random vectors, and W is a square matrix. The losses are those of
+    VQ-VAE: for features h, `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
+    Here sg stops the gradient. The gradient of `codebook` reaches only W.
 
     Args:
         num_codes: number of codes K.
@@ -82,12 +83,12 @@ class SimVQ(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes as the decoder reads them, (K, D), float32, with a gradient to W."""
+        """The K codes that the decoder reads, (K, D), float32, with a gradient to the matrix W."""
         with torch.autocast(self.frozen.device.type, enabled=False):
             return F.linear(self.frozen.float(), self.projection.weight.float())
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features (B, D, h, w). ``temperature`` has no effect."""
+        """Quantise features of D channels, (B, D, h, w). ``temperature`` has no effect."""
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
             B, _, h, w = features.shape
@@ -106,11 +107,11 @@ class SimVQ(Quantizer):
         return Quantized(z, indices.view(B, h, w), losses, statistics={})
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w), codes of width D, for indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     def why_not_listed(self) -> str:
-        """Return "", because the rows of C W are a list of codes."""
+        """Return "", because the rows of the codebook are a list of codes."""
         return ""
 
     def listed_codes(self) -> Tensor:

@@ -61,7 +61,7 @@ QUANTIZERS = {name: entry for name, entry in BOTTLENECKS.items() if entry.discre
 
 if TYPE_CHECKING:
     AnyQuantizerConfig = BottleneckConfig
-else:  # the union of all Configs in the table, of which the preset's `type` chooses one
+else:  # the union of all options classes of quantisers. The option `type` chooses one of them
     AnyQuantizerConfig = Annotated[
         reduce(
             operator.or_, (Annotated[entry.config, Tag(name)] for name, entry in QUANTIZERS.items())
@@ -96,6 +96,7 @@ def rebuilt_quantizer(old: Quantizer, arguments: Mapping[str, Any]) -> Quantizer
     The new quantiser has the codes and the train or eval mode of `old`.
 
     Args:
+        old: the quantiser to replace.
         arguments: `type` and arguments of the new quantiser.
     """
     values, new = old.state_dict(), build_quantizer(**arguments)
@@ -103,8 +104,8 @@ def rebuilt_quantizer(old: Quantizer, arguments: Mapping[str, Any]) -> Quantizer
     for name, part in new.named_modules():
         averages: Any = getattr(part, "embed_sum", None)
         if averages is not None and f"{name}.embed_sum".lstrip(".") not in values:
-            averages.copy_(part.weight)  # as if each code were the mean of one vector
-        # Reset the averages of how often codes are used: they depend on `restart_threshold`.
+            averages.copy_(part.weight)  # as if one vector, equal to the code, had chosen each code
+        # Reset the averages of how often codes are used, which depend on `restart_threshold`.
         usage: Any = getattr(part, "usage", None)
         if (start_usage := getattr(part, "start_usage", None)) is not None:
             usage.fill_(start_usage)

@@ -2,11 +2,12 @@
 
 features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
 
-The codebook learns from its loss, or each code is a moving average of the vectors that chose it
-(the paper's appendix A.1). With `l2_normalize`, vectors and codes lie on the unit sphere
-(ViT-VQGAN, arXiv:2110.04627). The gradient passes through the quantiser unchanged. Or the gradient
-is rotated and scaled, as the code is relative to the vector (rotation trick, arXiv:2410.06424).
-Codes that are hardly used restart at vectors of the batch.
+The codebook learns from a loss, or each code is a moving average of the vectors that chose it
+(appendix A.1 of the VQ-VAE paper). With `l2_normalize`, vectors and codes lie on the unit sphere
+(ViT-VQGAN, arXiv:2110.04627). By default, the gradient passes through the quantiser unchanged. With
+the rotation trick (arXiv:2410.06424), the gradient is rotated and scaled by the rotation and scale
+that turn the vector into its code. Codes that are rarely used are replaced by vectors of the batch
+("restart").
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -33,9 +34,9 @@ from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 from latentvae.option_marks import Elsewhere
 
-SMALLEST_SIZE = 1e-3  # A code with a smaller average number of vectors does not move.
-LAPLACE = 1e-5  # Added to each count of the moving average (appendix A.1).
-SMALLEST_WINDOW = 5.0  # Number of updates. Counts over fewer updates say little about a code's use.
+SMALLEST_SIZE = 1e-3  # A code that fewer vectors per update choose, on average, does not change.
+LAPLACE = 1e-5  # Added to each count of the moving average (arXiv:1711.00937, appendix A.1).
+SMALLEST_WINDOW = 5.0  # Least number of updates over which the use of a code is averaged.
 
 
 class VectorConfig(LearnedCodebookConfig, EntropyConfig):
@@ -50,8 +51,8 @@ class VectorConfig(LearnedCodebookConfig, EntropyConfig):
     ] = Field(
         default=False,
         description=(
-            "Scale vectors and codes to length 1 (the unit sphere). The nearest code is then the "
-            "code with the largest cosine similarity."
+            "Scale the encoder's vectors and the codes to length 1 (the unit sphere). The nearest "
+            "code is then the code with the largest cosine similarity."
         ),
     )
 
@@ -73,12 +74,13 @@ class VectorQuantizer(Quantizer):
         ema_decay: decay per update, in (0, 1), if the codebook consists of moving averages. With
             None, the codebook is a parameter and learns from the loss `codebook`.
         l2_normalize: put vectors and codes on the unit sphere, so that the nearest code is the one
-            with the largest cosine similarity. The losses and the decoder see unit vectors.
-        gradient: `"straight_through"` or `"rotation"`.
-        restart_threshold: a code restarts when its use falls below this share of the mean use. 0
-            never restarts a code. The use of a code is a moving average of how often vectors choose
-            it, over at least `SMALLEST_WINDOW` updates. The window is so long that a code at the
-            threshold is chosen about once per window.
+            with the largest cosine similarity. The losses and the decoder get unit vectors.
+        gradient: how the gradient passes from the codes to the features: `"straight_through"` or
+            `"rotation"`.
+        restart_threshold: replace a code by a vector of the batch ("restart") if its use is below
+            this share of the mean use. 0 never replaces a code. The use of a code is a moving
+            average of how often vectors choose it, over at least `SMALLEST_WINDOW` updates. The
+            window is so long that a code at the threshold is chosen about once per window.
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
             `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
             losses out.
@@ -135,8 +137,8 @@ class VectorQuantizer(Quantizer):
             weight.uniform_(-1 / num_codes, 1 / num_codes)
 
         # the codebook and its averages
-        # A usage of 1 means that a code is used as often as the average code. A code that no vector
-        # chooses restarts after one window.
+        # A usage of 1 means that a code is used as often as the average code. The usage starts at a
+        # value at which a code that no vector chooses is replaced after one window.
         self.start_usage = min(math.e * restart_threshold, 1.0)
         self.register_buffer("usage", torch.full((num_codes,), self.start_usage))
         if ema_decay is None:
@@ -148,13 +150,13 @@ class VectorQuantizer(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes as the decoder reads them, (K, D), float32."""
+        """The K codes that the decoder reads, of width D, (K, D), float32."""
         return self._normalised(self.weight.float())
 
     def forward(self, features: Tensor, *, temperature: float = 1.0) -> Quantized:
-        """Quantise features (B, D, h, w). ``temperature`` has no effect.
+        """Quantise features of D channels, (B, D, h, w). ``temperature`` has no effect.
 
-        The result has the statistics for `update` only in training mode.
+        The statistics that `update` needs are computed only in training mode.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):
@@ -172,7 +174,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(z.contiguous(), indices.view(B, h, w), losses, statistics)
 
     def codes(self, indices: Tensor) -> Tensor:
-        """Return the decoder's input `z` (B, D, h, w) for indices (B, h, w)."""
+        """Return the decoder's input `z` (B, D, h, w), codes of width D, for indices (B, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     @torch.no_grad()
@@ -183,10 +185,11 @@ class VectorQuantizer(Quantizer):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codes by k-means of features (N, D), on the unit sphere if the codes lie there.
+        """Set the codes by k-means of N features, (N, D).
 
-        Moving averages start at the sums and counts of the k-means clusters, scaled to the number
-        of vectors in one update. The averages of an empty cluster start at 0.
+        With `l2_normalize`, the centres of the clusters lie on the unit sphere. Moving averages
+        start at the sums and counts of the clusters, scaled to the number of vectors in one update.
+        The averages of an empty cluster start at 0.
         """
         if self.kmeans_iterations == 0:
             return
@@ -198,7 +201,7 @@ class VectorQuantizer(Quantizer):
         places = places[torch.arange(self.num_codes) % len(vectors)]
         centres = vectors[places.to(vectors.device)]
 
-        # iterations: an empty cluster starts again at a random vector
+        # iterations: the centre of an empty cluster is replaced by a random vector
         for _ in range(self.kmeans_iterations):
             indices = nearest_codes(vectors, centres)
             counts = _counts(indices, self.num_codes)
@@ -218,14 +221,14 @@ class VectorQuantizer(Quantizer):
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Update averages and restart unused codes, see `Quantizer.update`.
+        """Update averages and replace unused codes, see `Quantizer.update`.
 
-        Each unused code restarts at a different vector of the features. If there are more unused
-        codes than vectors, the remaining codes wait for a later update.
+        Each unused code is replaced by a different vector of the features. If there are more unused
+        codes than vectors, the remaining codes are not replaced in this update.
         """
-        # Average use, over a window of 1 / (threshold * mean) updates: a code at the threshold is
-        # used once in this window. With a shorter window, codes above the threshold could restart
-        # by chance.
+        # Average the use over a window of 1 / (threshold * mean) updates. A code at the threshold
+        # is used once in this window. With a shorter window, codes above the threshold could be
+        # replaced by chance.
         counts = statistics["counts"]
         mean = counts.sum().clamp(min=1) / self.num_codes
         decay = torch.exp(-(self.restart_threshold * mean).clamp(max=1 / SMALLEST_WINDOW))
@@ -233,13 +236,13 @@ class VectorQuantizer(Quantizer):
         if self.ema_decay is not None:
             self._average(counts, statistics["sums"])
 
-        # restarts
+        # replace unused codes
         if self.restart_threshold == 0:
             return torch.zeros((), dtype=torch.int64, device=counts.device)
         vectors = self._normalised(features.detach().float())
         unused = self.usage < self.restart_threshold
         source, restarted = _draw(vectors, unused, generator=generator)
-        # The small size lets the code's moving average follow its new vectors at once.
+        # The average counts only a few vectors so far, so it quickly follows the next vectors.
         self._set(source, restarted, size=self.restart_threshold * mean)
         return restarted.sum()
 
@@ -256,7 +259,7 @@ class VectorQuantizer(Quantizer):
         return self.codebook.detach().clone()
 
     def _normalised(self, vectors: Tensor) -> Tensor:
-        """Return the vectors, put on the unit sphere if `l2_normalize` is set."""
+        """Return the vectors, divided by their lengths if `l2_normalize` is set."""
         return F.normalize(vectors, dim=1, eps=SMALLEST_NORM) if self.l2_normalize else vectors
 
     def _losses(self, vectors: Tensor, quantised: Tensor, codebook: Tensor) -> dict[str, Tensor]:
@@ -268,7 +271,7 @@ class VectorQuantizer(Quantizer):
                 vectors,
                 codebook,
                 temperature=self.entropy_temperature,
-                over_ranks=self.training,  # in validation, numbers of batches differ between ranks
+                over_ranks=self.training,  # ranks may have different numbers of validation batches
             )
             losses |= {"sample_entropy": sample, "batch_entropy": batch}
         return losses
@@ -290,14 +293,15 @@ class VectorQuantizer(Quantizer):
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + LAPLACE) / (total + self.num_codes * LAPLACE) * total
         means = self._normalised(self.embed_sum / smoothed[:, None])
-        # Smoothing would pull a code that no vector chooses to the origin, off the unit sphere.
+        # Without this limit, smoothing would move a code that no vector chooses to the origin.
         in_use = self.cluster_size[:, None] > SMALLEST_SIZE
         self.weight.copy_(torch.where(in_use, means, self.weight))
 
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
-        """Replace codes by ``codes`` (K, D) where ``mask`` (K,) is true.
+        """Replace the K codes by ``codes`` (K, D) where ``mask`` (K,) is true.
 
-        The moving averages become those of codes that ``size`` vectors have chosen.
+        The moving averages of these codes are set as if ``size`` vectors, equal to the code, had
+        chosen each of them.
         """
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
         self.usage.masked_fill_(mask, self.start_usage)
@@ -307,22 +311,33 @@ class VectorQuantizer(Quantizer):
 
 
 def _counts(indices: Tensor, num_codes: int) -> Tensor:
-    """Return the number of vectors of each code, (K,), in float32 like the sums."""
+    """Return the number of vectors that chose each of K codes, (K,), in float32."""
     ones = torch.ones(len(indices), device=indices.device)
     return torch.zeros(num_codes, device=indices.device).index_add_(0, indices, ones)
 
 
 def _sums(vectors: Tensor, indices: Tensor, num_codes: int) -> Tensor:
-    """Return the sum of the vectors (N, D) of each code, (K, D)."""
-    # This is the gradient of F.embedding, which sorts the indices first on a GPU. `index_add_` adds
-    # in random order on a GPU, so ranks would differ in the last digits.
+    """Return the sum of the vectors that chose each of K codes, (K, D).
+
+    Args:
+        vectors: N vectors of D channels, (N, D).
+        indices: the code that each vector chose, (N,).
+        num_codes: number of codes K.
+    """
+    # This sum is the gradient of F.embedding, which on a GPU sorts the indices first. `index_add_`
+    # adds in random order on a GPU, so the results of the ranks would differ in the last digits.
     return torch.ops.aten.embedding_dense_backward(vectors, indices, num_codes, -1, False)
 
 
 def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a random vector for each code that is ``wanted`` (K,), without a host sync.
+    """Return a random vector for each code to replace, without waiting for the GPU.
 
     No vector is drawn twice.
+
+    Args:
+        vectors: N vectors of D channels, (N, D).
+        wanted: True for the codes to replace among K codes, (K,).
+        generator: random generator on the CPU.
 
     Returns:
         Vectors (K, D), and a mask (K,) of the codes that got a vector. If there are too few

@@ -22,8 +22,9 @@ class AnomalyFit:
         latentvae anomaly fit --data clean.csv --out detector
         latentvae anomaly fit --data photos/good --model runs/kl/export --out detector
 
-    A part of the clean rows or images is held out. The threshold is set on this part, so that about
-    one clean item in a hundred is flagged (`--false_alarm_rate`).
+    Clean rows or images are those without anomalies. A part of them is held out. The scores of this
+    part set the threshold, so that about one clean row or image in a hundred is flagged by mistake
+    (`--false_alarm_rate`).
     """
 
     data: Path
@@ -36,59 +37,73 @@ class AnomalyFit:
         Literal["dagmm", "vae", "latent_density", "reconstruction", "positions", "likelihood"]
         | None
     ) = None
-    """How to detect. Tables: `vae` (default), `dagmm`, or `latent_density` (density of the columns
-    themselves). Images: `positions` (default, for images taken the same way), `latent_density`
-    (density of the whole image), `reconstruction` (error of the autoencoder) or `likelihood` (for
-    models of `latentvae train-vae`)."""
+    """Method that gives each row or image an anomaly score. For tables: `vae` (default), `dagmm`,
+    or `latent_density` (a density of the rows themselves). For images: `positions` (default),
+    `latent_density`, `reconstruction` or `likelihood`. `positions` fits a Gaussian of the latents
+    at each position, for images that were all taken from the same view. `latent_density` fits one
+    density of whole images. `reconstruction` uses the error of the autoencoder. `likelihood` is for
+    models of `latentvae train-vae`."""
 
     model: str | None = None
-    """For images: folder or Hub id of an autoencoder, such as a run's export."""
+    """For images: folder or Hub id of an autoencoder, such as an export of `latentvae train`."""
 
     resolution: int | None = None
-    """For images: side in pixels. The shorter side is resized to it, and the centre is cropped.
-    The default is 128, or the only size that the model takes."""
+    """For images: size in pixels. The shorter side of each image is resized to this number, and the
+    centre is cropped to a square. The default is 128. If the model accepts only one size, the
+    default is this size."""
 
     distance: Literal["l1", "lpips"] = "l1"
-    """For `reconstruction`: mean absolute error, or the perceptual distance LPIPS."""
+    """For the method `reconstruction`: distance between an image and its reconstruction. `l1` is
+    the mean absolute error. `lpips` is the perceptual distance LPIPS."""
 
     density: Literal["gmm", "knn"] = "gmm"
-    """For `latent_density`: a Gaussian mixture, or the distance to the nearest clean items."""
+    """For the method `latent_density`: `gmm` fits a Gaussian mixture. `knn` uses the mean distance
+    to the nearest clean rows or images."""
 
     correction: Literal["none", "complexity", "ratio"] = "none"
-    """For `likelihood`: correct the score, -ln p(x), for what any model can explain. `complexity`
-    subtracts the size of the image as PNG, and `ratio` subtracts the score under --background."""
+    """For the method `likelihood`: correction of the score -ln p(x), which is otherwise low for all
+    simple images. `complexity` subtracts the size of the image as PNG, in nats. `ratio` subtracts
+    the score of the same image under the model that `--background` names."""
 
     background: str | None = None
-    """For `--correction ratio`: a model that `latentvae train-vae --perturb_rate 0.2` trained."""
+    """For `--correction ratio`: folder of the background model. Train this model with `latentvae
+    train-vae --perturb_rate 0.2`."""
 
     samples: int = 10
-    """For `likelihood`: latent samples per image. More samples give a tighter bound."""
+    """For the method `likelihood`: number of latent samples for each image. More samples bring the
+    score closer to the exact -ln p(x)."""
 
     criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
-    """For `vae`: the score of a row. All three are in nats."""
+    """For the method `vae`: the score of a row, in nats. `reconstruction_probability` is the mean
+    of log p(x|z) over samples of z. `elbo` is the evidence lower bound. `importance` is the
+    importance-weighted bound, which is tighter."""
 
     epochs: int | None = None
-    """For `vae` and `dagmm`: passes over the clean data in training. The default depends on the
+    """For the methods `vae` and `dagmm`: number of training epochs. The default depends on the
     method."""
 
     num_networks: int | None = None
-    """For `dagmm`: networks from different random weights, whose scores are averaged. 5 give more
-    stable scores than 1 (the default), in five times the time."""
+    """For the method `dagmm`: number of networks to train, each from other random weights. The
+    score is the average of their scores. The default is 1. With 5 networks, scores are more stable,
+    but training takes five times as long."""
 
     false_alarm_rate: float = 0.01
-    """Share of clean items that may be flagged."""
+    """Fraction of the clean rows or images that may be flagged by mistake."""
 
     held_out: float = 0.2
-    """Share of the clean items that only set the threshold."""
+    """Fraction of the clean rows or images that are held out. The method does not learn from them,
+    and their scores set the threshold. The methods `reconstruction` and `likelihood` learn nothing,
+    so with them all clean images set the threshold."""
 
     labels: str | None = None
-    """For tables: a column of 0 and 1. Rows with 1 are left out."""
+    """For tables: name of a column that holds 0 for normal rows and 1 for anomalies. Rows with 1
+    are not used."""
 
     drop: tuple[str, ...] = ()
-    """For tables: columns that are not used, such as names and dates."""
+    """For tables: names of columns that are not used, such as names and dates."""
 
     seed: int = 0
-    """Seed of the training and of the choice of the held-out items."""
+    """Seed of the training and of the choice of the held-out rows or images."""
 
     def run(self) -> None:
         """Fit the detector, save it, and print its threshold."""
@@ -194,26 +209,29 @@ class AnomalyScore:
 
         latentvae anomaly score detector --data new.csv --out result --json result.json
 
-    The command writes OUT/scores.csv. For images, it also writes OUT/most_anomalous.png with heat
-    maps.
+    The command writes OUT/scores.csv. For images, the command also writes OUT/most_anomalous.png:
+    the images with the highest scores, with heat maps that show where an image is unusual.
     """
 
     detector: Annotated[Path, Positional]
     """Folder that `latentvae anomaly fit` wrote."""
 
     data: Path
-    """New data of the same kind: a table with the same columns, or a folder of images."""
+    """New data to score: a table with the same columns as the training data, or a folder of
+    images."""
 
     out: Path
     """Folder for scores.csv and pictures. The folder is created if it does not exist."""
 
     labels: str | None = None
-    """Truth, for AUROC, average precision and F1. For tables: the column of labels, 0 for normal
-    rows and 1 for anomalies. For images: the first-level folder whose images are normal."""
+    """True labels, from which AUROC, average precision and F1 are computed. For tables: name of the
+    column of labels, with 0 for normal rows and 1 for anomalies. For images: name of the
+    first-level folder that holds the normal images."""
 
     json: Path | None = None
-    """JSON file for the number of items, the threshold and the number of flagged items. With
-    labels, it also holds AUROC, average precision and F1."""
+    """JSON file to write the results to: the number of rows or images, the threshold, and the
+    number of flagged rows or images. With `--labels`, the file also holds AUROC, average precision
+    and F1."""
 
     num_pictures: int = 8
     """For images: number of images in most_anomalous.png."""
@@ -222,7 +240,7 @@ class AnomalyScore:
     """For images: write the heat map of every image to OUT/heat_maps."""
 
     def run(self) -> None:
-        """Score the items and write the results."""
+        """Score the rows or images and write the results."""
         from latentvae.anomaly.table_runs import read_run, score_table
 
         if read_run(self.detector)["kind"] == "image":

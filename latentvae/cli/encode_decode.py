@@ -28,8 +28,8 @@ def encode_command(
         model: folder or Hub id of an autoencoder.
         data: images, see `encode_folder`.
         out: folder for the shards.
-        aspect_ratio_buckets: number of image shapes, see `encode_buckets`. With 0, all images have
-            the same shape.
+        aspect_ratio_buckets: number of image shapes (height and width), see `encode_buckets`. With
+            0, all images have the same shape.
         options: the other options of `encode_folder`.
     """
     if aspect_ratio_buckets < 0:

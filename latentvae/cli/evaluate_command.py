@@ -49,13 +49,13 @@ def evaluate_command(
         models: folders or Hub ids of autoencoders.
         data: folder of images, or `samples`.
         out: folder for the report.
-        quick: make a short evaluation with the settings of `QUICK`.
+        quick: make a short evaluation with the settings of `evaluation.settings.QUICK`.
         max_images: measure at most this many images.
         resolution: resize images to cover this side, or this height and width, and crop the centre.
-            None keeps the size of each image.
+            With None, each image keeps its own size.
         max_pixels: largest number of pixels of an image that is read, see `data.set_pixel_limit`.
         latent: whether to decode the posterior's mode or a sample.
-        rfid: measure rFID and KID.
+        rfid: measure rFID and KID, with the Inception network.
         inception_weights: file with the Inception weights for rFID and KID. If given, rFID and KID
             are measured.
         allow_download: download weights that this machine does not have.
@@ -146,7 +146,7 @@ def load_models(
     variant: str | None = None,
     optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
-    """Return the loaded models by name. Models with equal names get parts of their paths."""
+    """Return the loaded models by name. If names are equal, parts of the paths become the names."""
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]

@@ -19,10 +19,10 @@ def train_flow_command(arguments: Sequence[str]) -> None:
     With `--text_encoder`, the network learns the captions of the images, and `latentvae sample`
     takes a `--prompt`.
 
-    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
-    a preset. Every flag below overrides a value of this config. To resume a run that was
-    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
-    and then exits.
+    To train with several processes, start the command with `accelerate launch`. `--config` takes a
+    YAML file or the name of a preset. Every flag below overrides a value of this config. To resume
+    a training that was interrupted, run the same command again. `--preflight` trains a few updates
+    to check the training, and then exits.
     """
     from latentvae.cli.train import run_task
     from latentvae.proofs.flow_preflight import flow_preflight
@@ -41,17 +41,19 @@ def train_flow_command(arguments: Sequence[str]) -> None:
 class Prove:
     """Prove what latents or tokens are worth: train the same small generator on each folder.
 
-    The same generator, with the same budget, is also trained on controls, such as the same latents
-    with noise or with shuffled classes. The samples are compared with real
-    pictures, reconstructions and samples of an untrained generator. OUT/proof.html shows the
-    result.
+    For comparison, the same generator is also trained equally long on control data, such as the
+    same latents with noise or with shuffled classes. The generated pictures are compared with real
+    pictures, with reconstructions and with pictures of an untrained generator. OUT/proof.html shows
+    the result.
 
         latentvae encode runs/kl/export --data photos --resolution 64 --out latents
         latentvae prove latents --out proof
 
-    Several folders of the same images are compared. With the defaults, 3,000 images of 64 px take
-    one to two hours for each folder on two CPU cores. The same command continues an interrupted
-    proof. A proof says which code is better for this generator on this data, and no more.
+    If you give several folders, they must hold the same images, and the results are compared. With
+    the default options, 3,000 images of 64 px take one to two hours for each folder on two CPU
+    cores. After an interruption, run the same command again to continue. The result says which
+    latents or tokens are better for this generator on these images. For other generators or images,
+    the result may differ.
     """
 
     shards: Annotated[tuple[Path, ...], Positional]
@@ -62,39 +64,39 @@ class Prove:
     trainings."""
 
     data: str | None = None
-    """The images that were encoded. By default, manifest.json in the folders of latents or tokens
-    says where these images are."""
+    """The images from which the latents or tokens were encoded. By default, the file manifest.json
+    in each folder of latents or tokens says where these images are."""
 
     models: tuple[str, ...] = ()
-    """The autoencoders that encoded the folders of latents or tokens, in the order of these
-    folders. By default, manifest.json in each folder says which autoencoder encoded the images."""
+    """The autoencoders that made the latents or tokens: one for each folder, in the order of the
+    folders. By default, the file manifest.json in each folder names the autoencoder."""
 
     controls: tuple[str, ...] | None = None
     """Control experiments: for comparison, train the same generator on altered latents, tokens or
     classes. `noise` adds noise to latents, or replaces some tokens by random tokens. `labels`
-    shuffles the classes of the training images. `permuted` permutes the positions of all latents or
-    tokens in the same way. `blocks` (for latents) trains on mean colours of square blocks of pixels
-    instead of latents. `shuffled` (for tokens) gives each image its own random order of tokens. By
-    default, all controls are trained."""
+    shuffles the classes of the training images. `permuted` permutes the positions in a latent or in
+    the tokens, for all images in the same way. `blocks` (for latents) trains on mean colours of
+    square blocks of pixels instead of latents. `shuffled` (for tokens) gives each image its own
+    random order of tokens. By default, all control experiments are made."""
 
     updates: int = 400
     """Number of updates of each training."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the trainings. Each generator is trained once with each seed. The spread of the
-    results over the seeds shows which differences may be chance."""
+    """Seeds of the trainings. Each generator is trained once with each seed. A difference that is
+    smaller than the spread of the results over the seeds may be due to chance."""
 
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """For latents: shifts of the noise levels to try, in extra trainings with a separate seed. All
-    other trainings then use the best shift. 1 is no shift, and larger values give more weight to
-    high noise."""
+    other trainings then use the best shift. 1 is no shift. With larger values, high noise levels
+    occur more often."""
 
     samples: int = 500
     """Number of pictures that each generator draws."""
 
     guidance: float = 3.0
-    """Weight of classifier-free guidance for the samples on which class_accuracy is measured. 1 is
-    no guidance. All other measures take samples without guidance."""
+    """Weight of classifier-free guidance for the pictures on which class_accuracy is measured. 1 is
+    no guidance. All other results are measured on pictures without guidance."""
 
     width: int = 192
     """Number of channels of the generator, a multiple of 32."""
@@ -106,7 +108,8 @@ class Prove:
     """Number of training images in each update."""
 
     max_images: int = 10_000
-    """Use at most this many training images, evenly spread over all training images."""
+    """Largest number of training images. If there are more images, this many are chosen at equal
+    distances in the list of all training images."""
 
     def run(self) -> None:
         """Train and measure all generators, and write the results."""

@@ -16,16 +16,16 @@ Use = Literal["interpolate", "neighbours", "attribute", "traverse"]
 class Latents:
     """Draw pictures of the latent space of an autoencoder with your images.
 
-    interpolate draws images between one image and the next: on a line and on an arc through the
-    latents, and as a mix of the pixels.
-    neighbours draws the images with the most similar latents. attribute moves images towards a
-    class, such as smiling faces. traverse moves an image along the principal components of the
-    latents.
+    `interpolate` draws the images between one image and the next: on a line and on an arc between
+    their latents, and as a mix of their pixels. `neighbours` draws, for each image, the images with
+    the most similar latents. `attribute` moves images towards a class, such as smiling faces.
+    `traverse` moves an image along the principal components of the latents.
 
         latentvae latents runs/first/export interpolate --data photos --out walk
         latentvae latents runs/first/export attribute --data faces --attribute smiling --out smile
 
-    The command writes a PNG and a JSON file, which are named after the use, such as interpolate.
+    The command writes a PNG and a JSON file, which are named after the kind of picture, such as
+    interpolate.png.
     """
 
     model: Positional[str]
@@ -36,51 +36,52 @@ class Latents:
 
     data: str
     """Your images: a folder of images, of tar files or of tables (parquet, arrow), or a single tar
-    file or table. You may also give `samples` (photos of scikit-image), or owner/name of a data set
-    on the Hub."""
+    file or table. You may also give `samples` (16 photos of scikit-image, scikit-learn and
+    matplotlib), or owner/name of a data set on the Hub."""
 
     out: Path
     """Folder for the PNG and the JSON file."""
 
     resolution: Annotated[tuple[int, ...] | None, arg(metavar="PIXELS|HEIGHT WIDTH")] = None
     """Size in pixels: one number for a square, or height and width. Each image is resized to cover
-    this size, and the centre is cropped. The default is the model's size if it supports only one
-    size, and 256 for all other models."""
+    this size, and the centre is cropped. If the model supports only one image size, this size is
+    the default. For all other models, the default is 256."""
 
     max_images: int = 200
-    """Largest number of images to encode. If there are more, they are chosen at equal distances in
-    the sorted list of names."""
+    """Largest number of images to encode. If there are more images, this many are chosen at equal
+    distances in the sorted list of names."""
 
     images: tuple[str, ...] = ()
-    """Names of the images to draw, as paths relative to the data. By default, interpolate and
-    neighbours take images at equal distances in the sorted list of names, attribute takes images
-    without the attribute, and traverse takes the first image."""
+    """Names of the images to draw, as paths inside the folder or archive that `--data` names. By
+    default, interpolate and neighbours use images at equal distances in the sorted list of names.
+    attribute uses images that do not have the attribute. traverse uses the first image."""
 
     count: int = 3
-    """Number of image pairs (interpolate), images (neighbours, attribute) or components (traverse)
-    to draw. If you name images, only traverse uses this number."""
+    """What the picture shows: the number of image pairs (interpolate), of images (neighbours,
+    attribute) or of principal components (traverse). If you give `--images`, only traverse uses
+    this number."""
 
     steps: int = 7
-    """Number of pictures in a row: steps from one image to the next (interpolate), neighbours of an
-    image (neighbours), or strengths of the movement (attribute, traverse)."""
+    """Number of images in a row: of steps from one image to the next (interpolate), of neighbours
+    (neighbours), or of strengths with which an image is moved (attribute, traverse)."""
 
     attribute: str | None = None
-    """For attribute: the class of the images that have the attribute, such as smiling. The class of
-    an image is its first-level folder."""
+    """For attribute: name of the class whose images have the attribute, such as smiling. The class
+    of an image is its first-level folder."""
 
     against: str | None = None
-    """For attribute: the class of the images that do not have the attribute. By default, these are
-    the images of all other classes."""
+    """For attribute: name of the class whose images do not have the attribute. By default, these
+    are the images of all other classes."""
 
     label_column: str | None = None
-    """Column of a table that holds the class of each image. The default is `label`."""
+    """For tables: name of the column that holds the class of each image. The default is `label`."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU if there is one."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Encode the images, draw the picture and write both files."""

@@ -1,4 +1,4 @@
-"""The command `latentvae` and its subcommands, one class of options for each."""
+"""The command `latentvae` and its subcommands. Each subcommand has a class with its options."""
 
 import inspect
 import signal
@@ -39,12 +39,12 @@ class Reconstruct:
     their difference."""
 
     max_side: int | None = None
-    """Shrink images whose longer side has more pixels than this, to save memory. By default, no
-    image is shrunk."""
+    """Shrink each image until its longer side has at most this many pixels, to save memory. By
+    default, no image is shrunk."""
 
     strips: bool = False
-    """Compute each image strip by strip. The result is the same as for the whole image and needs
-    little memory, but the computation takes longer. For large images, the command prints an
+    """Compute each image strip by strip (in bands of rows). The result is the same as for the whole
+    image. This needs little memory but takes longer. For large images, the command prints an
     estimate of the time."""
 
     value_range: tuple[float, float] | None = None
@@ -56,18 +56,18 @@ class Reconstruct:
     default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
-    limit, 89 million. Even a small file can fill the memory when it is decoded, so raise the limit
-    only for files that you trust."""
+    """Largest number of pixels (width times height) that an image may have. Larger images are not
+    read. The default is Pillow's limit, 89 million. Even a small file can fill the memory when it
+    is decoded, so raise this limit only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
-    of these three changes is made."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
+    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
+    CPU. By default, the network computes in float32 without these changes."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Reconstruct the images, and write the pictures and the table."""
@@ -81,8 +81,8 @@ class Evaluate:
     """Measure autoencoders on images: distortion, perception, bit rate, latents, precision, speed.
 
     The command measures any image autoencoder of diffusers. For comparison, it also measures JPEG,
-    WebP and AVIF on the same images. It writes report.json, per_image.csv, rate.png and sheet.png,
-    and prints tables. After an interruption, run the same command again to continue.
+    WebP and AVIF on the same images. The command writes report.json, per_image.csv, rate.png and
+    sheet.png, and prints tables. After an interruption, run the same command again to continue.
     """
 
     models: Annotated[tuple[str, ...], Positional]
@@ -90,49 +90,50 @@ class Evaluate:
 
     data: str
     """Folder of images that none of the models was trained on. `samples` means two photos from
-    scikit-image. A training on `samples` does not use these two photos."""
+    scikit-image, which `latentvae train --train_data_dir samples` does not train on."""
 
     out: Path
     """Folder for the report. The folder is created if it does not exist."""
 
     quick: bool = False
-    """Make a short evaluation of 8 images, with fewer points on the rate-distortion curves. Speed
-    is measured at 256 px only. Metrics that use VGG (LPIPS with VGG, distribution metrics) are not
-    measured."""
+    """Make a short evaluation of only 8 images, with fewer points on the rate-distortion curves.
+    Speed is measured at 256 px only. Metrics that use VGG (LPIPS with VGG, distribution metrics)
+    are not measured."""
 
     max_images: int | None = None
-    """Largest number of images to measure. If there are more, they are chosen at equal distances in
-    the sorted list of names. By default, all images are measured."""
+    """Largest number of images to measure. If there are more images, this many are chosen at equal
+    distances in the sorted list of names. By default, all images are measured."""
 
     resolution: tuple[int, ...] | None = None
     """Size in pixels: one number for a square, or height and width. Each image is resized to cover
     this size, and the centre is cropped. By default, each image keeps its own size."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many aspect ratios, as training does with
-    the same option. Images of each aspect ratio have about as many pixels as the option resolution
-    gives. 0 turns this off."""
+    """Resize and crop each image to the nearest of this many aspect ratios, as `latentvae train`
+    does with the same option. All cropped images have about as many pixels as an image of the size
+    that the option `resolution` gives. With 0, all images have the same shape."""
 
     ignore_icc: bool = False
     """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
     default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
-    limit, 89 million."""
+    """Largest number of pixels (width times height) that an image may have. Larger images are not
+    read. The default is Pillow's limit, 89 million."""
 
     sections: str = "distortion,rate,latent,passport,tiling,speed"
-    """Sections of the report to measure, separated by commas. By default, all sections are
-    measured. The section passport measures the effect of half precision, and tiling measures the
-    effect of tiles."""
+    """Parts of the report to measure, separated by commas. By default, all parts are measured.
+    `distortion` measures the quality of reconstructions. `rate` measures bit rates. `latent`
+    measures statistics of latents or tokens. `passport` measures errors in half precision. `tiling`
+    measures errors when an image is decoded in tiles. `speed` measures time and memory."""
 
     all_pages: bool = False
     """Use every page of a TIFF file as a separate image. By default, only the first page is
     used."""
 
     latent: Literal["mode", "sample"] = "mode"
-    """Latent that is decoded: the mode of the posterior, or a sample of the posterior. Bitstreams
-    always contain the mode."""
+    """Latent that is decoded: the mode of the posterior, or a sample of the posterior. Bit rates
+    are always measured with the mode."""
 
     rfid: bool = False
     """Measure rFID and KID with the original Inception weights. This needs the package
@@ -140,24 +141,25 @@ class Evaluate:
 
     inception_weights: Path | None = None
     """File with the Inception weights for rFID and KID:
-    weights-inception-2015-12-05-6726825d.pth of torch-fidelity. This option turns rfid on."""
+    weights-inception-2015-12-05-6726825d.pth of torch-fidelity. If you give this file, rFID and KID
+    are measured, also without `--rfid`."""
 
     allow_download: bool = False
     """Download the weights of Inception and LPIPS if this machine does not have them."""
 
     sheet_images: int = 4
-    """Number of images that sheet.png shows. Beside each image are the reconstructions of the
-    models."""
+    """Number of images that sheet.png shows, each with the reconstructions of all models beside
+    it."""
 
     overwrite: bool = False
-    """Delete the evaluation that is in the folder `out` and start again."""
+    """Delete the earlier evaluation in the folder `out`, and start again."""
 
     device: str | None = None
     """Torch device of models and metrics. The default is the GPU if there is one."""
 
     variant: str | None = None
     """Variant of the models' weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Measure the models, write the report and print its tables."""
@@ -175,8 +177,8 @@ class Compare:
     """report.json files, or the folders that contain them."""
 
     force: bool = False
-    """Compare reports even if they were measured on different images or with different settings.
-    The output then has no table of paired differences (differences between models on the same
+    """Compare reports even if they were measured on different images or with different settings. In
+    this case, the output has no table of paired differences (differences between models on the same
     images)."""
 
     markdown: bool = False
@@ -199,30 +201,32 @@ class Compare:
 class Export:
     """Write a run's newest checkpoint as a diffusers folder.
 
-    The run may be of any kind of training, and may still be training. For an autoencoder, the
-    command measures scaling and shift of the latents. The data of the run must still exist.
+    The run may come from any of the commands `latentvae train...`, and may still be training. For
+    an autoencoder, the command measures the scaling and the shift of the latents. The training
+    images of the run must still exist, because the command reads them.
     """
 
     folder: Annotated[Path, Positional]
     """Folder of a training run."""
 
     out: Path
-    """Folder to write to. `from_pretrained` of the model's class loads this folder."""
+    """Folder to write to. You can load this folder with `from_pretrained` of the model's class."""
 
     overwrite: bool = False
-    """Replace the export that is in the folder `out`."""
+    """Replace an earlier export in the folder `out`."""
 
     lookup_from_codebook: bool = False
-    """Write a tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. Such a
-    VQModel looks up codes by index, and its pixels are in [0, 1]."""
+    """Write a tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. This
+    pipeline gives the decoder indices of codes, and expects pixels in [0, 1]."""
 
     push_to_hub: bool = False
-    """Upload the export to the Hugging Face Hub. The upload uses the account of `hf auth login` or
-    of the token in HF_TOKEN."""
+    """Upload the exported model to the Hugging Face Hub. The upload uses the account that you
+    logged in to with `hf auth login`, or the account of the token in the environment variable
+    HF_TOKEN."""
 
     hub_model_id: str | None = None
-    """Name of the Hub repository for the export, as owner/name. By default, the repository is in
-    your account and has the name of the run."""
+    """Name of the Hub repository for the exported model, as owner/name. By default, the repository
+    is in your account and is named like the folder of the run."""
 
     hub_private_repo: bool = False
     """If the upload creates a new Hub repository, make this repository private."""
@@ -245,7 +249,7 @@ class Export:
             raise SystemExit(1) from None
 
     def _export(self, kind: "type[Task]") -> None:
-        """Export a run that trains something else than an autoencoder."""
+        """Export a run that did not train an autoencoder, but for example a prior."""
         from latentvae.engine.finished_export import export_checkpoint
         from latentvae.engine.publishing import check_push, push_export, repository
         from latentvae.engine.resume import read_config
@@ -275,8 +279,9 @@ class Export:
 class Encode:
     """Encode images into shards (files) of tokens or latents, to train a generator on them.
 
-    A tokenizer gives tokens. Any other image autoencoder of diffusers gives latents. After an
-    interruption, run the same command again to continue. Several processes can share the work:
+    A tokenizer encodes images to tokens. Any other image autoencoder of diffusers encodes images to
+    latents. After an interruption, run the same command again to continue. Several processes can
+    share the work:
 
         accelerate launch --num_processes 4 -m latentvae.cli encode MODEL --data photos ...
     """
@@ -286,8 +291,8 @@ class Encode:
 
     data: str
     """Images to encode: a folder of images, of tar files or of tables (parquet, arrow), or a single
-    tar file or table. You may also give `samples` (photos of scikit-image), or owner/name of a data
-    set on the Hub."""
+    tar file or table. You may also give `samples` (16 photos of scikit-image, scikit-learn and
+    matplotlib), or owner/name of a data set on the Hub."""
 
     out: Path
     """Folder for the shards and manifest.json. The folder is created if it does not exist."""
@@ -298,9 +303,9 @@ class Encode:
     downsampling factor f."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many shapes (height and width), as training
-    with this option does. Each shape gets its own folder of shards in the folder `out`, such as
-    out/192x320. With 0, all images get the same shape."""
+    """Resize and crop each image to the nearest of this many shapes (height and width), as
+    `latentvae train` does with the same option. The images of each shape are written to their own
+    folder in `out`, such as out/192x320. With 0, all images get the same shape."""
 
     batch_size: int = 16
     """Number of images per forward pass."""
@@ -310,16 +315,16 @@ class Encode:
     them."""
 
     shard_items: int = 4096
-    """Number of images per shard (file). Each process writes complete shards, so a killed process
-    loses at most one shard."""
+    """Number of images per shard (file). Each process writes complete shards, so a process that is
+    killed loses the work on at most one shard."""
 
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
     """Data type of stored latents. The default is float16. Tokens are always stored in the smallest
     integer type that is large enough for the number of codes."""
 
     moments: bool = False
-    """Store the mean and the standard deviation of the posterior. You can then draw samples from
-    the posterior later."""
+    """Store the mean and the standard deviation of the posterior, instead of the mean alone.
+    Training on the latents can then draw samples from the posterior."""
 
     interpolation: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
     """Filter for resizing images."""
@@ -333,41 +338,43 @@ class Encode:
     default, images with such a profile are converted to sRGB."""
 
     max_pixels: int | None = None
-    """Largest number of pixels (width times height) that an image may have. The default is Pillow's
-    limit, 89 million."""
+    """Largest number of pixels (width times height) that an image may have. Larger images are not
+    read. The default is Pillow's limit, 89 million."""
 
     all_pages: bool = False
     """Use every page of a TIFF file as a separate image. By default, only the first page is
     used."""
 
     flip: bool = False
-    """Mirror every image left to right before it is encoded. A generator that trains on plain and
-    mirrored shards learns from twice as many images."""
+    """Mirror every image left to right before it is encoded. To double the training images of a
+    generator, encode once without and once with this option, into two folders."""
 
     label_column: str | None = None
-    """Column of a table that holds the class of each image. The default is `label`. For folders and
-    tar files, the first-level folder of an image is its class."""
+    """For tables: name of the column that holds the class of each image. The default is `label`. In
+    folders and tar files, the class of an image is its first-level folder."""
 
     caption_column: str | None = None
-    """Column of a table that holds the caption of each image. The default is `text` or `caption`.
-    For folders and tar files, the caption of `a.jpg` is in `a.txt` beside it."""
+    """For tables: name of the column that holds the caption of each image. The default is `text` or
+    `caption`. In folders and tar files, the caption of an image `a.jpg` is the file `a.txt` beside
+    the image."""
 
     overwrite: bool = False
     """Replace shards in the folder `out` that were made with another model, other data or other
-    options. The command compares data by the names, labels and captions of the images, not by
-    their pixels."""
+    options. Without this option, such shards are an error. The command finds out whether the data
+    are other data by the names, labels and captions of the images, not by their pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
-    of these three changes is made. manifest.json records this option."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
+    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
+    CPU. By default, the network computes in float32 without these changes. The file manifest.json
+    records which choice was made."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Encode the images and write the shards."""
@@ -380,9 +387,9 @@ class Encode:
 class Decode:
     """Decode shards of tokens or latents into pictures, one 8-bit PNG per image name.
 
-    Before decoding, the command checks three things. Each file must have the sha256 that the
-    manifest records. Indices of tokens must be below the number of codes. The model must be the one
-    that encoded the images.
+    Before decoding, the command makes three checks. Each file must have the sha256 that the file
+    manifest.json records. Indices of tokens must be below the number of codes. The model must be
+    the one that encoded the images.
     """
 
     shards: Annotated[Path, Positional]
@@ -396,22 +403,23 @@ class Decode:
     as manifest.json records it."""
 
     limit: int | None = None
-    """Decode only this many images, starting with the first. By default, all images are decoded."""
+    """Number of images to decode, starting with the first image. By default, all images are
+    decoded."""
 
     batch_size: int = 16
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16
-    where bfloat16 is faster. `openvino` runs the network in OpenVINO on the CPU. By default, none
-    of these three changes is made."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
+    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
+    CPU. By default, the network computes in float32 without these changes."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Decode the shards and write the pictures."""
@@ -424,14 +432,16 @@ class Decode:
 class Convert:
     """Write an AutoencoderKL or a VQModel with the weight names of CompVis and taming.
 
-    Programs that use the original code can load the result, a single .safetensors file. The command
-    prints the `ddconfig` (the network's options in the original code) and stores it in the file's
-    metadata. `latentvae.load` also reads such a file, but only for some networks. The network must
-    be an AutoencoderKL without attention in its levels, and with the shape of Stable Diffusion (4
-    latent channels), SD3 or FLUX (16). Load other networks from their diffusers folder.
+    Programs that use the original code of CompVis or taming-transformers can load the result, a
+    single .safetensors file. The command prints the `ddconfig` (the network's options in the
+    original code) and stores it in the file's metadata. `latentvae.load` also reads such a file,
+    but only for some networks. The network must be an AutoencoderKL without attention in its
+    levels, and must have the shape of the autoencoder of Stable Diffusion, SD3 or FLUX. Load all
+    other networks from their diffusers folder.
 
-    The original classes always have the layers quant_conv and post_quant_conv. If the network does
-    not have these layers, as in SD3 and FLUX, identity layers are written.
+    The original classes always have the layers quant_conv and post_quant_conv. Some networks, such
+    as those of SD3 and FLUX, do not have these layers. For them, the command writes identity
+    layers, which change no values.
     """
 
     model: Positional[str]
@@ -445,7 +455,7 @@ class Convert:
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
-    loaded. If there are no such weights and only one variant exists, this variant is loaded."""
+    loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
         """Write the .safetensors file and print the `ddconfig`."""
@@ -458,22 +468,24 @@ class Convert:
 class VerifyResume:
     """Check that a killed run resumes exactly: train a little, kill, resume and compare.
 
-    The command trains a short version of your run twice with `accelerate launch`. Your model,
-    images, precision and number of processes are used. The first training is not interrupted. In
-    the second training, SIGKILL ends all processes at random moments of updates and saves, and the
-    same command starts them again.
+    The command makes a short version of your training twice, with `accelerate launch` and with your
+    model, images and precision. The first training is not interrupted. In the second training, all
+    processes are killed (SIGKILL) several times, at random moments during updates and saves. After
+    each kill, the training is resumed.
 
-    Both trainings must then have equal weights, optimizer states, moving averages, discriminators,
-    counters, log rows and exports. On the CPU, these must be equal bit by bit.
+    At the end, both trainings must have equal weights, optimizer states, moving averages,
+    discriminators, counters, log rows and exported models. On the CPU, all of these must be equal
+    bit by bit.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
-    The command also takes all flags of training. `latentvae train --config CONFIG --help` lists
-    them. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is wrong.
+    The command also takes all flags of training, which `latentvae train --config CONFIG --help`
+    lists. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is
+    wrong.
     """
 
     config: Positional[str]
-    """Preset or YAML file of the run."""
+    """Configuration of the training: the name of a preset, or a YAML file."""
 
     updates: int = 12
     """Number of updates of each of the two trainings (one without interruptions, one that is killed
@@ -490,21 +502,23 @@ class VerifyResume:
     """Seed of the random moments at which processes are killed."""
 
     work_dir: Path | None = None
-    """New folder for the files of both trainings. The command keeps this folder. By default, the
-    command uses a temporary folder, and deletes it if all checks pass."""
+    """New folder for the files of both trainings. This folder is kept after the command. By
+    default, the command uses a temporary folder, and deletes this folder if all checks pass."""
 
     json: Path | None = None
     """JSON file to write the results of the checks to."""
 
     launch_timeout: int = 3600
-    """Number of seconds after which `accelerate launch` counts as hung if it has not ended."""
+    """Longest time in seconds for one call of `accelerate launch`. After this time, the call counts
+    as hung."""
 
     def run(self, flags: Sequence[str]) -> None:
         """Check the run that the flags of training describe, and exit."""
         from latentvae.proofs.verify_resume import verify_resume
 
-        # The launched trainings have process sessions of their own, so SIGTERM does not reach them.
-        # sys.exit raises an exception here, and `verify_resume` then ends the trainings.
+        # Each launched training is in a process session of its own, so SIGTERM to this process does
+        # not reach it. sys.exit raises an exception in this process, and `verify_resume` then ends
+        # the trainings.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         options = dict(vars(self))
         name = options.pop("config")
@@ -516,25 +530,27 @@ class VerifyResume:
 class Preflight:
     """Check a run before it starts: train a few updates and print a line per check.
 
-    The command uses the model, images, precision and processes of your run. It checks that
+    The command trains with the model, images, precision and number of processes of your run. The
+    command checks that
 
     - the gradient of every loss reaches the weights that this loss should train, and no others,
     - the weights and their moving average change,
     - all processes have the same model, and each process reads different images,
-    - a run that resumes from a checkpoint computes exactly the same next update.
+    - a training that resumes from a checkpoint computes exactly the same next update.
 
-    The command also estimates the time, memory and disk space of the complete run. It neither reads
-    nor writes the output folder of the run.
+    The command also estimates the time, memory and disk space of the complete run. The command
+    neither reads nor writes the folder `output_dir` of the run.
 
         latentvae preflight kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli preflight kl_f8 --train_data_dir ...
 
-    The command also takes all flags of training. `latentvae train --config CONFIG --help` lists
-    them. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is wrong.
+    The command also takes all flags of training, which `latentvae train --config CONFIG --help`
+    lists. The exit code is 0 if all checks pass, 1 if a check failed, and 2 if an argument is
+    wrong.
     """
 
     config: Positional[str]
-    """Preset or YAML file of the run."""
+    """Configuration of the training: the name of a preset, or a YAML file."""
 
     json: Path | None = None
     """JSON file to write the results of the checks to."""
@@ -548,13 +564,13 @@ class Preflight:
 def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
     """Return the task and the options of a run, for a command that takes the flags of training.
 
-    The sections of the config decide what the run trains.
+    The sections of the config decide which kind of training it is.
 
     Args:
         config: preset or YAML file.
         flags: flags of training.
-        also: names of the command's own options. The error about a wrong flag may suggest one of
-            them.
+        also: names of the command's own options. The error about an unknown flag may suggest one of
+            these names.
     """
     from latentvae.cli.train import config_from_arguments
 
@@ -602,7 +618,7 @@ COMMANDS: dict[str, Command] = {
 SCRIPTS = """\
 Scripts of the repository:
   train/train_kl.py        Train an autoencoder: `latentvae train` as a script.
-  train/train_vq.py        The same for tokenizers. Without --config, the preset is vq_small.
+  train/train_vq.py        Train a tokenizer: `latentvae train` with the default preset vq_small.
   train/train_prior.py     Train a prior on tokens: `latentvae train-prior` as a script.
   train/train_flow.py      Train a flow matching model: `latentvae train-flow` as a script.
   train/train_tiny.py      Distil a small autoencoder: `latentvae train-tiny` as a script.
@@ -623,12 +639,13 @@ def train_command(arguments: Sequence[str]) -> None:
         latentvae train --config kl_f8 --train_data_dir photos --output_dir runs/first
         accelerate launch --num_processes 8 -m latentvae.cli train --config kl_f8 ...
 
-    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
-    a preset. Every flag below overrides a value of this config. To resume a run that was
-    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
-    and then exits. `--recipe fast` starts at a linear code and trains by Muon (`--init auto
-    --optimizer muon`). `--recipe published` starts at random weights and trains by AdamW.
-    `--train_data_dir samples` trains on the photos that come with scikit-image.
+    To train with a single process, leave out `accelerate launch`. `--config` takes a YAML file or
+    the name of a preset. Every flag below overrides a value of this config. To resume a training
+    that was interrupted, run the same command again. `--preflight` trains a few updates to check
+    the training, and then exits. `--recipe fast` means `--init auto --optimizer muon`: the initial
+    weights compute a PCA of image patches, and the optimizer is Muon. `--recipe published` means
+    random initial weights and AdamW. `--train_data_dir samples` trains on 16 photos that come with
+    scikit-image, scikit-learn and matplotlib.
     """
     from latentvae.cli.train import run_training
 
@@ -688,7 +705,7 @@ def _name(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 def _one_word_names() -> set[str]:
-    """Return the commands of one word. `latentvae anomaly --help` has no options of its own."""
+    """Return the commands of one word. `anomaly` alone is not a command."""
     return {name for name in [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS] if " " not in name}
 
 

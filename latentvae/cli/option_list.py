@@ -1,4 +1,4 @@
-"""The options of a preset as plain data. Flags and help are made from this data.
+"""Describe the options of a preset as plain data, from which flags and help are made.
 
 Importing the classes of the options also imports torch and diffusers, which takes seconds. So the
 file options.json holds the options of the autoencoders' presets as plain data. With this file, help
@@ -84,7 +84,7 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OptionList:
-    """The options of all presets of a task.
+    """The options of all presets for one kind of training.
 
     Attributes:
         presets: the options of each preset, by the preset's name.
@@ -118,7 +118,7 @@ def describe(section: "BaseModel", name: str = "") -> Group:
 
 
 def describe_presets(schema: "type[JobConfig]") -> dict[str, Group]:
-    """Return the options of every preset of a task."""
+    """Return the options of every preset whose options have the class `schema`."""
     return {name: describe(load_preset(name, schema)) for name in preset_names(schema)}
 
 
@@ -134,7 +134,7 @@ def flags_class(group: Group) -> type:
     """Return a dataclass for tyro whose fields are the options of a group.
 
     The help lists the choices of an option. tyro does not check a value against these choices.
-    pydantic makes this check, and its message names a value that is not allowed.
+    pydantic makes this check later, and its message names a value that is not allowed.
     """
     fields: list[Any] = []
     for member in group.members:
@@ -166,7 +166,7 @@ def read_list() -> OptionList | None:
 
 
 def write_list(schema: "type[JobConfig]") -> None:
-    """Write options.json. An option that several presets share is written once."""
+    """Write options.json. An option that several presets share is written only once."""
     rows: dict[str, int] = {}
 
     def plain(member: Option | Group) -> Any:
@@ -202,7 +202,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _source_files(schema: "type[JobConfig]") -> set[str]:
-    """Return the files of the package that define the options of a task."""
+    """Return the files of the package that define the options of the class `schema`."""
     from pydantic import BaseModel
 
     files = {Path(__file__).resolve()}

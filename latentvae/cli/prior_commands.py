@@ -16,8 +16,9 @@ class Sample:
     """Draw pictures from a generator: one PNG for each picture, and a grid of them.
 
     A generator is a prior on tokens (`latentvae train-prior`), a flow matching model on latents
-    (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The export of
-    a prior or flow matching model also holds the autoencoder, which decodes tokens or latents.
+    (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The exported
+    folder of a prior or flow matching model also contains the autoencoder, which decodes the tokens
+    or latents.
 
         latentvae sample runs/prior --num 16 --class church --guidance 2 --out pictures
     """
@@ -27,18 +28,18 @@ class Sample:
     train-vae`, or the folder `export` in it."""
 
     out: Path
-    """Folder for the pictures. It must be new or empty."""
+    """Folder for the pictures. This folder must be new or empty."""
 
     num: int = 16
     """Number of pictures."""
 
     class_name: Annotated[str | None, arg(name="class")] = None
-    """Class of the pictures: its name or its number. By default, the pictures take all classes in
-    turn."""
+    """Class of the pictures: name or number of the class. By default, the first picture has the
+    first class, the second picture the second class, and so on."""
 
     prompt: str | None = None
-    """Text that describes the pictures, for a prior or a flow matching model that learned captions.
-    A flow matching model that learned captions always needs a prompt."""
+    """Text that describes the pictures, for a prior or a flow matching model that was trained with
+    captions. A flow matching model that was trained with captions always needs a prompt."""
 
     guidance: float = 1.0
     """Weight of classifier-free guidance. 1 is no guidance. Higher values, such as 2, give pictures
@@ -50,19 +51,20 @@ class Sample:
     deviations of its prior by this number. The default is 1."""
 
     top_k: int | None = None
-    """For a prior: draw each token from this many most likely codes only. By default, each token is
-    drawn from all codes."""
+    """For a prior: draw each token only from this many codes, which are the most likely ones. By
+    default, each token is drawn from all codes."""
 
     top_p: float | None = None
-    """For a prior: keep the most likely codes until their probabilities add up to this share (0 to
-    1), and draw from these codes only. By default, all codes are kept."""
+    """For a prior: draw each token only from the most likely codes whose probabilities add up to
+    this value (0 to 1). By default, each token is drawn from all codes."""
 
     steps: int | None = None
-    """For a flow matching model: number of steps from noise to latent. The default is 25."""
+    """For a flow matching model: number of solver steps from noise to latent. The default is 25."""
 
     solver: Literal["euler", "heun"] | None = None
-    """For a flow matching model: solver of the steps from noise to latent. `heun` evaluates the
-    network twice in a step and is more exact than `euler`. The default is euler."""
+    """For a flow matching model: solver of the differential equation that turns noise into latents.
+    `heun` evaluates the network twice in a step and is more exact than `euler`. The default is
+    euler."""
 
     seed: int = 0
     """Seed of the random numbers. The same seed gives the same pictures."""
@@ -71,8 +73,8 @@ class Sample:
     """Number of pictures that are drawn at once."""
 
     tokens: bool = False
-    """Also write the sampled tokens, to the folder `tokens` in `out`. `latentvae decode` reads
-    them."""
+    """For a prior: also write the sampled tokens, to the folder `tokens` in the folder `out`. You
+    can decode these tokens with `latentvae decode`."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU if there is one."""
@@ -164,10 +166,10 @@ def train_prior_command(arguments: Sequence[str]) -> None:
         latentvae train-prior --tokens tokens --output_dir runs/prior
         latentvae sample runs/prior --num 16 --out pictures
 
-    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
-    a preset. Every flag below overrides a value of this config. To resume a run that was
-    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
-    and then exits.
+    To train with several processes, start the command with `accelerate launch`. `--config` takes a
+    YAML file or the name of a preset. Every flag below overrides a value of this config. To resume
+    a training that was interrupted, run the same command again. `--preflight` trains a few updates
+    to check the training, and then exits.
     """
     from latentvae.cli.train import run_task
     from latentvae.proofs.prior_preflight import prior_preflight

@@ -10,11 +10,13 @@ def train_tiny_command(arguments: Sequence[str]) -> None:
         latentvae train-tiny --teacher runs/vae/export --train_data_dir photos \\
             --output_dir runs/tiny
 
-    The student is an AutoencoderTiny (the network of TAESD), or a smaller AutoencoderKLFlux2 if the
-    teacher is one. By default only the decoder learns. A single process does not need `accelerate
-    launch`. `--config` takes a YAML file or the name of a preset. Every flag below overrides a
-    value of this config. To resume a run that was interrupted, run the same command again.
-    `--preflight` trains a few updates to check the run, and then exits.
+    The given autoencoder is called the teacher, and the small one is called the student. The
+    student is an AutoencoderTiny (the network of TAESD). If the teacher is an AutoencoderKLFlux2,
+    the student is a smaller AutoencoderKLFlux2. By default, only the student's decoder is trained.
+    To train with several processes, start the command with `accelerate launch`. `--config` takes a
+    YAML file or the name of a preset. Every flag below overrides a value of this config. To resume
+    a training that was interrupted, run the same command again. `--preflight` trains a few updates
+    to check the training, and then exits.
     """
     from latentvae.cli.train import run_task
     from latentvae.proofs.distill_preflight import distill_preflight

@@ -1,8 +1,8 @@
 """Run the training scripts: read flags, print messages and set exit codes.
 
-`--config` names a preset or a YAML file. Every option is also a flag, which overrides the config.
-tyro reads the flags and writes the help. pydantic checks the values, and each wrong value is
-reported in one sentence.
+`--config` names a preset or a YAML file. Every option is also a flag, which overrides the value in
+the preset or file. tyro reads the flags and writes the help. pydantic checks the values, and each
+wrong value is reported in one sentence.
 """
 
 import contextlib
@@ -62,10 +62,10 @@ def config_from_arguments(
         arguments: arguments of the command line.
         description: description of the script, for its help.
         schema: class of the task's options. None is `TrainConfig`, the options of autoencoders.
-        default_config: preset to use without `--config`. If it is empty, the defaults of the schema
-            are used.
-        also: names of other options of the command, which are not in `arguments`. The error about a
-            wrong flag may suggest one of them.
+        default_config: preset to use without `--config`. If this name is empty, the defaults of the
+            schema are used.
+        also: names of other options of the command, which are not in `arguments`. The error about
+            an unknown flag may suggest one of these names.
 
     Raises:
         UserError: a flag is unknown, or a value is not allowed.
@@ -109,9 +109,9 @@ def check_early(
 ) -> None:
     """Print the help or report wrong flags, before anything slow is imported.
 
-    The function does nothing if the config is not a preset, or if options.json (the list
-    of options) is out of date.
-    `config_from_arguments` takes the same arguments and checks them again.
+    The function does nothing if the config is not a preset, or if options.json (the list of
+    options) is out of date. `config_from_arguments` takes the same arguments and checks all flags
+    again.
     """
     # the preset, by its name or its file
     arguments, listed = take_recipe(arguments)[0], read_list()
@@ -183,11 +183,11 @@ def _check_flags(
     presets: Callable[[], Mapping[str, Group]],
     also: Sequence[str],
 ) -> None:
-    """Check that the config has all these flags.
+    """Check that every flag is an option of the chosen config.
 
     Raises:
-        UserError: a flag is unknown, belongs only to other presets, or is another trainer's name
-            for an option. The message says what to give instead.
+        UserError: a flag is unknown, belongs only to other presets, or is the name of an option in
+            another training program. The message says what to give instead.
     """
     visible = [option for option in group.options() if option.kind != HIDDEN]
     chosen = {option.name for option in group.options() if option.kind == HIDDEN}
@@ -253,7 +253,7 @@ def _config_flag(arguments: list[str]) -> str | None:
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:
-    """Return the value of --max_train_steps. Some options are a share of this number."""
+    """Return the value of --max_train_steps. Some options may be a fraction of this number."""
     flag = "--max_train_steps"
     given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == flag]

@@ -1,6 +1,7 @@
 """The table of everything that latentvae trains. A new kind of training needs a row here.
 
-Classes are imported only when they are needed, because torch and diffusers load for seconds.
+Classes are imported only when they are needed, because the import of torch and diffusers takes
+seconds.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,9 @@ class Training:
     """A kind of training.
 
     Attributes:
-        task: returns the class of the task.
-        preflight: checks a run. It takes the options and the keyword `json`, and returns the exit
-            code.
+        task: function that returns the class of the task. The function imports this class.
+        preflight: function that checks a run before it starts. It takes the options of the run and
+            the keyword argument `json`, and returns the exit code.
     """
 
     task: "Callable[[], type[Task]]"
@@ -85,7 +86,8 @@ def _check_vae(config: Any, **options: Any) -> int:
     return likelihood_preflight(config, **options)
 
 
-# By command. The first one takes configs that fit several kinds.
+# The keys are names of commands. A config that fits several kinds of training belongs to the first
+# of them.
 TRAININGS = {
     "train": Training(_autoencoder, _check_autoencoder),
     "train-prior": Training(_prior, _check_prior),

@@ -16,8 +16,9 @@ class Likelihood:
         latentvae likelihood runs/vae --data mnist/test.parquet --samples 5000 --json nats.json
 
     The command prints two lower bounds of ln p(x): the ELBO, and the importance-weighted bound,
-    which comes closer to ln p(x) with more samples. It also prints the KL of each group of latents,
-    and the likelihood that the paper reports if the preset has this number.
+    which comes closer to ln p(x) with more samples. The command also prints the KL of each group of
+    latents. If the model was trained with a preset that repeats a paper, the command prints the
+    likelihood that the paper reports.
     """
 
     model: Annotated[Path, Positional]
@@ -32,17 +33,20 @@ class Likelihood:
     closer to ln p(x), the log-likelihood of an image. Papers use 5,000 for images of digits."""
 
     max_images: int | None = None
-    """Measure at most this many images, evenly spread over the data. The default is all images."""
+    """Largest number of images to measure. If there are more images, this many are chosen at equal
+    distances in the list of all images. By default, all images are measured."""
 
     batch_size: int = 20
-    """Number of images that are computed at once."""
+    """Number of images per forward pass."""
 
     binarize: Literal["static", "threshold"] | None = None
-    """How grey pixels become black or white. `static` draws each pixel once. `threshold` makes
-    pixels above mid-grey white. By default, the pixels are prepared as the model expects them."""
+    """How grey pixels become black or white. `static` draws each pixel once at random, with its
+    grey value as the probability of white. `threshold` makes pixels above mid-grey white. By
+    default, the pixels become black or white in the way in which the model was trained."""
 
     seed: int = 0
-    """Seed of the latents and of binary images. The same seed gives the same numbers."""
+    """Seed of the latent samples, and of the random choice of black or white (see binarize). The
+    same seed gives the same numbers."""
 
     json: Path | None = None
     """JSON file to write the results to."""
@@ -74,10 +78,10 @@ def train_vae_command(arguments: Sequence[str]) -> None:
             --output_dir runs/vae
         latentvae likelihood runs/vae --data mnist/test.parquet --samples 5000
 
-    A single process does not need `accelerate launch`. `--config` takes a YAML file or the name of
-    a preset. Every flag below overrides a value of this config. To resume a run that was
-    interrupted, run the same command again. `--preflight` trains a few updates to check the run,
-    and then exits.
+    To train with several processes, start the command with `accelerate launch`. `--config` takes a
+    YAML file or the name of a preset. Every flag below overrides a value of this config. To resume
+    a training that was interrupted, run the same command again. `--preflight` trains a few updates
+    to check the training, and then exits.
     """
     from latentvae.cli.train import run_task
     from latentvae.proofs.likelihood_preflight import likelihood_preflight

@@ -1,1 +1,1 @@
-"""Code images, latents and tokens to real files: codecs, entropy models and bitstreams."""
+"""Encode images, latents and tokens as files: codecs, entropy models and bitstreams."""

@@ -1,4 +1,4 @@
-"""Pack coded latents and tokens into one file format: header numbers, then a range coder's words.
+"""Pack coded latents and tokens into a file: header numbers, then the output of a range coder.
 
     file = magic and version (4 bytes) | crc32 (4) | count of numbers (1)
            | header numbers (as varints: 7 bits per byte) | 32-bit words of the range coder
@@ -20,10 +20,10 @@ Integers = NDArray[np.int64]
 
 
 def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
-    """Return a file's bytes: header numbers, then the words of a range coder.
+    """Return a file's bytes: header numbers, then the 32-bit words of a range coder.
 
     Args:
-        magic: the first 4 bytes of the file. The last of them is the version of the format.
+        magic: the first 4 bytes of the file. The 4th byte is the version of the format.
         numbers: the header numbers: at most 255 whole numbers, each at least 0.
         coder: the range encoder.
     """
@@ -58,14 +58,17 @@ def unpack(magic: bytes, content: bytes) -> tuple[list[int], Any]:
 
 
 def _varint(number: int) -> bytes:
-    """Return a number as bytes of seven bits, lowest first. The top bit is 1 if more follow."""
+    """Return a number as bytes that hold seven bits each, lowest bits first.
+
+    The top bit of a byte is 1 if more bytes follow.
+    """
     assert number >= 0
     groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
 
 
 def _read_varint(body: bytes, start: int) -> tuple[int, int]:
-    """Return the number at `start` (below 2**35) and the position of the next number."""
+    """Return the number at `start`, which is below 2**35, and the position after it."""
     number = 0
     for i, byte in enumerate(body[start : start + 5]):
         number |= (byte & 127) << 7 * i

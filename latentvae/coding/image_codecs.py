@@ -1,4 +1,4 @@
-"""Encode images with Pillow's codecs, for a comparison with models. Rates count all bytes."""
+"""Encode images with Pillow's codecs, to compare models with them. Rates count all file bytes."""
 
 import io
 import itertools
@@ -37,7 +37,7 @@ class Codec:
             return image.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
-        """Return what a report records about the codec: encoder library, options, qualities."""
+        """Return facts about the codec for a report: encoder library, options and qualities."""
         library = _LIBRARIES[self.format]
         return {
             "library": f"{library} {features.version(library)}",
@@ -46,12 +46,12 @@ class Codec:
         }
 
 
-_LIBRARIES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}  # Pillow's names
+_LIBRARIES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}  # Pillow's names of the libraries
 _QUALITIES = (1, 5, 10, 20, 35, 50, 70, 85, 95)
 
 CODECS: dict[str, Codec] = {
-    # Published curves use the standard's Huffman tables. `optimize` would make files smaller, by up
-    # to a third.
+    # Published rate curves of JPEG use the Huffman tables of the standard. With `optimize`, files
+    # would be smaller by up to a third, and not comparable.
     "jpeg": Codec("JPEG", _QUALITIES, {"optimize": False, "subsampling": "4:2:0"}),
     "webp": Codec("WEBP", _QUALITIES, {"method": 4}, max_side=16383),
     "avif": Codec("AVIF", _QUALITIES, {"speed": 6, "subsampling": "4:2:0"}),
@@ -76,11 +76,15 @@ def encode_at_rate(
 ) -> tuple[bytes, int]:
     """Return the file of the lowest quality that reaches `bpp` bits per pixel, and this quality.
 
-    The quality is 100 if no quality reaches `bpp`. Rates are assumed to rise with quality.
+    If no quality gives `bpp` bits per pixel or more, the quality is 100. The search assumes that
+    the number of bits rises with quality.
 
     Args:
-        files: files of this image that were encoded already, by quality. These files shorten the
-            search. The search adds the files that it encodes.
+        codec: the codec.
+        image: the image.
+        bpp: bits per pixel.
+        files: files of this image that are already encoded, by quality. They make the search
+            shorter. The search adds the files that it encodes.
     """
     files = {} if files is None else files
     target = bpp * image.width * image.height / 8  # bytes
@@ -93,13 +97,13 @@ def encode_at_rate(
     def enough(quality: int) -> bool:
         return bits_per_pixel(file(quality), image) >= bpp
 
-    # the two encoded qualities whose rates are nearest to `bpp`
+    # the encoded qualities just below and just above `bpp`
     low = max((quality for quality in files if not enough(quality)), default=0)
     high = min((quality for quality in files if quality > low), default=101)
 
-    # Move both qualities until they are neighbours. The logarithm of the rate is nearly linear in
-    # the quality, so interpolation needs fewer files than halving. Every third step halves, in case
-    # the rate is far from linear.
+    # Move `low` and `high` until they differ by 1. The logarithm of the rate is nearly linear in
+    # the quality, so interpolation needs fewer files than halving the interval. Every third step
+    # halves the interval, in case the logarithm is far from linear.
     for step in itertools.count(1):
         if high - low <= 1:
             break
@@ -112,5 +116,8 @@ def encode_at_rate(
 
 
 def _share(low: int, high: int, target: float) -> float:
-    """Return the place of `target` between two file sizes on a logarithmic scale, 0 to 1."""
+    """Return the position of `target` between two file sizes on a logarithmic scale.
+
+    It is 0 at `low` and 1 at `high`, and 0.5 for a target outside these sizes.
+    """
     return math.log(target / low) / math.log(high / low) if low < target < high else 0.5

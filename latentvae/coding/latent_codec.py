@@ -6,17 +6,18 @@
     content = encode_latent(z[0], prior=prior, steps=steps)
     z_hat = decode_latent(content)                        # from the bytes alone
 
-Each channel of a latent is quantised uniformly about its location, the median or mean of the prior.
-A range coder codes the symbols with a Laplace or Gaussian distribution of the prior's scale
-(constriction, Bamler 2022, https://arxiv.org/abs/2201.01741). The steps spread the error over the
-channels as reverse water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the
-decoder's Jacobian.
+Each channel of a latent has its own quantiser with a constant step. The quantiser is centred at the
+median or mean of the prior (the channel's location). A range coder codes the resulting integers,
+called symbols, with a Laplace or Gaussian distribution of the prior's scale (constriction, Bamler
+2022, https://arxiv.org/abs/2201.01741). The steps divide the error among the channels as reverse
+water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the decoder's Jacobian.
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | varints: d, h, w, smallest step,
            and lowest value and span of six fields of integers | words of the range coder:
            the fields (d integers each), then channel by channel the symbols
 
-`d` latent channels, `h w` latent space, `H W` = `f * h`, `f * w` pixels, `n` samples.
+`d` latent channels, `h w` latent positions, `f` downsampling factor, `n` samples. An image has
+`H W` = `f * h`, `f * w` pixels.
 """
 
 import math
@@ -37,19 +38,22 @@ LATENT_MAGIC = b"LVZ\x01"  # The last byte is the format's version.
 MAX_ELEMENTS = 2**26  # Largest number of elements of one latent: 256 MB in float32.
 MAX_CHANNELS = 2**16
 MIN_STEP = 1e-30
-# Number of steps per factor of 2 that a file can store. A stored step is at most 2.2 percent off.
+# A file stores a quantiser step as a power of 2 ** (1 / 16), so the stored step is wrong by at most
+# 2.2 percent.
 STEP_RESOLUTION = 16
-# Number of scales per factor of 2. A scale that is 4.4 percent off costs at most 0.003 bits per
-# symbol.
+# A file stores a prior's scale as a power of 2 ** (1 / 8). The scale is wrong by at most 4.4
+# percent, which costs at most 0.003 bits per symbol.
 SCALE_RESOLUTION = 8
-OCTAVES = 60  # range of steps and scales above the smallest step, in factors of 2
+OCTAVES = 60  # steps and scales may be up to 2 ** 60 times the smallest step
 
-# A narrower distribution saves no bits for zeros and costs up to 24 bits for every other symbol.
+# Smallest scale of a distribution. A narrower distribution saves no bits for the symbol 0, and
+# costs up to 24 bits for every other symbol.
 MIN_MODEL_SCALE = (1 / 16, 1 / 8)  # in quantiser steps, for Laplace and Gaussian
 FAMILIES = (stream.model.QuantizedLaplace, stream.model.QuantizedGaussian)
 
-# Lowest and highest value of each field: step, scale, family, location, lowest symbol, and highest
-# minus lowest symbol. constriction gives each symbol at least 1 of 2**24 units of probability.
+# A file stores six integers ("fields") for each channel: step, scale, kind of distribution,
+# location, lowest symbol, and highest minus lowest symbol. LIMITS has the lowest and highest value
+# of each field. constriction gives each symbol a probability of at least 2**-24.
 MAX_SYMBOL = 2**19
 LIMITS = (
     (0, STEP_RESOLUTION * OCTAVES + 1),
@@ -65,7 +69,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class LatentPrior:
-    """The distribution of the latents of each channel. All tensors have shape (d,).
+    """The distribution of the latents in each of d channels. All tensors have shape (d,).
 
     Args:
         location: median of a Laplace or mean of a Gaussian distribution, float64.
@@ -79,10 +83,12 @@ class LatentPrior:
 
     @classmethod
     def fit(cls, samples: Tensor) -> "LatentPrior":
-        """Return a Laplace or a Gaussian distribution for each channel, whichever is more likely.
+        """Return the prior that fits samples best, a Laplace or a Gaussian for each channel.
+
+        The choice is the distribution with the larger likelihood.
 
         Args:
-            samples: latents of several images, (d, n).
+            samples: n latents of several images for each of d channels, (d, n).
         """
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
@@ -91,13 +97,13 @@ class LatentPrior:
         values = samples.detach().cpu().double()
         _require_finite(values)
 
-        # both families
-        floor = 1e-6 * (values.abs().max().item() or 1.0)  # a constant channel needs a scale too
+        # fit both kinds of distributions
+        floor = 1e-6 * (values.abs().max().item() or 1.0)  # the scale of a constant channel
         median, mean = values.median(dim=1).values, values.mean(dim=1)
         deviation = (values - median[:, None]).abs().mean(dim=1).clamp_min(floor)
         std = values.std(dim=1, correction=0).clamp_min(floor)
 
-        # The log-likelihood per sample at its maximum is minus the entropy of the fitted density.
+        # The largest log-likelihood per sample is minus the entropy of the fitted density.
         laplace = -(2 * math.e * deviation).log()
         gaussian = -(2 * math.pi * math.e * std.square()).log() / 2 > laplace
         location = torch.where(gaussian, mean, median)
@@ -112,17 +118,18 @@ def channel_gains(
     seed: int = 0,
     max_side: int = 32,
 ) -> Tensor:
-    """Return the squared image error per squared latent error, for each channel, (d,).
+    """Return the squared image error per squared latent error, for each of d channels, (d,).
 
     The result is the diagonal of J^T J, averaged over positions, where J is the decoder's Jacobian
-    at `z`. For random signs v, E[(J^T v)_i^2] is the sum over outputs j of J_ji^2 (Hutchinson
-    1989). The result is float64 on the CPU.
+    at `z`. The diagonal is estimated with vectors v of random signs, because the mean of
+    (J^T v)_i^2 is the sum over outputs j of J_ji^2 (Hutchinson 1989). The result is float64 on the
+    CPU.
 
     Args:
         decode: a differentiable decoder, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Its weights may
             be frozen.
-        z: latents, (B, d, h, w). B = 1 is enough.
-        probes: number of random sign vectors v. Each v costs one backward pass.
+        z: latents, (B, d, h, w). One latent is enough.
+        probes: number of random sign vectors v. Each v needs one backward pass.
         seed: seed of the random signs.
         max_side: longest side of a latent in positions. A larger latent is cropped to its centre.
     """
@@ -132,7 +139,7 @@ def channel_gains(
         z = _middle(z, max_side).detach().clone().requires_grad_()
         images = decode(z)
 
-        # one backward pass per probe
+        # one backward pass for each vector of random signs
         for _ in range(probes):
             signs = torch.randint(2, images.shape, generator=generator) * 2 - 1
             (pulled,) = torch.autograd.grad(images, z, signs.to(images), retain_graph=True)
@@ -141,18 +148,20 @@ def channel_gains(
 
 
 def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
-    """Return the quantiser steps (d,), float64, whose rounding error has a PSNR of `noise_psnr`.
+    """Return a quantiser step for each of d channels, given the PSNR of the rounding error.
 
-    A step D makes a squared error of D^2 / 12 per latent element. With gains g_c, the error over
-    the 3 f^2 outputs of a position is MSE = sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest
-    bits if g_c D_c^2 is the same in every channel. These formulas hold for small steps (high-rate
-    theory). If a step is wide compared with the values of its channel, the error is smaller, so the
-    PSNR is higher.
+    A step D causes a mean squared error of D^2 / 12 per latent element. A latent position stands
+    for 3 f^2 values of an RGB image. With gain g_c and step D_c of channel c, the mean squared
+    error of these values is sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest bits if
+    g_c D_c^2 is the same in every channel. These formulas hold for small steps (high-rate theory).
+    If a step is large compared with the values of its channel, the error is smaller than the
+    formula says, so the PSNR is higher than `noise_psnr`. The result is (d,), float64.
 
     Args:
         gains: the result of `channel_gains`, (d,). A channel of gain 0 gets an infinite step.
-        noise_psnr: PSNR of the quantisation error in dB, with peak 2 (images in [-1, 1]).
-        f: downsampling factor, the side of one latent position in pixels.
+        noise_psnr: PSNR of the image error that rounding causes, in dB, with peak 2 (images in
+            [-1, 1]).
+        f: downsampling factor. A latent position stands for f x f pixels.
     """
     gains = gains.detach().cpu().double()
     if not (gains.isfinite() & (gains >= 0)).all():
@@ -166,14 +175,15 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
     """Return one image's latent as a complete file. Its size in bits is 8 * len(content).
 
     Args:
-        z: the latent, (d, h, w).
-        prior: a prior that was fitted on other images. A fit on this image would give too few bits.
-        steps: quantiser steps, (d,), at least 1e-30. A channel with an infinite step is decoded as
-            its location.
+        z: the latent of d channels, (d, h, w).
+        prior: a prior that was fitted on other images. With a prior fitted on this image, the
+            number of bits would be too low for a fair measurement.
+        steps: quantiser step of each channel, (d,), at least 1e-30. If the step is infinite, every
+            value of the channel is decoded as the location of the prior.
 
     Raises:
         ValueError: the latents are not finite, or the shapes or quantisation steps are wrong.
-        UserError: the latent is too large, or a step is so fine that symbols exceed 2**19.
+        UserError: the latent is too large, or a step is so small that symbols exceed 2**19.
     """
     _check_latent(z, prior, steps)
 
@@ -183,7 +193,7 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
     lows = symbols.min(axis=1)
     fields = [*grid.fields, lows, symbols.max(axis=1) - lows]
 
-    # header: shape, smallest step, and the channels' fields, range-coded
+    # header: shape and smallest step. The range coder codes the integer fields of all channels
     numbers = [*z.shape, int(np.float32(grid.base).view(np.uint32))]
     coder = stream.queue.RangeEncoder()
     for field, limits in zip(fields, LIMITS, strict=True):
@@ -199,7 +209,7 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
 
 
 def decode_latent(content: bytes) -> Tensor:
-    """Return the quantised latent (d, h, w), float32, of a file that `encode_latent` wrote.
+    """Return the quantised latent (d, h, w), float32, from a file that `encode_latent` wrote.
 
     Raises:
         UserError: the bytes are damaged, incomplete or another kind of file.
@@ -212,7 +222,7 @@ def decode_latent(content: bytes) -> Tensor:
     base = float(np.uint32(base_bits).view(np.float32))
     require(0 < base < math.inf)
 
-    # the channels' fields
+    # the integer fields of all channels
     fields = []
     for limits, low, span in zip(LIMITS, numbers[4::2], numbers[5::2], strict=True):
         require(limits[0] + low + span <= limits[1])
@@ -247,7 +257,7 @@ def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """Quantiser and entropy model of each channel, from integers (d,) that a file holds.
+    """Quantiser and entropy model of each of d channels, from integers (d,) that a file holds.
 
     All floats are computed from these integers, so decoder and encoder have the same floats.
     """
@@ -260,7 +270,7 @@ class _Grid:
 
     @classmethod
     def of(cls, prior: LatentPrior, steps: Floats) -> "_Grid":
-        """Return the grid nearest to `prior` and `steps` that a file can hold."""
+        """Return the quantisers and entropy models nearest to those given that a file can hold."""
         if not (steps >= MIN_STEP).all():
             raise ValueError(f"steps must be at least {MIN_STEP:g} (got {steps.tolist()}).")
         finite = np.isfinite(steps)
@@ -268,14 +278,14 @@ class _Grid:
         if not finite.any():
             base = 1.0
 
-        # codes of steps and scales, on logarithmic scales
+        # integers for steps and scales, on logarithmic scales
         octaves = np.log2(np.where(finite, steps, base) / base).clip(0, OCTAVES)
         step_codes = np.where(finite, 1 + np.rint(STEP_RESOLUTION * octaves), 0)
         octaves = np.log2(prior.scale.numpy() / base).clip(-OCTAVES, OCTAVES)
         scale_codes, families = np.rint(SCALE_RESOLUTION * octaves), prior.gaussian.numpy()
         step, scale, family = (x.astype(np.int64) for x in (step_codes, scale_codes, families))
 
-        # locations, in a unit that is computed from the codes of steps and scales
+        # integers for locations, in a unit that is computed from the integers for steps and scales
         grid = cls(base, step, scale, family, np.zeros_like(step))
         locations = np.rint(prior.location.numpy() / grid.unit)
         _require_coarse(locations, LIMITS[3][1])
@@ -287,7 +297,10 @@ class _Grid:
 
     @property
     def step(self) -> Floats:
-        """Quantiser steps (d,). An infinite step is 0 here, because its symbols are all 0."""
+        """Quantiser step of each channel, (d,). An infinite step is 0 here.
+
+        All symbols of such a channel are 0, so any finite step gives the same result.
+        """
         finite = self.base * np.exp2((self.steps - 1) / STEP_RESOLUTION)
         return np.where(self.steps > 0, finite, 0.0)
 
@@ -297,7 +310,10 @@ class _Grid:
 
     @property
     def unit(self) -> Floats:
-        """Unit (d,) of locations, much smaller than the scale or than the quantiser's error."""
+        """Unit in which the location of each channel is stored, (d,).
+
+        It is much smaller than the prior's scale or than the quantiser's error.
+        """
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 
     @property
@@ -305,7 +321,7 @@ class _Grid:
         return self.locations * self.unit
 
     def quantize(self, values: Floats) -> Integers:
-        """Return the symbols (d, n) of latents (d, n)."""
+        """Return the quantiser's integers (symbols) for n latents of each of d channels, (d, n)."""
         step = np.where(self.steps > 0, self.step, np.inf)
         symbols = np.rint((values - self.location[:, None]) / step[:, None])
         _require_coarse(symbols, MAX_SYMBOL)
@@ -315,7 +331,12 @@ class _Grid:
         return symbols * self.step[:, None] + self.location[:, None]
 
     def models(self, lows: Integers, spans: Integers) -> list[Any | None]:
-        """Return each channel's distribution of symbols, or None if there is only one symbol."""
+        """Return the distribution of symbols of each channel, or None if all symbols are equal.
+
+        Args:
+            lows: lowest symbol of each channel, (d,).
+            spans: highest minus lowest symbol of each channel, (d,).
+        """
         result: list[Any | None] = []
         scales = self.scale / np.where(self.steps > 0, self.step, np.inf)
         for low, span, family, scale in zip(lows, spans, self.families, scales, strict=True):
@@ -353,7 +374,7 @@ def _require_finite(z: Tensor) -> None:
 
 
 def _require_coarse(codes: Floats, limit: int) -> None:
-    """Check that a file can hold these codes. Raise UserError if a step is too fine."""
+    """Raise UserError if a quantiser step is so small that its integers exceed the limit."""
     peaks = np.abs(codes).reshape(len(codes), -1).max(axis=1)
     if peaks.max() > limit:
         channel = int(peaks.argmax())

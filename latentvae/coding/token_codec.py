@@ -1,4 +1,4 @@
-"""Write a tokenizer's indices to a file: adaptive arithmetic coding without prior knowledge.
+"""Write a tokenizer's indices to a file by adaptive arithmetic coding, without a trained model.
 
     content = encode_tokens(indices, num_codes=16384)  # int (h, w)
     indices = decode_tokens(content)                   # int64 (h, w), from the bytes alone
@@ -6,12 +6,13 @@
     top, bottom = decode_levels(content)
 
 The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
-codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K). This probability
-is the posterior mean under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
-https://doi.org/10.1109/TIT.1981.1056331). From a short list, the encoder takes the `a` with the
-fewest bits for this image. With few tokens and many codes, a uniform distribution may need the
-fewest bits. Counts are updated after each block of tokens. A block is an eighth as long as the
-tokens before it, so the work is K log n instead of K n.
+codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K) for a number a.
+This probability is the posterior mean under a symmetric Dirichlet prior (Krichevsky and Trofimov
+1981 for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). The encoder tries each a from a short
+list, and also a uniform distribution, and takes the choice with the fewest bits for this image. A
+uniform distribution may be best for few tokens and many codes. Counts are updated after each block
+of tokens. The length of a block is an eighth of the number of tokens before it. So the time grows
+as K log n, not as K n.
 
 `K` codes, `n` tokens.
 """
@@ -31,7 +32,8 @@ TOKEN_MAGIC, LEVELS_MAGIC = b"LVT\x01", b"LVM\x01"  # the last byte is the forma
 MAX_LEVELS = 8
 MAX_CODES = 2**20
 MAX_TOKENS = 2**24
-# The values of `a`. A file holds the number of the value, from 1, or 0 for a uniform distribution.
+# The possible values of the number a, which is added to each count. A file stores the position of
+# the value in this list, counted from 1, or 0 for a uniform distribution.
 CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))
 
 
@@ -40,7 +42,7 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
 
     Args:
         indices: integers in 0..num_codes - 1, with 1 to 3 dimensions.
-        num_codes: K, at most 2**20.
+        num_codes: number of codes of the tokenizer, at most 2**20.
 
     Raises:
         ValueError: the indices have a wrong shape or type, or are out of range.
@@ -74,11 +76,13 @@ def decode_tokens(content: bytes) -> Integers:
 
 
 def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> bytes:
-    """Return one image's maps of tokens as one complete file. Codes are counted per map.
+    """Return one image's maps of tokens as one complete file.
+
+    The probabilities of codes are estimated for each map separately.
 
     Args:
         levels: the indices (h, w) of each level, in 0..num_codes - 1. At most 8 levels.
-        num_codes: K, the number of codes of each level, at most 2**20.
+        num_codes: number of codes of each level, at most 2**20.
 
     Raises:
         ValueError, UserError: see `encode_tokens`.
@@ -97,7 +101,7 @@ def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> b
 
 
 def decode_levels(content: bytes) -> list[Integers]:
-    """Return the token maps of a file that `encode_levels` wrote, int64 (h, w) each.
+    """Return the maps of tokens in a file that `encode_levels` wrote, each (h, w), int64.
 
     Raises:
         UserError: the bytes are damaged, incomplete or another kind of file.
@@ -117,7 +121,7 @@ def decode_levels(content: bytes) -> list[Integers]:
 
 
 def _encode(coder: Any, tokens: Integers, num_codes: int, choice: int) -> None:
-    """Write tokens (n,) block by block, with a model of the earlier blocks."""
+    """Write n tokens, (n,), block by block. The probabilities follow from the earlier blocks."""
     model = _Model(num_codes, choice)
     for block in _blocks(len(tokens)):
         if num_codes > 1:
@@ -178,7 +182,10 @@ class _Model:
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    """Yield blocks, each an eighth as long as the tokens before it but at least one token long."""
+    """Yield blocks of tokens whose length is an eighth of the number of tokens before the block.
+
+    Each block has at least one token.
+    """
     start = 0
     while start < count:
         stop = min(count, start + max(1, start // 8))
@@ -187,7 +194,10 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _cheapest(tokens: Integers, num_codes: int) -> int:
-    """Return the place (from 1) of the `a` with the fewest bits, or 0 for the uniform model."""
+    """Return the choice of probability model with the fewest bits.
+
+    It is the position in `CONCENTRATIONS`, counted from 1, or 0 for a uniform distribution.
+    """
     # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)
     seen, total = np.empty(len(tokens)), np.empty(len(tokens))

@@ -4,7 +4,8 @@ Each block is compiled separately, for three reasons:
 
 - The adaptive weight of the adversarial loss needs only the gradient of the decoder's last
   convolution. A decoder compiled as a whole would compute all gradients.
-- A posterior that is sampled inside compiled code would draw other random numbers.
+- Compiled code draws other random numbers. If the whole encoder were compiled, samples of the
+  posterior would differ from those without compilation.
 - Separate blocks compile in a fraction of the time
   (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """
@@ -20,9 +21,13 @@ from torch import nn
 def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
     """Compile the blocks of the encoder and the decoder in place, and return their number.
 
-    Compilation happens at a block's first call. Names, state dicts and copies of the network do not
-    change. Every image size is compiled separately, so a result does not depend on the sizes of
-    earlier images.
+    Each block is compiled when it is called for the first time. Names, state dicts and copies of
+    the network do not change. Every image size is compiled separately, so a result does not depend
+    on the sizes of earlier images.
+
+    Args:
+        net: the network.
+        backend: backend of `torch.compile`.
     """
     blocks = list(_blocks(net))
     for block in blocks:
@@ -32,7 +37,7 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Run compiled blocks in eager mode, for rare image sizes in validation and export."""
+    """Run compiled blocks in eager mode inside the context, to avoid compiling for rare sizes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -3,20 +3,20 @@
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
-The copy shares the storage of unchanged parameters. Two kinds of tensors belong only to the copy:
-parameters that it converts (to bfloat16, or to channels-last order) and folded kernels. So build a
-new copy after a change of `net`'s weights.
+The copy shares the storage of most parameters with `net`. Two kinds of tensors have their own
+storage: converted parameters (in bfloat16, or in channels-last order) and folded kernels. So build
+a new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
-Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). Where Winograd
-is not available or not faster, feature maps are in channels-last order and upsampling is folded
-into these convolutions (see the module `upsampling`). Activations and residual sums are computed in
-place.
+Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). If Winograd's
+algorithm is not available or not faster, feature maps are in channels-last order, and upsampling is
+folded into the 3 x 3 convolutions (see the module `upsampling`). Activations and residual sums are
+computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
-channels stay in float32, because Winograd's algorithm saves more time and rounds less. The encoder
-of a tokenizer stays exact, because rounding changes codes.
+channels stay in float32, because Winograd's algorithm saves more time than bfloat16 and rounds
+less. The encoder of a tokenizer stays exact, because rounding changes codes.
 """
 
 import copy
@@ -42,13 +42,13 @@ from latentvae.compute.winograd.convolutions import swap_convolutions
 from latentvae.compute.winograd.nnpack import has_winograd
 from latentvae.models import calls
 
-# In blocks of at least so many channels, Winograd in float32 is faster than plain bfloat16
-# convolutions.
+# In blocks of at least this many channels, Winograd's algorithm in float32 is faster than plain
+# bfloat16 convolutions.
 WIDE = 256
 
 
 def build_exact(net: Any) -> Any:
-    """Return a faster copy of a network, with equal results up to rounding and equal precision."""
+    """Return a faster copy of a network, with the same precision and results up to rounding."""
     copied = sharing_copy(net)
     for half in (copied.encoder, copied.decoder):
         _make_exact(half)
@@ -72,8 +72,8 @@ def build_fast(net: Any) -> Any:
 def sharing_copy(net: Any) -> Any:
     """Return a copy of a network that shares the storage of all tensors.
 
-    Each parameter of the copy is a new object, because `Module.to` would change the original's
-    object.
+    Each parameter of the copy is a new object. With a shared object, `Module.to` on the copy would
+    also change the original.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
     memo |= {id(tensor): tensor.detach() for tensor in net.buffers()}
@@ -88,7 +88,7 @@ def _make_exact(half: Any) -> None:
         _freeze_upsampling(half)
         half.to(memory_format=torch.channels_last)
         return
-    unfold_upsampling(half)  # Winograd on the upsampled map needs fewer products than folding
+    unfold_upsampling(half)  # Winograd's algorithm needs fewer products than a folded kernel
     swap_convolutions(half)
     _freeze_upsampling(half)  # for layers that Winograd does not support
 
@@ -96,7 +96,7 @@ def _make_exact(half: Any) -> None:
 def _winograd_pays() -> bool:
     """Return whether Winograd's algorithm is faster than plain convolutions on this processor.
 
-    It was not faster on the processor with AMX that we measured (docs/experiments/speed.md).
+    It was not faster on a processor with matrix units (AMX), see docs/experiments/speed.md.
     """
     return has_winograd() and not has_instructions("amx_bf16")
 
@@ -127,7 +127,7 @@ def _make_fast(half: Any) -> None:
 def _wide_parts(half: Any) -> Iterator[nn.Module]:
     """Yield the parts of a bfloat16 encoder or decoder that stay in float32.
 
-    These are wide residual blocks and attentions, if Winograd is available.
+    If Winograd's algorithm is faster, these are residual blocks with many channels, and attention.
     """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
@@ -147,7 +147,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a block has no layers for U-Nets and does not scale its residual sum."""
+    """Return whether a residual block has no extra layers of U-Nets and does not scale its sum."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -170,13 +170,13 @@ def _freeze_upsampling(half: nn.Module) -> None:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast the inputs to the precision of the called module (a hook)."""
+    """Cast the inputs of a module to the module's precision, as a forward hook."""
     parameter = next(module.parameters())
     return tuple(_cast(x, parameter) if isinstance(x, Tensor) else x for x in inputs)
 
 
 def _cast(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return `x` in a parameter's precision and in the memory order of its convolutions."""
+    """Return `x` in a parameter's precision, and in the memory order for this precision."""
     if x.dtype == parameter.dtype:
         return x
     half = parameter.dtype == torch.bfloat16

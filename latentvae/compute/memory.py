@@ -13,15 +13,15 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1  # glibc's malloc.h
 def keep_freed_memory(device: torch.device) -> bool:
     """Let the C library keep freed memory for later tensors of this process, from now on.
 
-    By default, when a tensor of more than 32 MiB is freed, glibc gives its memory back to the
-    system. glibc often does so for smaller tensors too. The next tensor then causes a page fault
-    for every 4 KiB. In a virtual machine, page faults take about a tenth of the time of an update
-    or a decode on the CPU.
+    By default, when a tensor of more than 32 MiB is freed, the C library glibc gives its memory
+    back to the system. glibc often gives back the memory of smaller tensors too. The next tensor
+    then causes a page fault for every 4 KiB. In a virtual machine, page faults take about a tenth
+    of the time of a training update or a decode on the CPU.
 
     After this call, the process keeps about its peak memory. For large images it keeps 1.5 times
-    the peak or more, because of fragmentation. Tensors of more than 64 MiB are kept only in the
-    main thread. After a fork, the system copies each page that one of the two processes writes. So
-    start worker processes before the computation begins, or keep them alive.
+    the peak or more, because of fragmentation. Memory of tensors above 64 MiB is kept only in the
+    main thread. After a fork, the system copies each page that the parent or the child process
+    writes. So start worker processes before the computation begins, or keep them alive.
 
     Args:
         device: device of the tensors. The function has an effect only for the CPU.
@@ -40,7 +40,7 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def release_freed_memory() -> None:
-    """Return the freed memory, which the C library keeps, to the system. Works only with glibc."""
+    """Give the freed memory that the C library keeps back to the system. Works only with glibc."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 

@@ -1,9 +1,9 @@
 """Run the encoder and the decoder of a network in OpenVINO, on the CPU.
 
 Encoder and decoder are traced and converted once, with folded upsampling (see the module
-`upsampling`). The converted networks take images of any size and batches of any size. torch still
-computes quantisers and the small convolutions around the latent. There are no gradients, and the
-weights are copied.
+`upsampling`). The converted networks take images of any size and batches of any size. Quantisers
+and the small convolutions before and after the latent still run in torch. There are no gradients,
+and the weights are copied.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from latentvae.compute.upsampling import fold_upsampling
 from latentvae.errors import UserError
 from latentvae.models import calls
 
-SMALL = 64  # side in pixels of the image for tracing. Later images may have any size
+SMALL = 64  # side in pixels of the image for tracing. Other images may have any size
 
 
 class CompiledHalf(nn.Module):
@@ -46,7 +46,7 @@ class CompiledHalf(nn.Module):
         self.compiled: Any = _core().compile_model(model, "CPU", options)
 
     def forward(self, sample: Tensor, *others: None) -> Tensor:
-        """Return the output for one input. Other arguments of a decoder must be None."""
+        """Return the output for `sample`. All other arguments must be None."""
         assert all(other is None for other in others)
         result = self.compiled(sample.contiguous().numpy(), share_inputs=True)
         return torch.from_numpy(result[0])
@@ -103,9 +103,9 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 def _core() -> Any:
     """Return the process's only OpenVINO `Core` object, which is never destroyed.
 
-    Each `Core` sets a stack for signal handlers. When two `Core` objects are destroyed, the first
-    frees the stack that the second restores. The next signal in Python, for example Ctrl-C, then
-    ends the process with a segmentation fault (OpenVINO 2026.4).
+    With two objects, the next signal, for example Ctrl-C, would end the process with a segmentation
+    fault (OpenVINO 2026.4). The reason is that each `Core` sets a stack for signal handlers. When
+    two `Core` objects are destroyed, the second one restores a stack that the first one has freed.
     """
     return _import_openvino().Core()
 

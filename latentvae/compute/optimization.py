@@ -4,9 +4,9 @@
     z = encode(optimized.net, images)
     print(optimized)  # fast, 52.3 dB against exact
 
-`"exact"` gives the same numbers up to rounding. `"fast"` computes in bfloat16 where that is faster.
-Both modes are in the module `inference`. `"openvino"` runs the network in OpenVINO. The given
-network does not change.
+There are three modes. `"exact"` gives the same numbers up to rounding. `"fast"` computes in
+bfloat16 where that is faster. The module `inference` has these two modes. `"openvino"` runs the
+network in OpenVINO (module `openvino`). The given network does not change.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from latentvae.errors import UserError, nearest
 from latentvae.models import calls
 
 Optimize = Literal["exact", "fast", "openvino"]
-MIN_PSNR = 45.0  # Smallest PSNR in dB against "exact" with which "fast" is used.
+MIN_PSNR = 45.0  # "fast" is used only if its PSNR against "exact" is at least this number of dB.
 MIN_PSNR_OPENVINO = 40.0  # The same limit for OpenVINO, which keeps no part in float32.
-PROBE = 128  # Side in pixels of the test image on which this PSNR is measured.
+PROBE = 128  # Side in pixels of the test image on which the PSNR is measured.
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Optimized:
 
     Attributes:
         net: the optimized network, for inference only, with the methods of the original network.
-            Both networks share the storage of the weights, except for weights that the optimized
-            network converts (see the module `inference`). So later changes of the original's
-            weights may have no effect on this network.
-        mode: how `net` computes: `"stock"` (unchanged) or one of `Optimize`.
+            Some weights share their storage with the original network, others are converted copies
+            (see the module `inference`). So later changes of the original's weights may have no
+            effect on this network.
+        mode: how `net` computes: `"stock"` (the network is not optimized) or one of `Optimize`.
         psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
             None in the modes `"stock"` and `"exact"`.
         why: a clause that says why `mode` is not the requested mode, or "".
-        bfloat16: whether `net` multiplies in bfloat16, in some parts or all.
+        bfloat16: whether some or all parts of `net` multiply in bfloat16.
     """
 
     net: Any
@@ -56,9 +56,10 @@ class Optimized:
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """Return a network with the results of `net`, in `mode` if this machine supports it.
+    """Return a faster network with the results of `net`, in `mode` if this machine supports it.
 
-    On the CPU, the process then keeps memory that a call frees (see `latentvae.compute.memory`).
+    On the CPU, this call also changes the C library's settings for the whole process, so that freed
+    memory is kept for later tensors (see `latentvae.compute.memory`).
 
     Args:
         net: a diffusers autoencoder of images, in eval mode, on its device.
@@ -118,7 +119,7 @@ def probe(net: Any, *, side: int) -> Tensor:
 
 
 def _has_halves(net: Any) -> bool:
-    """Return whether encoder and decoder of `net` are modules that map a tensor to a tensor."""
+    """Return whether `net` has an encoder and a decoder that each map a tensor to a tensor."""
     halves = (getattr(net, "encoder", None), getattr(net, "decoder", None))
     return type(net).__name__ != "AutoencoderRAE" and all(isinstance(h, nn.Module) for h in halves)
 

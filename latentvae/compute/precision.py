@@ -1,9 +1,9 @@
 """Choose the precision of multiplications: full float32, or bfloat16 where that is faster.
 
-By default torch computes the convolutions of float32 networks in TensorFloat-32 (TF32) on NVIDIA
-GPUs since Ampere. TF32 has 10 mantissa bits instead of 23. Latents on a GPU then differ by about
-0.2% from latents on a CPU, and a latent near the boundary between two codes can get another token.
-Training keeps torch's default, because TF32 is faster and errors of this size do not matter in
+On NVIDIA GPUs since Ampere, torch by default computes the convolutions of float32 networks in
+TensorFloat-32 (TF32). TF32 has 10 mantissa bits instead of 23. So latents on a GPU differ by about
+0.2% from latents on a CPU. A latent near the boundary between two codes can get another token.
+Training uses torch's default, because TF32 is faster and errors of this size do not matter in
 training.
 """
 
@@ -17,8 +17,8 @@ import torch
 def full_float32() -> Iterator[None]:
     """Switch TF32 off in a `with` block, or in a decorated function.
 
-    torch's flags apply to all threads of the process. Afterwards the flags have their earlier
-    values again. A network in bfloat16 or float16 is not affected.
+    torch's flags for TF32 apply to all threads of the process. At the end of the block, the flags
+    get their earlier values again. Networks in bfloat16 or float16 are not affected.
     """
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()

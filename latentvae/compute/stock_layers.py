@@ -1,4 +1,4 @@
-"""Replace the faster layers of training by the stock layers of diffusers and torch."""
+"""Replace the faster layers that training uses by the original layers of diffusers and torch."""
 
 from torch import nn
 
@@ -7,6 +7,6 @@ from latentvae.compute.winograd.convolutions import restore_convolutions
 
 
 def restore_stock_layers(net: nn.Module) -> None:
-    """Replace the faster layers of `net` by stock layers. Parameters do not change."""
+    """Replace the faster layers of `net` by those of diffusers and torch. Weights do not change."""
     unfold_upsampling(net)
     restore_convolutions(net)

@@ -1,16 +1,19 @@
 """Compute nearest x2 upsampling and the 3 x 3 convolution after it as one transposed convolution.
 
+Along one axis, the output y of both layers for input x and kernel w is
+
     y[2i + p] = sum_k w[k] x[(2i + p + k) // 2],  k in -1, 0, 1,  p in 0, 1
 
-Along each axis, an even output multiplies x[i - 1] by w[-1] and x[i] by w[0] + w[1]. An odd output
-multiplies x[i] by w[-1] + w[0] and x[i + 1] by w[1]. Together, even and odd outputs are a
-transposed convolution of stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0],
-w[-1]). The four 2 x 2 phases of this convolution need 2.25 times fewer multiply-adds than a 3 x 3
-convolution at full size, and no upsampled map is in memory. At the border, both methods give the
-same result, because the zeros that pad x stay zeros when they are upsampled.
+For an even output position, x[i - 1] is multiplied by w[-1], and x[i] by w[0] + w[1]. For an odd
+position, x[i] is multiplied by w[-1] + w[0], and x[i + 1] by w[1]. Together, this is a transposed
+convolution of stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]),
+called the folded kernel. It needs 2.25 times fewer multiply-adds than a 3 x 3 convolution at full
+size, and no upsampled map is in memory. At the border, the two methods give the same result,
+because the zeros that pad x stay zeros when they are upsampled.
 
-The kernel is folded from the same parameters in every call. So gradients, state dicts, checkpoints
-and exports are the same as with the plain layer. The results differ only by rounding.
+The folded kernel is computed from the layer's weight in every call. So gradients, state dicts,
+checkpoints and exports are the same as with the two separate layers. The results differ only by
+rounding.
 
 `B` batch, `I` and `O` channels in and out, `H W` space.
 """
@@ -28,8 +31,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1)`.
 
     Args:
-        x: input of the upsampling, (B, I, H, W).
-        weight: weight of the convolution, (O, I, 3, 3).
+        x: input of the upsampling with I channels, (B, I, H, W).
+        weight: weight of the convolution with O output channels, (O, I, 3, 3).
         bias: bias of the convolution, (O,).
 
     Returns:
@@ -39,9 +42,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
-    """Return the transposed convolution's kernel (I, O, 4, 4) for a 3 x 3 kernel (O, I, 3, 3).
+    """Return the kernel of the transposed convolution that replaces upsampling and convolution.
 
-    The kernel has the precision of the weight, also under autocast.
+    The result is (I, O, 4, 4), for I input and O output channels. It has the precision of the
+    weight, also under autocast.
+
+    Args:
+        weight: weight of the 3 x 3 convolution, (O, I, 3, 3).
     """
     return _fold(_fold(weight.transpose(0, 1), dim=2), dim=3)
 
@@ -52,9 +59,9 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 
 
 class FoldedUpsample2D(Upsample2D):
-    """An `Upsample2D` with a folded kernel.
+    """An `Upsample2D` that computes upsampling and convolution as one transposed convolution.
 
-    The kernel is not folded if the output is not twice as large as the input.
+    If the output is not exactly twice as large as the input, it computes them separately.
     """
 
     def forward(
@@ -70,9 +77,9 @@ class FoldedUpsample2D(Upsample2D):
 
 
 class FoldedDCUpBlock2d(DCUpBlock2d):
-    """AutoencoderDC's upsampling block with a folded kernel.
+    """AutoencoderDC's upsampling block, which computes upsampling and convolution as one step.
 
-    The block adds a shortcut, whose channels are repeated and then become pixels (pixel shuffle).
+    The block adds a shortcut: the input with repeated channels, after a pixel shuffle.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -89,11 +96,11 @@ _FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fold_upsampling(net: nn.Module) -> int:
-    """Fold every nearest x2 upsampling of `net` with the 3 x 3 convolution after it.
+    """Compute every nearest x2 upsampling of `net` and the convolution after it as one step.
 
-    Only the class of these modules changes. Names, parameters and hooks do not change, and a copy
-    of a folded module is folded too. The convolution is no longer called as a module, so its own
-    hooks do not run.
+    This is called folding. Only the class of the upsampling modules changes. Their names,
+    parameters and hooks do not change, and a copy of a folded module is folded too. The convolution
+    is no longer called as a module, so hooks of the convolution do not run.
 
     Returns:
         The number of folded modules.
@@ -107,7 +114,7 @@ def fold_upsampling(net: nn.Module) -> int:
 
 
 def unfold_upsampling(net: nn.Module) -> None:
-    """Undo `fold_upsampling`, so that the layers are stock again."""
+    """Undo `fold_upsampling`, so that the layers have diffusers' classes again."""
     stock_class = {folded: stock for stock, folded in _FOLDED.items()}
     for module in net.modules():
         if type(module) in stock_class:
@@ -126,5 +133,5 @@ def _can_fold(module: Any) -> bool:
 
 
 def _convolution(module: Any) -> Any:
-    """Return the convolution of a stock layer, or None. Its attribute has one of two names."""
+    """Return the convolution of an upsampling layer of diffusers, or None if it has none."""
     return getattr(module, "conv", None) or getattr(module, "Conv2d_0", None)

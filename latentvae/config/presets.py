@@ -13,7 +13,8 @@ from latentvae.files import read_yaml
 
 Config = TypeVar("Config", bound=JobConfig)
 
-# The section of a preset that shows its command. Presets of `train` have none of these sections.
+# For each command, the section that only the presets of this command have. Presets of `train` have
+# none of these sections.
 COMMANDS = {
     "train-prior": "prior",
     "train-flow": "flow",
@@ -29,13 +30,13 @@ def presets_folder() -> Path:
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Return the sorted names of the presets whose sections all belong to the task of `schema`."""
+    """Return the sorted names of the presets whose sections all are in the class `schema`."""
     found = _preset_sections(presets_folder())
     return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
 
 
 def belongs_to(name_or_path: str, schema: type[JobConfig]) -> bool:
-    """Return whether a preset or YAML file has only sections of the task of `schema`."""
+    """Return whether a preset or YAML file has only sections of the option class `schema`."""
     path = Path(name_or_path)
     path = path if path.is_file() else presets_folder() / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -57,9 +58,9 @@ def load_preset(
 
     Args:
         name_or_path: name of the preset, or path of the file.
-        schema: class of the options of the task.
+        schema: class of the options, a subclass of `JobConfig`.
         max_train_steps: length of the run in updates, instead of the length in the file. Options
-            that are a share of the run's length then refer to this length.
+            that are a fraction of the run's length then refer to this length.
 
     Raises:
         UserError: the file or preset does not exist, the YAML is unreadable, or an option is
@@ -107,7 +108,7 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
 
     Args:
         values: the options by section.
-        schema: class of the options of the task.
+        schema: class of the options, a subclass of `JobConfig`.
         source: the file or command line that the options come from, for error messages.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Recipes for the flag `--recipe`: named sets of options that decide how fast a new model learns.
+"""Recipes for the flag `--recipe`. A recipe is a named set of options for how a new model learns.
 
-A recipe changes the defaults of other flags. The run's config.yaml then holds the changed options,
-not the name of the recipe.
+A recipe changes the defaults of other flags. The file config.yaml of a run holds the changed
+options, not the name of the recipe.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Options that every training run has, such as the optimizer, the length, the files and the logs.
 
-Each task (such as training an autoencoder) has a subclass of `JobConfig` with more sections.
+Each kind of training has its own subclass of `JobConfig`. The subclass adds sections (groups of
+options), such as the options of the autoencoder.
 """
 
 import os
@@ -23,7 +24,8 @@ from latentvae.option_marks import (
     marked,
 )
 
-# `JobConfig.for_processes` replaces None by a number before other code reads the option.
+# The default None is a placeholder. `JobConfig.for_processes` replaces None by a number before
+# other code reads the option.
 _FOLLOWS: Any = None
 if TYPE_CHECKING:
     FollowsGlobalBatch = int
@@ -38,7 +40,8 @@ class OptimizerConfig(Section):
         default="adamw",
         description=(
             "Optimizer of the model. `muon` uses Muon for the weights of convolutions and "
-            "attention, and AdamW for all other parameters. The discriminator always uses AdamW."
+            "attention, and AdamW for all other parameters. The discriminator of a GAN loss always "
+            "uses AdamW."
         ),
     )
     muon_learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("muon_lr")] = Field(
@@ -51,8 +54,8 @@ class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
         description=(
-            "Peak learning rate of the model. The program does not scale the learning rate by the "
-            "batch size."
+            "Peak learning rate of the model. The program does not change this value if you change "
+            "the batch size."
         ),
     )
     lr_scheduler: Annotated[
@@ -61,7 +64,8 @@ class OptimizerConfig(Section):
         default="constant",
         description=(
             "Schedule of the learning rate after the warm-up. `constant` keeps the peak learning "
-            "rate. `cosine` lowers the learning rate to 0 at max_train_steps."
+            "rate. `cosine` lowers the learning rate along half a cosine, to 0 at the last update "
+            "(max_train_steps)."
         ),
     )
     lr_warmup_steps: Annotated[
@@ -70,8 +74,9 @@ class OptimizerConfig(Section):
         default=1000,
         description=(
             "Number of updates of the model over which the learning rate grows linearly to its "
-            "peak. Updates in which only the discriminator learns do not count. A value below 1 is "
-            "a share of max_train_steps. 0 turns the warm-up off."
+            "peak. Updates in which only the discriminator learns are not counted. A value between "
+            "0 and 1 is a fraction of the whole training (max_train_steps). 0 turns the warm-up "
+            "off."
         ),
     )
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0), Elsewhere("beta1")] = Field(
@@ -85,7 +90,7 @@ class OptimizerConfig(Section):
         ),
     )
     adam_weight_decay: Annotated[float, Field(ge=0.0), Elsewhere("weight_decay wd")] = Field(
-        default=0.0, description="Weight decay of AdamW and of Muon. 0 turns it off."
+        default=0.0, description="Weight decay of AdamW and of Muon. 0 means no weight decay."
     )
     adam_epsilon: Annotated[float, Field(gt=0.0), Elsewhere("adam_eps eps epsilon")] = Field(
         default=1e-8,
@@ -96,34 +101,39 @@ class OptimizerConfig(Section):
     ] = Field(
         default=1.0,
         description=(
-            "Clip gradients to this norm. The gradient of the model and the gradient of the "
-            "discriminator are clipped separately."
+            "Largest norm of a gradient. A gradient with a larger norm is scaled down to this "
+            "norm. The gradients of the model and of the discriminator are clipped separately."
         ),
     )
     skip_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description=(
-            "Skip an update if the norm of a gradient, before clipping, is above this value. "
-            "Hierarchical VAEs need this option, because a single bad batch can destroy such a "
-            "network. By default, an update is skipped only if a gradient is infinite or NaN."
+            "Skip an update if the norm of a gradient, before clipping, is above this value. Set "
+            "this option for hierarchical VAEs, because a single bad batch can destroy the weights "
+            "of such a network. By default, an update is skipped only if a gradient is infinite or "
+            "NaN."
         ),
     )
     max_skipped_updates: Positive = Field(
         default=10,
         description=(
-            "Stop the run after this many skipped updates in a row. An update is skipped if a "
-            "gradient is infinite or NaN, or if its norm is above skip_grad_norm."
+            "Stop the training with an error after this many skipped updates in a row. An update "
+            "is skipped if a gradient is infinite or NaN, or if its norm is above skip_grad_norm."
         ),
     )
     use_ema: bool = Field(
         default=True,
-        description="Keep a moving average of the weights. Validation and export use this average.",
+        description=(
+            "Keep a moving average of the weights. Validation and the exported model use this "
+            "average in place of the trained weights."
+        ),
     )
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.999,
         description=(
             "Decay per update of the moving average of the weights (see use_ema). A larger decay "
-            "averages over more updates. In the first updates the decay is smaller."
+            "averages over more updates. In the first updates the decay is smaller, so that the "
+            "average soon forgets the initial weights."
         ),
     )
 
@@ -136,8 +146,8 @@ class RunConfig(Section):
     ] = Field(
         default=None,
         description=(
-            "Folder for the checkpoints, the log, the sample images and the export of the run. "
-            "Every run needs this option."
+            "Folder for the files of the training: checkpoints, log, sample images and the "
+            "exported model. Every training needs this option."
         ),
     )
     max_train_steps: Annotated[
@@ -145,16 +155,17 @@ class RunConfig(Section):
         MayChange(),
         Elsewhere("steps max_steps num_steps train_steps iterations max_iterations updates"),
     ] = Field(
-        default=100_000, description="Length of the run: number of updates (optimizer steps)."
+        default=100_000,
+        description="Length of the training: number of updates (optimizer steps).",
     )
     global_batch_size: Positive | None = Field(
         default=None,
         description=(
             "Number of images per update, summed over all processes and micro-steps (forward and "
-            "backward passes). With this option, train_batch_size is the maximum for one process "
-            "and micro-step, and gradient_accumulation_steps is computed if you do not set it. By "
-            "default, the number of images follows from these two options and the number of "
-            "processes."
+            "backward passes). If you set this option, train_batch_size is only an upper limit for "
+            "one micro-step in one process. The program then computes gradient_accumulation_steps, "
+            "unless you set that option too. By default, an update has train_batch_size * "
+            "gradient_accumulation_steps * (number of processes) images."
         ),
     )
     train_batch_size: Annotated[
@@ -163,11 +174,16 @@ class RunConfig(Section):
         default=12,
         description=(
             "Number of images per process and micro-step (forward and backward pass). If "
-            "global_batch_size is set, this number is the maximum."
+            "global_batch_size is set, a micro-step may have fewer images, but never more than "
+            "this number."
         ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
-        default=8, description="Number of images that each process computes at once in validation."
+        default=8,
+        description=(
+            "Batch size in validation: number of images that each process puts through the "
+            "network at once."
+        ),
     )
     gradient_accumulation_steps: Annotated[
         FollowsGlobalBatch, Elsewhere("grad_accum accumulate_grad_batches grad_accum_steps")
@@ -175,8 +191,8 @@ class RunConfig(Section):
         default=_FOLLOWS,
         description=(
             "Number of micro-steps (forward and backward passes) per update. The update uses the "
-            "average of their gradients. The default is computed from global_batch_size, or is 1 "
-            "without global_batch_size."
+            "average of their gradients. By default, this number is computed from "
+            "global_batch_size. If global_batch_size is not set, the default is 1."
         ),
     )
     # The launcher may set the precision, so this option may change on resume. The engine checks
@@ -186,9 +202,9 @@ class RunConfig(Section):
         description=(
             "Precision of training. `bf16` computes in bfloat16 autocast and keeps the weights in "
             "float32. `no` computes in float32. `auto` means `bf16` if the machine multiplies "
-            "bfloat16 faster than float32, else `no`. A resumed run with `auto` keeps the "
-            "precision that it was started with. By default, the precision is the one that you "
-            "give to `accelerate launch`. `fp16` is not supported."
+            "bfloat16 faster than float32, else `no`. If you resume a training with `auto`, it "
+            "keeps the precision that it was started with. By default, the training uses the "
+            "precision that you give to `accelerate launch`. `fp16` is not supported."
         ),
     )
     seed: Count = Field(default=0, description="Seed of all random numbers.")
@@ -197,17 +213,18 @@ class RunConfig(Section):
     ] = Field(
         default="latest",
         description=(
-            "Checkpoint to resume from: the folder of a checkpoint of this run, such as "
-            "checkpoint-4000, or `latest`. `latest` means the newest checkpoint that is not "
-            "damaged. If there is none, training starts at the beginning."
+            "Checkpoint to resume from. Give `latest`, or the folder of a checkpoint in "
+            "output_dir, such as checkpoint-4000. `latest` means the newest checkpoint that is not "
+            "damaged. If there is no such checkpoint, training starts at the beginning."
         ),
     )
     overwrite_output_dir: Annotated[bool, MayChange(), Private(), Elsewhere("overwrite")] = Field(
-        default=False, description="Delete an earlier run in output_dir and start again."
+        default=False,
+        description="Delete an earlier training that is in output_dir, and start again.",
     )
     checkpointing_steps: Annotated[
         Positive, MayChange(), Elsewhere("save_steps save_every save_interval checkpoint_every")
-    ] = Field(default=1000, description="Number of updates between checkpoints.")
+    ] = Field(default=1000, description="Number of updates from one checkpoint to the next.")
     checkpoints_total_limit: Annotated[
         Positive, MayChange(), Elsewhere("save_total_limit save_top_k")
     ] = Field(
@@ -220,11 +237,17 @@ class RunConfig(Section):
         Elsewhere("eval_steps eval_every val_check_interval"),
     ] = Field(
         default=1000,
-        description="Number of updates between validations. The last update is always validated.",
+        description=(
+            "Number of updates from one validation to the next. There is always a validation after "
+            "the last update."
+        ),
     )
     log_steps: Annotated[
         Positive, MayChange(), DecidesTheWatch(), Elsewhere("logging_steps log_every log_interval")
-    ] = Field(default=50, description="Number of updates between rows of log.jsonl.")
+    ] = Field(
+        default=50,
+        description="Number of updates from one row of the log file log.jsonl to the next.",
+    )
     report_to: Annotated[
         Literal["none", "tensorboard", "wandb"],
         MayChange(),
@@ -243,15 +266,16 @@ class RunConfig(Section):
     push_to_hub: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Upload the export to the Hugging Face Hub. The upload uses the account of `hf auth "
-            "login` or of the token in HF_TOKEN."
+            "Upload the exported model to the Hugging Face Hub. The upload uses the account that "
+            "you logged in to with `hf auth login`, or the account of the token in the environment "
+            "variable HF_TOKEN."
         ),
     )
     hub_model_id: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Name of the Hub repository for the export, as owner/name. By default, the repository "
-            "is in your account and has the name of output_dir."
+            "Name of the Hub repository for the exported model, as owner/name. By default, the "
+            "repository is in your account and is named like the folder output_dir."
         ),
     )
     hub_private_repo: Annotated[bool, MayChange(), Private()] = Field(
@@ -262,7 +286,7 @@ class RunConfig(Section):
         default=1800,
         description=(
             "Longest time in seconds that processes wait for each other. If one process hangs for "
-            "longer than this, the run ends."
+            "longer than this, the training ends with an error."
         ),
     )
 
@@ -283,7 +307,7 @@ class JobConfig(Section):
     """Base class of the options of a run, with the sections `optimizer` and `run`.
 
     Each task has a subclass. The subclass declares these fields and its own sections in the order
-    in which `--help` shows the sections:
+    in which `--help` shows them:
 
         class RegressionConfig(JobConfig):
             config: Annotated[str, MayChange()] = ""  # YAML file or preset of these options
@@ -314,14 +338,15 @@ class JobConfig(Section):
 
     @property
     def batch_multiple(self) -> int:
-        """Number that must divide the batch size of a process and micro-step."""
+        """Number that must divide the number of images of a micro-step in one process."""
         return 1
 
     def for_processes(self, processes: int) -> Self:
-        """Return a copy with the batch size and the micro-steps for this number of processes.
+        """Return a copy in which the batch size and the micro-steps fit this number of processes.
 
         Raises:
-            UserError: the global batch size cannot be divided as the options require.
+            UserError: the global batch size cannot be divided evenly among the processes and
+                micro-steps.
         """
         batch = split_batch(self.run, processes, multiple=self.batch_multiple)
         changed = {
@@ -341,8 +366,8 @@ class JobConfig(Section):
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
         """Return a sentence that says how a new run can continue an earlier run with these options.
 
-        A resumed run cannot change some options. The error about such an option ends with this
-        sentence. The sentence is empty if a new run cannot start from the earlier run.
+        Some options must not change when a run is resumed. The error about such an option ends with
+        the returned sentence. The sentence is empty if a new run cannot start from the earlier run.
 
         Args:
             then: the options of the earlier run.

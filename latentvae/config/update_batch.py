@@ -1,4 +1,4 @@
-"""Divide the images of an update among processes and micro-steps."""
+"""Divide the images of an update among processes and micro-steps (forward and backward passes)."""
 
 from typing import NamedTuple, Protocol
 
@@ -23,11 +23,11 @@ class UpdateBatch(NamedTuple):
 def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> UpdateBatch:
     """Return the number of images per process and micro-step, and the number of micro-steps.
 
-    Without `global_batch_size`, these numbers are `train_batch_size` and
-    `gradient_accumulation_steps`. With `global_batch_size`, each process takes an equal part of the
-    images of an update. If `gradient_accumulation_steps` is set, a process divides its part into
-    that many micro-steps. Otherwise the process makes as few equal micro-steps as possible, with at
-    most `train_batch_size` images in each.
+    A micro-step is one forward and backward pass. Without `global_batch_size`, the returned numbers
+    are `train_batch_size` and `gradient_accumulation_steps`. With `global_batch_size`, each process
+    takes an equal part of the images of an update. If `gradient_accumulation_steps` is set, a
+    process divides its part into that many micro-steps. Otherwise the process makes as few
+    micro-steps of equal size as possible, with at most `train_batch_size` images in each.
 
     Args:
         options: the three options that set the number of images per update.

@@ -11,10 +11,11 @@ from latentvae.data.dataset import (
 )
 from latentvae.data.deep_files import set_pixel_limit
 from latentvae.data.hub_datasets import DatasetSpec, HubImages
-from latentvae.data.image_folder import ImageFolder, ImageSource, SamplePhotos
+from latentvae.data.image_folder import ImageFolder, ImageSource
 from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
 from latentvae.data.resampling import normalised
+from latentvae.data.sample_photos import SamplePhotos
 from latentvae.data.sampler import IndexSampler
 from latentvae.data.split import Subset, open_images, open_source, some_of, spread
 from latentvae.data.sprites import Sprites

@@ -31,15 +31,15 @@ class BadImages:
         return list(fresh.items())
 
     def check(self, total: int, max_share: float) -> None:
-        """Raise an error if too many images are bad. A single bad image is always allowed.
+        """Raise an error if too many images are unreadable. A single one is always allowed.
 
         Args:
             total: number of images in the data set.
-            max_share: largest share of bad images that is allowed, 0 to 1.
+            max_share: largest fraction of unreadable images that is allowed, 0 to 1.
 
         Raises:
-            UserError: more than one image is bad, and the share of bad images is above
-                ``max_share``.
+            UserError: more than one image is unreadable, and the fraction of unreadable images is
+                above ``max_share``.
         """
         if len(self) <= max(max_share * total, 1):
             return

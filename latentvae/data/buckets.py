@@ -5,7 +5,7 @@ training scripts.
 
 All images of a batch come from one bucket, and all ranks use the same bucket in the same step. The
 order of the images is a function of (seed, epoch). So a resumed run needs only the number of steps
-done, as with `IndexSampler`.
+done to continue at the right image, as with `IndexSampler`.
 
 Symbols: `N` images, `B` images per rank and micro-step, `W` ranks.
 """
@@ -25,7 +25,7 @@ WIDEST = 2.0  # width / height of the widest bucket. The tallest bucket has 1 / 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The assignment of images to aspect-ratio buckets, and the size of each bucket.
+    """The assignment of images to buckets (groups of similar shape), and the size of each bucket.
 
     Attributes:
         sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
@@ -98,9 +98,9 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
     Args:
         ratios: width divided by height, (N,).
         sizes: (height, width) of each bucket.
-        at_least: smallest number of images in a bucket: the B * W images that all ranks use in one
-            micro-step. While a bucket has fewer images, the smallest bucket is removed and its
-            images go to the next nearest bucket.
+        at_least: smallest number of images in a bucket: the number of images that all ranks
+            together use in one micro-step. While a bucket has fewer images, the smallest bucket is
+            removed, and each of its images goes to the nearest of the other buckets.
     """
     assert len(ratios) >= at_least
     while True:
@@ -114,10 +114,11 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
 
 
 class BucketSampler(IndexSampler):
-    """An `IndexSampler` whose micro-steps take all images of all ranks from one bucket.
+    """An `IndexSampler` that takes all images of a micro-step, on all ranks, from one bucket.
 
-    No image is used twice in an epoch. In each epoch, a bucket leaves out fewer images than one
-    joint batch, which has the B * W images of all ranks. Each epoch leaves out different images.
+    A bucket is a group of images of similar shape. No image is used twice in an epoch. A joint
+    batch has the B images of each of the W ranks. In each epoch, a bucket leaves out fewer images
+    than one joint batch. Each epoch leaves out different images.
 
     Args:
         buckets: the sizes of the buckets, and the bucket of every image.

@@ -33,15 +33,17 @@ def _checked_resolution(value: Any) -> Any:
 class DataConfig(Section):
     """Options of the images: where they are stored, how they are read and how they are cropped."""
 
-    # The folder of the images may change on resume. `data_identity` compares the images themselves.
+    # On resume, the folder of the images may have another path. `data_identity` checks that the
+    # images are the same.
     train_data_dir: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
             "Training images: a folder (with sub-folders) of images, of tar files or of parquet "
             "files. You may also give a single tar or parquet file, or a pattern such as "
-            "shards/{000..012}.tar. `samples` means the photos that come with scikit-image. "
-            "`sprites` means 737,280 drawn images with known factors of variation (grey, 64 x 64 "
-            "pixels)."
+            "shards/{000..012}.tar. `samples` means 16 photos that come with "
+            "scikit-image, scikit-learn and matplotlib. "
+            "`sprites` means 737,280 drawn grey images of 64 x 64 pixels, whose factors of "
+            "variation (such as shape and position) are known."
         ),
     )
     dataset_name: Annotated[str | None, MayChange()] = Field(
@@ -63,8 +65,8 @@ class DataConfig(Section):
     dataset_split: Annotated[str, MayChange()] = Field(
         default="train",
         description=(
-            "Split of the data set that the model is trained on (see dataset_name). If the data "
-            "set has only one split, `train` selects this split, whatever its name is."
+            "Split of the data set (see dataset_name) to train on. If the data set has only one "
+            "split, `train` selects this split, even if it has another name."
         ),
     )
     image_column: Annotated[str | None, MayChange()] = Field(
@@ -85,16 +87,18 @@ class DataConfig(Section):
         default=False,
         description=(
             "Read the data set (see dataset_name) row by row, without downloading all of it first. "
-            "A resumed run with streaming reads only approximately the same images as a run "
-            "without interruption."
+            "If you resume a training with streaming, it reads only approximately the same images "
+            "as a training without interruption."
         ),
     )
-    # This option may change on resume, because a stream resumes only approximately in any case.
+    # This option may change on resume, because a resumed stream repeats the order of the images
+    # only approximately, even with the same buffer.
     shuffle_buffer: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
-            "Number of images that each worker keeps in memory with streaming. The next training "
-            "image is drawn at random from these images."
+            "Size of the shuffle buffer, if streaming is on: number of images that each worker "
+            "process keeps in memory. The next training image is drawn at random from these "
+            "images."
         ),
     )
     max_train_samples: Positive | None = Field(
@@ -109,14 +113,15 @@ class DataConfig(Section):
         description=(
             "Validation images, in any form that train_data_dir accepts. By default, some of the "
             "training images are held out for validation (see validation_share). With streaming, "
-            "the default is the first 256 images."
+            "the first 256 images of the data set are held out instead."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.02,
         description=(
-            "Share of the training images that is held out for validation. A hash of the image's "
-            "name decides whether an image is held out. At least one image is held out."
+            "Fraction of the training images that is held out for validation. A hash of the "
+            "image's name decides whether an image is held out, so adding images does not change "
+            "the choice for the other images. At least one image is held out."
         ),
     )
     max_validation_images: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
@@ -137,16 +142,17 @@ class DataConfig(Section):
         default=None,
         description=(
             "The two pixel values that mean black and white in the files, such as -1000 3000. "
-            "Values outside this range are clipped. The default is 0 255 for 8-bit files and 0 "
-            "65535 for integers of more bits. Files with floating-point values need this option."
+            "Values outside this range are clipped. The default is 0 255 for 8-bit files, and 0 "
+            "65535 for files of integers with more than 8 bits. Files with floating-point values "
+            "need this option."
         ),
     )
     all_pages: bool = Field(
         default=False,
         description=(
             "Use every page of a TIFF file as a separate image. By default, only the first page is "
-            "used. All pages of a file are either for training or for validation, unless there are "
-            "very few files."
+            "used. If a page of a file is held out for validation, all pages of this file are held "
+            "out. With very few files, pages of one file may be in both training and validation."
         ),
     )
     ignore_icc: bool = Field(
@@ -166,10 +172,10 @@ class DataConfig(Section):
     aspect_ratio_buckets: Count = Field(
         default=0,
         description=(
-            "Train on up to this many aspect ratios, from 1:2 to 2:1. Crops of each aspect ratio "
-            "have about as many pixels as the option resolution gives. Each image gets the nearest "
-            "aspect ratio, and all images of a batch have the same aspect ratio. With 0, all crops "
-            "have the same size."
+            "Train on up to this many aspect ratios, from 1:2 to 2:1. All crops have about as many "
+            "pixels as a crop of the size that the option `resolution` gives. Each image gets the "
+            "nearest aspect ratio, and all images of a batch have the same aspect ratio. With 0, "
+            "all crops have the same size."
         ),
     )
     crop: Literal["random_resized", "random", "center"] = Field(
@@ -184,15 +190,16 @@ class DataConfig(Section):
     crop_min_side: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.5,
         description=(
-            "Smallest side of the area that `random_resized` crops, as a share of the image's "
+            "Smallest side of the area that `random_resized` crops, as a fraction of the image's "
             "shorter side."
         ),
     )
     crop_max_side: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0,
         description=(
-            "Largest side of the area that `random_resized` crops, as a share of the image's "
-            "shorter side. A small value trains on fine detail."
+            "Largest side of the area that `random_resized` crops, as a fraction of the image's "
+            "shorter side. With a small value, each crop shows only a small part of an image, so "
+            "the model trains on fine details."
         ),
     )
     random_flip: bool = Field(
@@ -201,52 +208,54 @@ class DataConfig(Section):
     )
     image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = Field(
         default="lanczos",
-        description="Filter for resizing images. All filters are antialiased, as in Pillow.",
+        description=(
+            "Filter for resizing images. All three filters use antialiasing, as in Pillow."
+        ),
     )
     resize_with: Literal["torch", "pillow"] = Field(
         default="torch",
         description=(
             "Library that resizes training crops of 8-bit images. `torch` is several times as fast "
-            "as `pillow`. The results differ only by rounding: one pixel value in 200 differs by 1 "
-            "(of 255)."
+            "as `pillow`. The results of the two libraries differ only by rounding: about one "
+            "pixel value in 200 differs, by 1 on the scale from 0 to 255."
         ),
     )
     jpeg_draft: bool = Field(
         default=True,
         description=(
             "Decode training JPEGs at 1/2, 1/4 or 1/8 of their height and width, which is faster. "
-            "A JPEG is decoded at a smaller size only if each side keeps at least twice the pixels "
-            "that the crop needs."
+            "A JPEG is decoded at a smaller size only if each side then still has at least twice "
+            "as many pixels as the crop needs."
         ),
     )
     max_pixels: Positive | None = Field(
         default=None,
         description=(
             "Largest number of pixels (width times height) that an image may have. The default is "
-            "Pillow's limit, 89 million. A larger image counts as unreadable, because even a small "
-            "file can fill the memory when it is decoded."
+            "Pillow's limit, 89 million. A larger image counts as unreadable (see max_bad_share). "
+            "The limit exists because even a small file can fill the memory when it is decoded."
         ),
     )
     crops_per_image: Positive = Field(
         default=1,
         description=(
-            "Number of training crops that are taken from each image that is read. "
-            "train_batch_size must be a multiple of this number."
+            "Number of training crops from each image. With more crops, fewer images must be read "
+            "from disk. train_batch_size must be a multiple of this number."
         ),
     )
     dataloader_num_workers: Annotated[Count, MayChange()] = Field(
         default=0,
         description=(
-            "Number of worker processes that read images, for each training process. With 0, the "
+            "Number of worker processes that read images for each training process. With 0, the "
             "training process itself reads the images."
         ),
     )
     max_bad_share: Annotated[Share, MayChange()] = Field(
         default=0.01,
         description=(
-            "Largest share (0 to 1) of the training images that may be unreadable. If more images "
-            "(and at least two) cannot be read, the run stops. Otherwise each unreadable image is "
-            "reported once and replaced by another image."
+            "Largest fraction (0 to 1) of the training images that may be unreadable. If a larger "
+            "fraction (and at least two images) cannot be read, the training stops with an error. "
+            "Otherwise each unreadable image is reported once and replaced by another image."
         ),
     )
 

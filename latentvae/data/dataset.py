@@ -76,8 +76,9 @@ class TrainImages(Dataset[TrainItem]):
         seed: seed of augmentation and replacement, 0 or above.
         crops: N, the number of crops of each image that is read (repeated augmentation, Hoffer et
             al. 2020, https://arxiv.org/abs/1901.09335). The first crop is the same as with N = 1.
-        buckets: the size of each image. None uses the transform's own size. A replacement gets the
-            size of the image that it replaces, so that all images of the batch have one size.
+        buckets: the size of each image. None means the transform's own size for all images. A
+            replacement gets the size of the image that it replaces, so that all images of the batch
+            have one size.
     """
 
     def __init__(
@@ -142,15 +143,15 @@ def train_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[TrainItem]:
-    """Return a loader of endless batches (``Batch``), the same for any number of workers.
+    """Return a loader of endless batches (``Batch``). They are the same for any number of workers.
 
     The global random generators are not used.
 
     Args:
         dataset: the images.
         sampler: the order of the images, starting at its ``start_step``, or the (epoch, index)
-            pairs of each batch. B is the sampler's batch size times the number of crops of each
-            image.
+            pairs of each batch. A batch has the sampler's batch size times the number of crops of
+            each image.
         num_workers: number of processes that decode images. With 0, this process decodes them.
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
     """
@@ -188,10 +189,11 @@ def validation_batches(
     world_size: int = 1,
     bad: BadImages | None = None,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield (images (b, C, H, W), names): each image exactly once over all ranks.
+    """Yield (images (b, C, H, W), names). All ranks together yield each image exactly once.
 
-    Rank r takes the images with numbers r, r + W, r + 2W and so on. The ranks may have unequal
-    numbers of batches, or no batch, so sum over ranks only at the end.
+    Rank r of W ranks takes the images with numbers r, r + W, r + 2W and so on. The ranks may have
+    different numbers of batches, or no batch. So add up results over ranks only after the last
+    batch: a sum before that could wait forever for a rank that has no batch left.
 
     Args:
         source: the images.

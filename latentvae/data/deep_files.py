@@ -125,8 +125,8 @@ def set_pixel_limit(max_pixels: int | None) -> None:
     memory.
 
     Args:
-        max_pixels: largest width times height of a file. None leaves the limit unchanged. Pillow's
-            default is 89 million.
+        max_pixels: largest width times height of a file. None means that the limit does not change.
+            Pillow's default is 89 million.
 
     Raises:
         UserError: the limit is below 1.

@@ -37,9 +37,10 @@ class DatasetSpec:
 
     Attributes:
         name: a Hub id such as ``"user/photos"``, or an existing path.
-        config_name: the configuration. It is needed if the data set has several configurations.
+        config_name: name of the configuration, which is needed if the data set has several
+            configurations.
         split: name of the split. If a data set has only one split, `train` opens this split too.
-        image_column: the column of images. It is needed if several columns hold images.
+        image_column: name of the column of images, which is needed if several columns hold images.
         cache_dir: folder in which ``datasets`` keeps what it downloads and prepares.
         any_split: if a data set has only one split, open this split and ignore ``split``.
     """
@@ -112,8 +113,8 @@ class HubImages:
         A null value becomes class -1.
 
         Args:
-            column: a column of integers or of `datasets.ClassLabel`. None uses the column `label`,
-                or returns None if there is no such column.
+            column: a column of integers or of `datasets.ClassLabel`. With None, the column `label`
+                is used, and the result is None if there is no such column.
 
         Raises:
             UserError: `column` does not exist or holds values of another type.
@@ -140,8 +141,8 @@ class HubImages:
         """Return the text of each image from a column of strings. A null value becomes "".
 
         Args:
-            column: the column. None uses the first column of strings in `default`, or returns None
-                if there is none.
+            column: the column. With None, the first column of strings in `default` is used, and the
+                result is None if there is no such column.
 
         Raises:
             UserError: `column` does not exist or holds values of another type.

@@ -1,9 +1,8 @@
-"""Image sources that read a folder of files, or the photos that come with scikit-image.
+"""An image source that reads a folder of files.
 
 ``tar.py`` reads tar files. ``hub_datasets.py`` reads tables (parquet, arrow, the Hub).
 """
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,19 +19,9 @@ from latentvae.data.left_out import (
 from latentvae.data.pages import find_pages, page_name
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import UnreadableImage, read_image
+from latentvae.data.sample_photos import SAMPLES
 from latentvae.data.sizes import read_size
 from latentvae.errors import UserError, nearest
-
-SAMPLES = "samples"
-# All samples are photographs. Both views of the motorcycle are for training, so that no scene is in
-# both splits.
-SAMPLE_PHOTOS = {
-    "train": (
-        "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg "
-        "ihc.png moon.png motorcycle_left.png motorcycle_right.png retina.jpg rocket.jpg"
-    ).split(),
-    "validation": ["chelsea.png", "coffee.png"],
-}
 
 
 class ImageSource(Protocol):
@@ -55,9 +44,9 @@ class ImageSource(Protocol):
 class ImageFolder:
     """An image source that reads the image files below a folder, sorted by relative path.
 
-    Hidden files and folders are left out, and so are ``.npy`` files that belong to an image, such
-    as masks (``side_cars``). Links are followed. A folder that is reached by several paths is used
-    only once.
+    Hidden files and folders are left out. ``.npy`` files that belong to an image, such as masks,
+    are left out too (see ``side_cars``). Links are followed. A folder that is reached by several
+    paths is used only once.
 
     Args:
         root: the folder (``~`` allowed).
@@ -102,47 +91,6 @@ class ImageFolder:
 
     def size(self, index: int, /) -> tuple[int, int]:
         return read_size(self.file(index), name=self.names[index], page=self._places[index][1])
-
-
-class SamplePhotos:
-    """An image source with the photos that come with scikit-image, decoded and kept in memory.
-
-    Args:
-        split: ``"train"`` (13 photos) or ``"validation"`` (2 photos of other scenes).
-        pixels: the format of every photo. None means 8-bit RGB.
-    """
-
-    def __init__(self, split: str, *, pixels: PixelFormat | None = None) -> None:
-        if split not in SAMPLE_PHOTOS:
-            near = nearest(split, SAMPLE_PHOTOS)
-            raise UserError(
-                f"the sample photos have no split '{split}', only train and validation{near}"
-            )
-        spec = importlib.util.find_spec("skimage")  # finds the files without an import
-        if spec is None or spec.origin is None:
-            raise UserError(
-                "the sample photos come with scikit-image, which is not installed. Run "
-                "`pip install scikit-image`."
-            )
-        self.root = Path(spec.origin).parent / "data"
-        self.names = list(SAMPLE_PHOTOS[split])
-        self.pixels = pixels
-        self._decoded: dict[int, Picture] = {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int, /) -> str:
-        return self.names[index]
-
-    def read(self, index: int, /, *, at_least: int | None = None) -> Picture:
-        """Return the photo at full size. ``at_least`` has no effect."""
-        if index not in self._decoded:
-            self._decoded[index] = read_image(self.root / self.names[index], pixels=self.pixels)
-        return self._decoded[index]
-
-    def size(self, index: int, /) -> tuple[int, int]:
-        return read_size(self.root / self.names[index], name=self.names[index])
 
 
 def inner_name(name: str) -> str:

@@ -34,7 +34,7 @@ class PixelFormat:
         channels: 1 (grey, the luma of colours), 3 (RGB, grey is repeated) or 4 (RGBA, opaque if
             the file has no alpha). With 1 or 3, transparency is composited over white.
         value_range: the stored numbers that become -1 and 1. Numbers outside this range are
-            clipped. None uses the range of the type: 0..255 for 8 bits, 0..65535 for wider
+            clipped. None means the range of the type: 0..255 for 8 bits, 0..65535 for wider
             integers. Signed 8-bit numbers and floats need a stated range. With 3 channels, floats
             go from 0 to 1 if no value exceeds 1, else from 0 to 255. Alpha always uses the range of
             its type, which is 0 to 1 for floats.

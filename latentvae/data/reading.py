@@ -2,14 +2,15 @@
 
 Each kind of file is treated as follows.
 
-- EXIF (or XMP) orientation is applied. Of an animation the first picture is read, and of a TIFF the
-  requested page.
+- EXIF (or XMP) orientation is applied. For an animation, the first picture is read. For a TIFF, the
+  requested page is read.
 - Transparency (RGBA, LA, palette or colour key) is composited over white, unless four channels are
   requested.
-- An embedded colour profile is converted to sRGB (``colour_profiles.py``), unless it is ignored.
+- A picture with an embedded colour profile is converted to sRGB (``colour_profiles.py``), unless
+  profiles are ignored.
 - CMYK without a profile is converted by plain subtraction. CMYK JPEGs count as inverted, because
   Adobe writes them so.
-- A grey TIFF whose lowest number means white is inverted, at 8 bits and at more.
+- A grey TIFF whose lowest number means white is inverted, with 8 bits or more.
 - A ``.npy`` file contains (H, W) for one channel, or (H, W, C) with exactly the requested channels.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison with codecs.
@@ -240,7 +241,7 @@ def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
 
     Args:
         image: a loaded image.
-        icc: the image's colour profile. None leaves the colours as they are.
+        icc: the image's colour profile. With None, the colours do not change.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)

@@ -21,15 +21,10 @@ from latentvae.data.hub_datasets import (
     local_files,
     split_names,
 )
-from latentvae.data.image_folder import (
-    SAMPLES,
-    ImageFolder,
-    ImageSource,
-    SamplePhotos,
-    walk,
-)
+from latentvae.data.image_folder import ImageFolder, ImageSource, walk
 from latentvae.data.pages import file_of_page
 from latentvae.data.pixels import Picture, PixelFormat
+from latentvae.data.sample_photos import SAMPLES, SamplePhotos
 from latentvae.data.sprites import SPRITES, Sprites
 from latentvae.data.tar import COMPRESSED_SUFFIXES, TarShards
 from latentvae.errors import UserError
@@ -76,7 +71,7 @@ def spread(total: int, at_most: int | None) -> list[int]:
 def some_of(source: ImageSource, at_most: int) -> Subset:
     """Return up to ``at_most`` images, evenly spread over the source.
 
-    The images are spread, because the first images by name often belong to one class.
+    The images are spread, because the first images in the order of names often belong to one class.
     """
     return Subset(source, spread(len(source), at_most))
 
@@ -145,7 +140,7 @@ def open_images(
             tables share a file, UserError is raised.
         split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
             ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
-            held out. So adding images does not move other images between the two sets. At least one
+            held out. So if you add images, no other image moves between the two sets. At least one
             image is held out, and at least one image is kept for training.
         seed: seed of the hash. Another seed holds out other images.
         max_train_samples: largest number of training images. The images with the smallest hashes of
@@ -186,9 +181,10 @@ def _kind(name: str) -> Form | None:
 
 
 def _check_no_folder(path: Path) -> None:
-    """Raise UserError if a folder has the name of a built-in data set that a folder may well have.
+    """Raise UserError if a folder has the same name as a built-in data set.
 
-    Then the name could mean either, and the wrong one would be used silently.
+    Such a name could mean the folder or the data set. Without the error, the images of the wrong
+    one could be used silently.
     """
     if path.exists():
         raise UserError(
@@ -288,7 +284,7 @@ def held_out(names: Sequence[str], *, share: float, seed: int) -> list[bool]:
 
 
 def _lowest(draws: Sequence[float], share: float) -> list[bool]:
-    """Return which draws are below `share`. At least one draw is chosen, and one is not."""
+    """Return for each draw whether it is below `share`. Both results occur at least once."""
     first, last = min(draws), max(draws)
     return [draw == first or (draw < share and draw != last) for draw in draws]
 

@@ -1,8 +1,8 @@
 """Training images from a data set too large to download, read row by row.
 
-Streams have no access by number. So the order of the images is only as random as the shuffle
-buffer makes it, and a run resumes only approximately. If the images fit on disk, use
-``open_images``, which avoids both limitations.
+Streams have no access by number. So the images are shuffled only within a buffer, and a resumed run
+does not read exactly the same images as a run without interruption. If the images fit on disk, use
+``open_images``, which has none of these limitations.
 """
 
 import hashlib

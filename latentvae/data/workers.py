@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def explained_workers(num_workers: int) -> Iterator[None]:
-    """Warn once if there are more workers than cores, instead of torch's own warning.
+    """Warn once, in place of torch's own warning, if there are more workers than CPU cores.
 
     Enter this context before creating a ``DataLoader`` and its iterator, because torch warns in
     both.

@@ -4,9 +4,9 @@
     ...                                              Task.tensors
     state.json                                       SavedValues
 
-Random numbers are computed from counters (see `randomness`). The data position is the number of
-micro-steps done. So the ranks have no random or data state of their own, and rank 0 writes one
-checkpoint for all ranks.
+Random numbers are computed from counters (see `randomness`), and the position in the data is the
+number of micro-steps done. So no rank needs a state of its own for random numbers or data, and rank
+0 writes one checkpoint for all ranks.
 """
 
 from collections.abc import Mapping
@@ -63,8 +63,8 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     """Load a snapshot into a freshly built training. Return this rank's sums of logged values.
 
     Raises:
-        UserError: the snapshot was not written by a run, or its run used another number of
-            processes, another precision, other data or another network.
+        UserError: the snapshot was not written by a run, or the run that wrote it used another
+            number of processes, another precision, other data or another network.
     """
     # checks, before anything changes
     if "update" in snapshot.values:
@@ -139,12 +139,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
-    """Return a learner's weights from a checkpoint, averaged where the checkpoint has averages."""
+    """Return a module's weights from a checkpoint: averages where the checkpoint has them."""
     return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
 
 
 def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
-    """Return a learner's averaged weights, keyed by the weights' names in the learner's file."""
+    """Return a module's averaged weights, by the names of the weights in the checkpoint."""
     averages = training.average_of_weights()
     weights = training.task.learners[name].module.named_parameters()
     return {key: averages[parameter] for key, parameter in weights if parameter in averages}
@@ -188,7 +188,7 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
     """Raise UserError if processes, precision or data differ from those at the start of the run.
 
-    The options alone do not show these differences.
+    These differences do not show in the options.
     """
     if values.world_size != world_size():
         raise UserError(

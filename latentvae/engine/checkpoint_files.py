@@ -46,10 +46,9 @@ class Snapshot:
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
     """Write `checkpoint-<update>` into the folder `run`. Return the checkpoint's folder.
 
-    Afterwards all checkpoints except the newest `keep` are deleted. No checkpoint is overwritten.
-    Otherwise a kill between the deletion of the old checkpoint and the rename of the new checkpoint
-    would leave no checkpoint. If writing fails, for example on a full disk, the incomplete
-    checkpoint is deleted.
+    Afterwards all checkpoints except the newest `keep` are deleted. An existing checkpoint is never
+    overwritten: a kill between the deletion of the old and the rename of the new checkpoint would
+    leave none. If writing fails, for example on a full disk, the incomplete checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
@@ -192,7 +191,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Set file modes by the umask, because only the owner can read what safetensors writes."""
+    """Set file modes by the umask, because only the owner can read files of safetensors."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

@@ -27,7 +27,7 @@ def export(training: Training) -> Path:
 
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
-    """Return whether `folder` has an export of the same update with the same options."""
+    """Return whether the run in `folder` has exported this update with the same export options."""
     exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())

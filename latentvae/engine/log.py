@@ -1,4 +1,4 @@
-"""Log a run in log.jsonl, on a progress bar, and in a tracker if the user wants one."""
+"""Log a run in log.jsonl, on a progress bar, and in an experiment tracker if the user wants one."""
 
 import contextlib
 import json
@@ -59,8 +59,8 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: the `Accelerator`, which knows the ranks and the tracker.
-        start: number of updates already done. Rows of later updates in log.jsonl, left by a
-            killed run, are dropped.
+        start: number of updates already done. Rows of later updates, which a killed run has left in
+            log.jsonl, are dropped.
         total: number of updates of the complete run.
         items_per_update: effective batch size.
         unit: name of the items, such as images.
@@ -189,7 +189,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Delete the log rows of later updates, which the run repeats. Return the remaining rows."""
+    """Delete the log rows of later updates, because the run repeats them. Return the other rows."""
     kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

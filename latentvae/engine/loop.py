@@ -220,8 +220,8 @@ class _Loop:
 
         The first validation comes before the first update.
 
-        A checkpoint is saved before the validation of the same update. So if the log already has
-        the validation of this update, the task gets its results again.
+        A checkpoint is saved before the validation of the same update. If the log already has this
+        validation, the task gets the logged results, and no validation is made.
         """
         validation = from_main(self.log.validation)
         if validation is not None:
@@ -303,7 +303,7 @@ class _Loop:
             self._validated(values)
 
     def _validated(self, values: dict[str, float]) -> None:
-        """Pass a validation's results to the task, except those of the untrained model."""
+        """Pass the results of a validation to the task, but not those of the untrained model."""
         if self.training.progress.update > 0:
             self.task.validated(self.training.progress.update, values)
 

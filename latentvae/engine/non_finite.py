@@ -13,7 +13,7 @@ SHOWN = 4  # largest number of names shown for each process
 
 
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
-    """Return text that says which loss terms and items were not finite, equal on every rank.
+    """Return text that says which loss terms and items were not finite, the same on every rank.
 
     All ranks call this function, but only for a skipped update, because the function waits for the
     device.

@@ -8,7 +8,7 @@ from latentvae.engine.training import Training
 
 
 def plan(training: Training) -> str:
-    """Return a table, as text, of the facts that decide the cost and the result of the run."""
+    """Return a table of the facts that decide the cost and the result of the run, as text."""
     rows = {
         **training.task.plan(),
         "batch": _batch(training),
@@ -78,7 +78,7 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Return text that says how many threads each process has. Launchers set one by default."""
+    """Return text with the number of threads of each process. Launchers set one by default."""
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:

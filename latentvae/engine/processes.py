@@ -86,7 +86,7 @@ def prepare(accelerator: Accelerator, module: nn.Module, *, some_wait: bool = Fa
 
     Args:
         some_wait: whether some parameters get no gradient in some updates. DDP then looks for these
-            parameters in each forward pass. Otherwise it would wait for their gradients.
+            parameters in each forward pass. Otherwise DDP would wait for their gradients.
     """
     if accelerator.ddp_handler is not None:  # `start_accelerator` sets it
         accelerator.ddp_handler.find_unused_parameters = some_wait

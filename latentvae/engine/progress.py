@@ -1,7 +1,8 @@
 """Define and check the plain values of a checkpoint (`state.json`), such as the progress.
 
-A hash in the manifest proves that a file has not changed. The hash does not prove that this program
-wrote the file. So the values are checked, and a copied or edited file is an error.
+A hash in the manifest proves that a file has not changed. But the hash does not prove that this
+program wrote the file. So the values are checked too, and wrong values of an edited file are an
+error.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -17,11 +18,11 @@ Sums = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class Progress(BaseModel):
-    """Counters of the updates and micro-steps that a run has done.
+    """Counters of the updates and micro-steps (forward and backward passes) that a run has done.
 
     Attributes:
         update: number of updates done.
-        micro_step: number of micro-steps done, which is also the data position.
+        micro_step: number of micro-steps done, which is also the position in the data.
         skipped: number of non-finite updates that were skipped so far.
         skipped_in_a_row: number of skipped updates since the last finite update.
     """
@@ -39,13 +40,14 @@ class SavedValues(BaseModel):
 
     Attributes:
         progress: counters of the updates and micro-steps done.
-        windows: sums of logged values since the last row, for each rank.
+        windows: for each rank, sums of logged values since the last row of the log.
         task: the values of `Task.state`.
         ranks: the values of `Task.rank_state`, for each rank.
         world_size: number of processes.
         mixed_precision: precision of the run.
         identity: the values of `Task.identity`.
-        average_steps: number of updates in each weight average, by learner.
+        average_steps: number of updates in each weight average, by the name of its learner (a
+            module with its optimizer).
         versions: versions of the libraries that wrote the checkpoint, only for information.
     """
 

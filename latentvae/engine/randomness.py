@@ -1,6 +1,7 @@
 """Seed the global random generators at each micro-step from counters, such as step and rank.
 
-So checkpoints need no state of a random generator.
+The same counters give the same random numbers, so a checkpoint needs no state of a random
+generator.
 """
 
 import random
@@ -28,7 +29,7 @@ def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
 
 
 def _seed_torch(seed: int, *, in_update: bool) -> None:
-    """Seed torch on all devices, or in an update on those that are in use.
+    """Seed torch on all devices. In an update, seed only the devices that are in use.
 
     For each kind of device that is not in use, `torch.manual_seed` keeps a stack trace. This took
     about a tenth of the time of an update of 5 ms.

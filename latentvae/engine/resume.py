@@ -56,9 +56,8 @@ def find_start(asked: JobConfig, folder: Path) -> Path | None:
 def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
     """Prepare the folder for this run, after all checks except the start of the tracker.
 
-    An earlier run is deleted if `overwrite_output_dir` is set. Checkpoints that are later than
-    `checkpoint`, from which the run resumes, are renamed. The options are saved as the user gave
-    them.
+    An earlier run is deleted if `overwrite_output_dir` is set. The run resumes from `checkpoint`,
+    and all later checkpoints are renamed. The options are saved as the user gave them.
     """
     _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 
@@ -90,10 +89,11 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def settle_precision(config: Config, folder: Path) -> Config:
-    """Return the options with the precision that `mixed_precision` `auto` stands for.
+    """Return the options with a precision in place of the value `auto` of `mixed_precision`.
 
-    A run that exists in `folder` keeps its precision, which may be the launcher's (None). A new run
-    gets the precision that is fastest on this machine. The run's config.yaml then records it.
+    An existing run in `folder` keeps its precision. None stands for the precision that the launcher
+    sets. A new run gets the precision that is fastest on this machine, and its config.yaml records
+    this precision.
     """
     if config.run.mixed_precision != "auto":
         return config
@@ -160,7 +160,7 @@ def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
-    """Return the checkpoint that `wanted` names. For `latest`, None means no usable checkpoint.
+    """Return the checkpoint that `wanted` names, or None if there is none for `latest`.
 
     Raises:
         UserError: a named checkpoint is not a checkpoint of this run, or is damaged.

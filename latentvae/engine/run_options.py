@@ -14,7 +14,7 @@ def check_options(options: RunConfig) -> Path:
     """Check the options and return the run's folder.
 
     Raises:
-        UserError: an option is missing, or contradicts another option or the launcher.
+        UserError: an option is missing, or contradicts another option or a setting of the launcher.
     """
     # options
     if options.output_dir is None:

@@ -91,7 +91,8 @@ class Learner:
             rate: peak learning rate, by default the learning rate of the options.
             averaged: the part of the module whose weights are averaged.
             matrices: weights that Muon trains if the options ask for it.
-            some_wait: whether some parameters get no gradient in some updates.
+            some_wait: whether some parameters get no gradient in some updates, see
+                `processes.prepare`.
         """
         rate = options.learning_rate if rate is None else rate
         adamw: dict[str, Any] = {
@@ -130,8 +131,8 @@ class Task(ABC):
 
     Attributes:
         config: the options. `open` may replace it.
-        learners: learners by name, created by `build`. The names of checkpoint files and log
-            values contain the name of the learner.
+        learners: modules with their optimizers (see `Learner`) by name, created by `build`. The
+            names of checkpoint files and log values contain the name of the learner.
         device: the device of modules and batches. The engine sets it before `build`.
         say: prints a line above the progress bar. The function works only after `begin` was called,
             and only on the first rank.
@@ -263,11 +264,11 @@ class Task(ABC):
         """Prepare for the first update of this process, when `update` updates are done."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Return the names of the learners, at least one, that learn in an update (from 0)."""
+        """Return the names of the modules, at least one, that learn in an update (from 0)."""
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the range of updates (from 0) in which a learner does not learn.
+        """Return the range of updates (from 0) in which the module of this name does not learn.
 
         The warm-up of the learning rate does not count these updates.
         """
@@ -284,7 +285,7 @@ class Task(ABC):
         """
 
     def keys(self, batch: Any) -> Any:
-        """Return small values from which `names` can later make the names of a batch's items."""
+        """Return small values from which `names` can later compute the names of the items."""
         return None
 
     def names(self, keys: Any) -> list[str]:
@@ -292,7 +293,7 @@ class Task(ABC):
         return []
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        """Return the values that controllers (`after_update`) need as means over ranks, (n,).
+        """Return the values whose means over ranks `after_update` needs, (n,).
 
         The values are on `device`. The engine averages them over ranks in the update's only host
         synchronisation.
@@ -313,7 +314,7 @@ class Task(ABC):
     ) -> dict[str, Tensor]:
         """Adapt values such as loss weights after an update whose gradients were finite.
 
-        The optimizers have already stepped.
+        The optimizers have already updated the weights.
 
         Args:
             update: number of the update, from 0.
@@ -327,7 +328,7 @@ class Task(ABC):
         return {}
 
     def end_update(self) -> None:
-        """Discard the values collected for an update, also if its gradients were not finite."""
+        """Discard the values collected for this update, also if its gradients were not finite."""
 
     # between updates
 
@@ -361,7 +362,7 @@ class Task(ABC):
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Process the values of a validation, just logged or read from the log after a resume."""
+        """Process the results of a new validation, or after a resume those in the log."""
 
     def summary(self) -> str | None:
         """Return the text to print when the run ends or stops, if any."""
@@ -370,7 +371,7 @@ class Task(ABC):
     # checkpoints
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of a checkpoint that belong to no learner, by file and tensor name.
+        """Return a checkpoint's tensors that belong to no module in `learners`, by file and name.
 
         The method returns the tensors in use, not copies. A file's name must not be a learner's
         name, nor a learner's name followed by `_optimizer` or `_average`.

@@ -23,7 +23,8 @@ class Training:
         task: the task, which defines what is trained.
         folder: the run's folder.
         accelerator: the `Accelerator`, which knows the processes and the device.
-        averages: weight averages by the name of their learner. A learner may have no average.
+        averages: weight averages by the name of their learner (a module with its optimizer). A
+            learner may have no average.
         progress: counters of the updates and micro-steps done.
     """
 
@@ -45,7 +46,7 @@ class Training:
         return per_process * self.accelerator.num_processes
 
     def averaged(self, name: str) -> nn.Module:
-        """Return the part of a learner whose weights are averaged."""
+        """Return the part of a learner's module whose weights are averaged."""
         part = self.task.learners[name].averaged
         assert part is not None, name
         return part
@@ -62,7 +63,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Use eval mode, and averaged weights for each learner that has them, in this context."""
+        """Use eval mode, and averaged weights in all modules that have them, in this context."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged

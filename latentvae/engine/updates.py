@@ -1,6 +1,7 @@
 """Make one update: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
-The caller logs and saves. The command `preflight` uses this module for its updates too.
+The caller writes logs and checkpoints. The command `preflight` uses this module for its updates
+too.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ class UpdateResult:
 
     Attributes:
         finite: whether all gradients of all ranks were finite, and no gradient norm was above
-            skip_grad_norm. If not, the update changed only counters.
-        norms: norms of the gradients of this rank before clipping, by log name.
+            skip_grad_norm. If `finite` is False, the update changed only counters, not weights.
+        norms: norms of the gradients before clipping, by log name.
         signal: number of a signal that some rank has received, or 0.
         values: values to log for each micro-step and for the update: scalars on the device by log
             name.
@@ -57,10 +58,10 @@ class Updates:
         return self.training.progress
 
     def make(self, batches: Iterator[Any]) -> UpdateResult:
-        """Make one update of the learners that the task selects. All ranks call this method.
+        """Make one update of the modules that the task selects. All ranks call this method.
 
         Raises:
-            ValueError: the task names no learner for this update.
+            ValueError: the task names no module (learner) for this update.
         """
         task, progress, result = self.training.task, self.training.progress, UpdateResult()
         learning = task.learning(progress.update)
@@ -119,13 +120,13 @@ class Updates:
 
     @cached_property
     def _parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of each learner, found once."""
+        """Return the parameters of each learner (a module with its optimizer), found once."""
         learners = self.training.task.learners
         return {name: list(learner.module.parameters()) for name, learner in learners.items()}
 
     @cached_property
     def _averaged(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that each learner averages, found once."""
+        """Return the averaged parameters of each learner (module and optimizer), found once."""
         return {
             name: list(self.training.averaged(name).parameters()) for name in self.training.averages
         }
@@ -150,7 +151,7 @@ class Updates:
                 )
 
     def step(self, learning: Sequence[str]) -> None:
-        """Step the optimizers and the weight averages of the learners in `learning`."""
+        """Step the optimizers and the weight averages of the modules named in `learning`."""
         learners = self.training.task.learners
         for name in learning:
             learners[name].optimizer.step()

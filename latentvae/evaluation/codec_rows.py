@@ -1,7 +1,7 @@
-"""Measure image codecs on one picture: at their own qualities, and at the raw rates of models.
+"""Measure image codecs on a picture: at fixed quality settings, and at the raw rates of models.
 
 The raw rate of a model is the size of its latent in bits per pixel without entropy coding. Encoding
-runs on one core and needs no metrics, so encoding can run in a thread beside the models:
+runs on one core and needs no metrics, so encoding can run in a thread while the models compute:
 
     files = thread.submit(encode_picture, picture, codecs, rates=[1.0])
     rows, at_rates = codec_rows(judge, original, codecs, files.result(), rates={"mine": 1.0})
@@ -22,8 +22,9 @@ class Files:
     """The files that one codec made from a picture.
 
     Attributes:
-        by_quality: complete files by quality.
-        at_rate: for each raw rate of a model, the lowest quality that reaches this rate.
+        by_quality: dict from a quality setting to the bytes of the file.
+        at_rate: dict from the raw rate of a model to the lowest quality that reaches this rate. The
+            raw rate is the size of the latent in bits per pixel without entropy coding.
     """
 
     by_quality: Mapping[int, bytes]
@@ -36,8 +37,8 @@ def encode_picture(
     """Encode a picture with every codec whose format supports its size.
 
     Args:
-        rates: rates in bits per pixel to reach. They are those of the models' latents without
-            entropy coding.
+        rates: rates in bits per pixel that the codecs must reach. These are the rates of the
+            models' latents without entropy coding.
     """
     found: dict[str, Files] = {}
     for name, codec in codecs.items():
@@ -60,14 +61,14 @@ def codec_rows(
     *,
     rates: Mapping[str, float],
 ) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Decode the files of a picture, and return rows with the metrics.
+    """Decode the files of a picture, and return the rates and metrics as rows.
 
     Args:
         encoded: the result of `encode_picture`.
-        rates: raw bits per pixel of each model, by the model's name.
+        rates: dict from a model's name to the bits per pixel of its latent without entropy coding.
 
     Returns:
-        First, the rows of all codecs at their own qualities. Second, for each model, one row per
+        First, the rows of all codecs at fixed quality settings. Second, for each model, one row per
         codec at the lowest quality that reaches the model's rate.
     """
     rows: list[Row] = []

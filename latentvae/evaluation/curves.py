@@ -19,7 +19,7 @@ from latentvae.evaluation.saved_progress import Arrays
 from latentvae.metrics.rate import bd_rate
 from latentvae.report.schema import BDRate, CurvePoint, Metric, Point
 
-ANCHOR = "jpeg"  # the codec that BD-rates are relative to
+ANCHOR = "jpeg"  # the codec with which BD-rates compare
 SIGNS: dict[Metric, int] = {"psnr": 1, "lpips_alex": -1}  # lower LPIPS is better
 
 Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
@@ -38,8 +38,8 @@ class Curves:
     def update(self, rows: Sequence[Row]) -> None:
         """Add the results of all coders on one image.
 
-        Rows of kind `"model"` are left out, because their rate is the size of a latent without
-        entropy coding.
+        Rows of the kind `"model"` are left out. Their rate is the size of a latent without entropy
+        coding, and curves compare sizes of real files.
         """
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
@@ -57,8 +57,8 @@ class Curves:
         """Return the points of one coder's rate curve, one point for each of `settings`.
 
         A setting is the quality of a codec, or the noise PSNR of a model in dB. A point holds two
-        kinds of means: over the images that count for its curve (see the module's docstring), and
-        over all images (from `means`).
+        kinds of means. The first is over the images for which all models and codecs have a finite
+        value of the metric. The second is over all images (from `means`).
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []

@@ -50,7 +50,9 @@ class HalfPrior:
 
 
 class Priors:
-    """Fits one entropy model on each half of the images, and holds both.
+    """Fits one entropy model on each half of the images, and keeps both models.
+
+    The halves are the images at even and at odd positions.
 
     `other` returns the entropy model that codes the picture at a given position.
 
@@ -70,11 +72,12 @@ class Priors:
     def fit(
         self, model: Autoencoder, pictures: Pictures, *, plan: Plan, encoded: dict[int, Posterior]
     ) -> None:
-        """Fit both entropy models, each on at most `plan.prior_images` images, evenly spread.
+        """Fit both entropy models, each on at most `plan.prior_images` images of its half.
 
         Args:
             encoded: a dictionary that this function fills with the posteriors of small images, by
-                the image's position. The measurement then need not encode these images again.
+                the image's position. With these posteriors, the later measurement does not encode
+                the images again.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]

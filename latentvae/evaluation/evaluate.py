@@ -4,8 +4,8 @@
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
 Each picture is resized as the protocol of the report says. Every model and codec encodes and
-decodes the picture. The result is rounded to 8 bits and compared with the original. Only one
-picture and the sums over all pictures are in memory. To continue a stopped evaluation, make the
+decodes the picture. The result is rounded to 8 bits and compared with the original. Memory holds
+only one picture at a time, and sums over all pictures. To continue a stopped evaluation, make the
 same call again.
 """
 
@@ -81,7 +81,7 @@ def evaluate(
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
         inception: the network that `metrics.inception.load_inception` returns, or None.
-        plan: what is measured, and with which settings.
+        plan: says what is measured, and with which settings.
         max_images: measure at most this many images, evenly spread over the source.
         sheet_images: number of images in sheet.png, evenly spread over the measured images.
         overwrite: delete an earlier evaluation in `out`, and start a new evaluation.
@@ -181,7 +181,7 @@ class _Evaluation:
             self.phases.say(f"measured already, the report is {self.out / 'report.json'}")
             return Report.read(self.out / "report.json")
 
-        # check sizes before hours of work
+        # check the sizes of all images before hours of work
         for model in self.models.values():
             self._check_size(model)
         if self.plan.resolution is None and not progress.values:
@@ -316,7 +316,7 @@ class _Evaluation:
             return []
         original = self.judge.original(name, position, images.to(self.device))
 
-        # The codecs encode in a thread beside the models.
+        # The codecs encode in a thread while the models compute.
         encoded: dict[str, Encoded] = {}
         for measures in self._working():
             with _failing(measures, name):
@@ -334,7 +334,7 @@ class _Evaluation:
         for linear in self.linear.values():
             rows += linear.update(original)
 
-        # codecs at their own qualities, and at each model's rate
+        # codecs at fixed quality settings, and at each model's rate
         rates = {measures.name: rates[measures.name] for measures in self._working()}
         of_codecs, at_rates = codec_rows(
             self.judge, original, self.codecs, files.result(), rates=rates
@@ -381,8 +381,8 @@ class _Evaluation:
     def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
         """Return the functions that `_examine` calls for each model, by section of the report.
 
-        Each function comes with the number of pixels that it encodes and decodes, approximately.
-        The program estimates the function's time from this number.
+        Each function comes with the approximate number of pixels that it encodes and decodes. This
+        number gives an estimate of the function's time.
         """
         plan, found = self.plan, {}
         mean = self.seen.mean_pixels
@@ -477,9 +477,10 @@ class _Evaluation:
         )
 
     def _compare_with_linear(self, models: dict[str, ModelReport]) -> None:
-        """Add the linear codes to `models`, and a warning to each model that is worse.
+        """Add the linear codes (PCA of patches) to `models`, and a warning to each worse model.
 
-        A model is compared with the linear code of the same f and d.
+        A model is compared with the linear code that has patches of the model's downsampling
+        factor, and as many numbers per patch as the model has latent channels.
         """
         for size, linear in self.linear.items():
             if not linear.halves:
@@ -526,7 +527,7 @@ def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int
     """Return the shapes (height, width) that images are resized to.
 
     The result is empty if each image keeps its own size. The sides of aspect-ratio buckets are
-    multiples of every model's f.
+    multiples of every model's downsampling factor.
     """
     if plan.size is None:
         return ()

@@ -54,7 +54,7 @@ class Sums:
             self.unit_kl = other.unit_kl if self.unit_kl is None else self.unit_kl + other.unit_kl
 
     def activity(self) -> Tensor | None:
-        """Return how active each unit is, (U,). A unit above 0.01 counts as active.
+        """Return the activity of each latent unit, (U,). A unit above 0.01 counts as active.
 
         The activity is the variance over images of the unit's posterior mean (Burda et al. 2016).
         If a network has no such means, the activity is the unit's mean KL in nats. The result is
@@ -78,13 +78,13 @@ def bounds_of(
     samples: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Sums:
-    """Return the sums of the likelihood bounds of a batch. Few samples are computed at a time.
+    """Return the sums of the likelihood bounds of a batch. A few samples are computed at a time.
 
     Args:
         net: the network, in eval mode.
         images: pixels in [-1, 1], (B, C, H, W).
         samples: S, latent samples per image.
-        progress: function that is called after each part, with the number of samples of this part.
+        progress: function that is called after each group of samples, with their number.
     """
     pixels, batch = images[0].numel(), len(images)
     at_once = max(MAX_PIXELS // (pixels * batch), 1)

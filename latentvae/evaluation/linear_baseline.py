@@ -1,8 +1,8 @@
-"""Measure a linear code with as many numbers as a model's latent, as a baseline in the report.
+"""Measure a linear code (principal components of patches) as a baseline of the report.
 
-A network that is worse than this linear code has learned little. The images are split into two
-halves: images at even positions and images at odd positions. A linear code is fitted on each half
-and measured on the other half.
+The linear code has as many numbers as a model's latent. A network that is worse than this code has
+learned little. The images are split into two halves: images at even positions and images at odd
+positions. A linear code is fitted on each half and measured on the other half.
 
 `f` side of a patch, `d` numbers per patch.
 """
@@ -21,13 +21,16 @@ from latentvae.metrics import to_8bit
 from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
 
 LINEAR = "linear"  # name of the first linear code in the report
-FIT_IMAGES = 256  # largest number of images of each half that the fit uses, evenly spread
+FIT_IMAGES = 256  # number of images of each half that the fit uses at most
 MAX_VALUES = 3 * 32 * 32  # largest number of values of a patch
 NETS = ("alex",)  # backbones of the LPIPS that is measured for a linear code
 
 
 class LinearBaseline:
-    """Fits linear codes of image patches, and measures their reconstructions picture by picture.
+    """Fits linear codes (principal components of patches), and measures their reconstructions.
+
+    One code is fitted on the images at even positions, and one on the images at odd positions (the
+    two halves). Each half is coded with the code of the other half.
 
     Args:
         name: name of the linear code in the report.
@@ -35,8 +38,8 @@ class LinearBaseline:
         d: numbers per patch.
 
     Attributes:
-        halves: the linear code that was fitted on each half of the images. Empty if both halves
-            have too few patches.
+        halves: the linear codes that were fitted on the two halves of the images. Empty if both
+            halves have too few patches.
         own: whether images are coded with the linear code of their own half. This happens if the
             other half has too few patches.
     """
@@ -83,7 +86,7 @@ class LinearBaseline:
         return rows
 
     def report(self) -> ModelReport:
-        """Return the linear code's part of the report, in the form of a model's part."""
+        """Return the linear code's part of the report, in the same form as a model's part."""
         metrics = {name: self.means.mean("model", self.name, name) for name in IMAGE_COLUMNS}
         raw = self.means.mean("model", self.name, "bpp")
         return ModelReport(

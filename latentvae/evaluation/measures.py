@@ -30,12 +30,14 @@ class Row:
     """The rate and the metrics of one coder (a model or a codec) on one picture.
 
     Args:
-        kind: `"model"` (`bpp` is the raw rate), `"bitstream"` (the file of a model's latent or
-            tokens), `"codec"`, or `"codec_at_rate"` (a codec at the quality that reaches a model's
-            raw rate).
-        setting: a codec's quality, or a bitstream's noise PSNR in dB.
-        metrics: values of the metrics by name (`IMAGE_COLUMNS`). A metric that needs a larger
-            picture is None or absent.
+        kind: what was measured. `"model"` is a model without entropy coding (`bpp` is the raw
+            rate). `"bitstream"` is a model whose latent or tokens are coded in a file. `"codec"` is
+            an image codec. `"codec_at_rate"` is a codec at the quality that reaches a model's raw
+            rate.
+        setting: the quality of a codec. For a bitstream, the PSNR in dB of the noise that rounding
+            the latent adds to the image.
+        metrics: values of the metrics by name (`IMAGE_COLUMNS`). If the picture is too small for a
+            metric, the value is None or absent.
     """
 
     image: str
@@ -68,8 +70,8 @@ class Original:
 
     Args:
         position: number of the picture in the evaluation.
-        images: (1, 3, H, W) on the 8-bit grid.
-        levels: features of each level of LPIPS, by backbone.
+        images: (1, 3, H, W) in [-1, 1], rounded to 8 bits.
+        levels: features of each layer that LPIPS compares, by backbone.
         inception: Inception features (1, 2048), or None if they are not needed.
     """
 
@@ -86,7 +88,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Compared:
-    """The metrics of a reconstruction by name, and its D features (1, D) by feature extractor."""
+    """The metrics of a reconstruction, and its features (1, D) by feature extractor."""
 
     metrics: dict[str, float | None]
     features: dict[str, Tensor]
@@ -122,7 +124,7 @@ class Judge:
     def compare(
         self, original: Original, recon: Tensor, *, nets: Collection[str] | None = None
     ) -> Compared:
-        """Return every metric of `recon`, (1, 3, H, W) on the 8-bit grid.
+        """Return every metric of `recon`, (1, 3, H, W), rounded to 8 bits.
 
         Args:
             nets: backbones of LPIPS to use. A choice of backbones also leaves out the Inception
@@ -188,7 +190,7 @@ def row(
 
 
 class Means:
-    """Averages every column of `Row` over images, for each kind, coder and setting."""
+    """Averages every column of `Row` over images, for each kind, setting, and model or codec."""
 
     def __init__(self) -> None:
         self._means: dict[tuple[str, str, float | None, str], BootstrapMean] = {}

@@ -53,7 +53,10 @@ DISTANCES = {"vgg": ("fd_vgg", "kd_vgg"), "inception": ("rfid", "kid")}
 
 @dataclass(frozen=True)
 class Shown:
-    """A reconstruction that sheet.png shows, (1, 3, H, W) on the 8-bit grid, and its raw rate."""
+    """A reconstruction that sheet.png shows, (1, 3, H, W) rounded to 8 bits, and its raw rate.
+
+    The raw rate is the size of the latent in bits per pixel without entropy coding.
+    """
 
     recon: Tensor
     bpp: float
@@ -66,7 +69,7 @@ class Encoded:
     Attributes:
         mean: the posterior's mean, (1, d, h, w).
         z: the latent that is decoded.
-        raw_bpp: raw rate in bits per pixel.
+        raw_bpp: size of the latent in bits per pixel, without entropy coding.
         seconds: time that encoding took.
     """
 
@@ -113,7 +116,8 @@ class ModelMeasures:
         self.name, self.model, self.judge, self.plan = name, model, judge, plan
         rate = "rate" in plan.sections and plan.noise_psnr
         self.priors = Priors() if rate and not model.num_codes else None
-        # Posteriors by position, from the fit of the entropy model, until they are measured.
+        # Posteriors by the image's position. They were computed for the fit of the entropy model,
+        # and are kept until the image is measured.
         self.encoded: dict[int, Posterior] = {}
         # A kernel distance keeps all features in memory, so it may use only every n-th picture.
         self.kernel_stride = max(1, -(-num_pictures // KERNEL_IMAGES))
@@ -137,7 +141,10 @@ class ModelMeasures:
         self.level_bits = level_bits_of(codes) if self._codes_tokens else None
 
     def parts(self) -> dict[str, Accumulator]:
-        """Return the sums over pictures by name. A saved evaluation needs them to continue."""
+        """Return the sums over pictures by name.
+
+        They are saved, so that an evaluation can continue.
+        """
         kept = {
             "means": self.means,
             "codecs": self.codecs,
@@ -197,7 +204,9 @@ class ModelMeasures:
         return rows
 
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
-        """Add a picture's rows of all codecs at this model's raw rate to the codecs' means.
+        """Add the rows of all codecs on a picture, at this model's raw rate, to the codecs' means.
+
+        The raw rate is the size of the latent in bits per pixel without entropy coding.
 
         The codec's quality setting is removed from the row, because each picture needs another
         setting to reach the rate.
@@ -303,7 +312,7 @@ class ModelMeasures:
         return "rate" in self.plan.sections
 
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
-        """Code the tokens, decode the bytes, and measure the decoded picture.
+        """Encode the tokens to bytes, decode the bytes, and measure the decoded picture.
 
         The list is empty if the model has more than MAX_CODES codes.
         """
@@ -322,7 +331,7 @@ class ModelMeasures:
         return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        """Code the latent at each noise level, decode the bytes, and measure the pictures.
+        """Encode the latent to bytes at each rounding step, decode them, and measure the pictures.
 
         Several small latents are decoded in one batch.
         """
@@ -365,7 +374,7 @@ class ModelMeasures:
         return curves.points("bitstream", self.name, settings, means=self.means)
 
     def _codec_points(self, codecs: Sequence[str]) -> dict[str, Point]:
-        """Return a point for each codec: its means over pictures at this model's raw rate."""
+        """Return for each codec its means over pictures, at this model's raw rate."""
         points = {}
         for codec in codecs:
             found = {
@@ -392,7 +401,10 @@ class ModelMeasures:
         )
 
     def _token_report(self) -> dict[str, Any] | None:
-        """Return how the codes are used. With levels of several sizes, also the bits of each."""
+        """Return how the codes are used.
+
+        For several levels of tokens, add the bits of each level.
+        """
         if self.tokens is None or not self.measured:
             return None
         found: dict[str, Any] = dict(self.tokens.result())

@@ -40,7 +40,7 @@ def passport(
 
     Returns:
         `precision` by dtype, `max_activation`, `layers` (the layers with the largest activations),
-        `tiling`, and `warnings` (sentences). A check without images is left out.
+        `tiling`, and `warnings` (sentences). A check for which there are no images is left out.
 
     Raises:
         ValueError: reconstructions are not finite in float32.

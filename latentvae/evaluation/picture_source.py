@@ -27,7 +27,7 @@ class Pictures:
     Each image is returned as a tensor (1, 3, H, W) in [-1, 1], rounded to 8 bits.
 
     Args:
-        indices: numbers of the images in the source, in this order.
+        indices: indices of the images in the source, in the order of the evaluation.
         sizes: (height, width) of the shapes that images are resized and cropped to. Each image
             gets the shape of the nearest aspect ratio. Without shapes, each image keeps its size.
     """
@@ -102,7 +102,7 @@ class Seen:
         self.unreadable: list[str] = []
 
     def add(self, images: Tensor) -> None:
-        """Add an image (1, 3, H, W) on the 8-bit grid."""
+        """Add an image (1, 3, H, W) in [-1, 1], rounded to 8 bits."""
         pixels = to_uint8(images)[0]  # (H, W, 3)
         size = f"{pixels.shape[1]}x{pixels.shape[0]}"
         digest = hashlib.sha256(size.encode() + pixels.tobytes()).digest()
@@ -153,8 +153,8 @@ def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -
     Pictures smaller than `multiple` are enlarged.
 
     Args:
-        side: largest side of the result in pixels. Or a pair: the largest shorter side and the
-            largest longer side.
+        side: largest side of the result in pixels. A pair gives two limits: for the shorter side
+            and for the longer side.
     """
     height, width = images.shape[2:]
     if min(height, width) < multiple:

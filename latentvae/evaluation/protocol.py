@@ -21,7 +21,7 @@ PACKAGES = ("latentvae", "torch", "diffusers", "lpips", "pillow", "constriction"
 def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
-    """Return every condition that can differ between two evaluations, as JSON values."""
+    """Return all conditions of the measurement that can differ between two evaluations, as JSON."""
     # conditions that the plan sets
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.size is not None:

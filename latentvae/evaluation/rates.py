@@ -51,7 +51,7 @@ def decode_indices(content: bytes, codes: Codes) -> Tensor:
 
 
 class LevelBits:
-    """Measures how many bits per pixel the tokens of each level need in a file of their own.
+    """Measures how many bits per pixel each level (map of tokens) needs in a file of its own.
 
     Args:
         codes: the model's codes, with several maps of tokens per image.
@@ -69,7 +69,7 @@ class LevelBits:
         self._images += 1
 
     def result(self) -> list[float]:
-        """Return the mean bits per pixel of each level, coarsest first."""
+        """Return the mean bits per pixel of each level (map of tokens), coarsest level first."""
         return (self._sums / max(self._images, 1)).tolist()
 
     def state_dict(self) -> Arrays:

@@ -50,7 +50,7 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # numbers the files of sums, so that a save never overwrites the last file
+        self._saves = 0  # number of the next file of sums, so that no file is overwritten
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,7 +90,7 @@ class Progress:
                 old.unlink()
 
     def restore(self, parts: Mapping[str, Accumulator]) -> None:
-        """Load the saved sums into every part."""
+        """Load the saved sums into the objects in `parts`."""
         for name, part in parts.items():
             prefix = f"{name}/"
             state = {
@@ -100,7 +100,7 @@ class Progress:
             }
             try:
                 part.load_state_dict(state)
-            except Exception as error:  # parts raise different errors for wrong arrays
+            except Exception as error:  # objects raise different errors for wrong arrays
                 raise self.damaged(error) from error
         self._arrays = {}
 

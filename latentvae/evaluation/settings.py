@@ -19,7 +19,7 @@ SECTIONS: tuple[Section, ...] = get_args(Section)
 class Plan:
     """What an evaluation measures (its sections), and the settings of each section.
 
-    An empty tuple or 0 skips the measurement that the setting belongs to.
+    If a setting is an empty tuple or 0, its measurement is skipped.
 
     Args:
         sections: names of the sections to measure. There are six sections, in this order: metrics
@@ -32,15 +32,16 @@ class Plan:
             gives one step size, and so one point of the rate curve (see `coding.latent_codec`).
         prior_images: number of images that an entropy model is fitted on. Each half of the images
             has its own entropy model.
-        gain_images: number of images, among the `prior_images`, that the decoder's gains are
-            measured on.
+        gain_images: number of images, among the `prior_images`, on which the decoder's gains are
+            measured. A gain says how strongly an error in a latent channel changes the image.
         passport_images: number of images for the checks of half precision and tiles.
         passport_side: side in pixels to which images are cropped for the precision check.
         tiling_size: height and width in pixels that images are cropped to for the tiling check.
-            Most published networks have tiles of 512 pixels, and a larger side shows their seams.
+            Most published networks decode in tiles of 512 pixels, so a larger image has borders
+            between tiles.
         speed_sizes: sides in pixels of the images for the speed measurement.
         speed_budget: largest time of one call in seconds. Sizes that need more time are skipped.
-        latent: which latent is decoded, the posterior's mode or a sample of the posterior.
+        latent: which latent is decoded: the mode of the posterior, or a sample.
         resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
         buckets: number of shapes, each with about as many pixels as `resolution`. Each image gets

@@ -36,12 +36,13 @@ def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
 def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Tile"]:
     """Return one row of the sheet: tiles of the original, all reconstructions, and JPEG pictures.
 
-    For each model, there is a JPEG picture at the model's raw rate or just above.
+    For each model, there is a JPEG picture at the model's raw rate or just above. The raw rate is
+    the size of the latent without entropy coding.
 
     Args:
         shown: the models' reconstructions, by the models' names in the captions.
         name: name of the image.
-        images: (1, 3, H, W) on the 8-bit grid.
+        images: (1, 3, H, W) in [-1, 1], rounded to 8 bits.
     """
     # original
     source = to_picture(images)

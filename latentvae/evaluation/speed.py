@@ -1,7 +1,8 @@
 """Measure the speed and the peak memory of a network that encodes and decodes single images.
 
-On CUDA, the peak is the memory that torch allocated besides the network. On other devices, the peak
-is the rise of the process's resident memory during the call, sampled every few milliseconds.
+On CUDA, the peak is the memory that torch allocated, without that of the network. On other devices,
+the peak is the rise of the process's resident memory during the call, sampled every few
+milliseconds.
 """
 
 import gc
@@ -38,7 +39,7 @@ class SpeedPoint:
         images_per_second: speed of the median call. None if the size was skipped.
         peak_mib: peak memory in MiB, without the memory that was used before the call.
         runs: number of timed calls after the first.
-        skipped: why nothing was measured.
+        skipped: reason why this size was not measured, or None.
     """
 
     call: str
@@ -124,7 +125,7 @@ def _measure_sizes(
 
 
 def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.device) -> str | None:
-    """Return a reason if a size would take too much time or memory, else None.
+    """Return a reason if images of this size would take too much time or memory, else None.
 
     Time and memory grow at least in proportion to the number of pixels.
     """
@@ -157,7 +158,7 @@ def measure_call(
         budget: largest time in seconds. If a call takes longer than a third of this time, it is
             timed once, else several times.
     """
-    with peak_memory(device) as peak:  # only the first call: later calls may fragment the heap
+    with peak_memory(device) as peak:  # first call only: later calls may fragment the heap
         first = _time(call, device)
     repeats = _clamp(int(ENOUGH / first), MIN_REPEATS, MAX_REPEATS)
     if first * MIN_REPEATS > budget:

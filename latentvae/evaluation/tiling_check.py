@@ -1,9 +1,9 @@
 """Check whether the borders of tiles are visible when diffusers decodes in tiles to save memory.
 
 In a tile, the decoder sees less of the image, so the tile's colours may drift. Tiles overlap and
-are blended. Blending hides a drift, but not the effects at the border of a tile. `seam` measures
-these effects. At the border, the difference D of tiled and whole decoding has a step. The step has
-the same sign along the border.
+are blended. Blending hides a drift, but not the effects at the border of a tile. At the border, the
+difference D of tiled and whole decoding has a step, which has the same sign along the border. The
+value `seam` measures this step.
 
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
@@ -130,7 +130,7 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
 
 
 def seam_between(tiled: Tensor, whole: Tensor, *, tile: int, overlap: int, f: int) -> float:
-    """Return the largest seam between images decoded in tiles and as a whole.
+    """Return the largest visible step at a tile border (seam) in images decoded in tiles.
 
     See `TilingCheck.seam` for the definition.
 
@@ -185,7 +185,7 @@ def _check_one(
 
 
 def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
-    """Return the largest seam between `tiled` and `whole`, (B, H, W) each.
+    """Return the largest step at a tile border (seam) in `tiled - whole`, (B, H, W) each.
 
     Seams are measured at the columns where a tile starts or its blending ends. Where tiles change
     fine detail, the difference has steps everywhere, and edges in the picture become stronger or

@@ -1,4 +1,4 @@
-"""Export a trained network of any family."""
+"""Export a trained network of any architecture: a tokenizer or an autoencoder."""
 
 from pathlib import Path
 
@@ -35,7 +35,8 @@ def export_network(
     Args:
         sample_size: the `resolution` of `export_tokenizer`, or the `sample_size` of
             `export_autoencoder`.
-        profile: see `export_autoencoder`. Tokenizers ignore this option.
+        profile: the pipelines to export for, see `export_autoencoder`. Tokenizers ignore this
+            option.
         lookup_from_codebook: see `export_tokenizer`. Other networks ignore this option.
     """
     # a tokenizer

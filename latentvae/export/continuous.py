@@ -50,12 +50,12 @@ def export_autoencoder(
     The folder appears only if the network that diffusers loads computes exactly the same as `net`.
 
     Args:
-        net: the trained network of a family without codes (averaged weights, if there are any).
-            This function does not change the network.
+        net: the trained network, which has continuous latents. Use the averaged weights if the
+            training averaged them. This function does not change the network.
         statistics: statistics of posterior samples of this network, see `latentvae.latents`.
         sample_size: longer side of the training images in pixels. diffusers derives tiles from the
-            config's `sample_size`. So the export writes the smallest value that is at least this
-            side and whose tiles fit together.
+            config's `sample_size`. So the export writes the smallest `sample_size` that is not
+            below this side and gives tiles that fit together.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check. On the first image, the
             export is compared with `net`, at the image's own size and at an odd size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
@@ -65,7 +65,7 @@ def export_autoencoder(
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option is impossible, or `out` exists and may not be replaced.
+        UserError: an option does not fit the network, or `out` exists and may not be replaced.
         RuntimeError: the network that diffusers loads back differs from the trained network.
     """
     # measure

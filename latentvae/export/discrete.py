@@ -1,6 +1,6 @@
 """Write a trained tokenizer, load it back, and compare indices and reconstructions.
 
-A tokenizer is exported as a stock class of diffusers if that class finds the same codes. So a
+A tokenizer is exported as one of diffusers' own classes if that class finds the same codes. So a
 tokenizer with VQ, LFQ or BSQ becomes a `VQModel`. A tokenizer with FSQ, residual VQ or
 Gumbel-softmax stays a `DiscreteAutoencoder`, and a vision transformer stays a `ViTTokenizer`.
 
@@ -42,7 +42,7 @@ class TokenizerReport:
         network: the class that loads the export: `"VQModel"` or the tokenizer's own class.
         reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
-        num_codes, num_levels: K and L.
+        num_codes, num_levels: number of codes K of each level, and number of levels (token maps) L.
         scaling_factor: 1 / std of the tokenizer's features.
         num_images: images that `scaling_factor` was measured on.
         half_precision: result of the float16 check.
@@ -139,11 +139,11 @@ def export_tokenizer(
     The folder appears only if the exported network gives the same tokens and images as `net`.
 
     Args:
-        net: the trained network (averaged weights, if there are any). This function does not
-            change the network.
+        net: the trained network. Use the averaged weights if the training averaged them. This
+            function does not change the network.
         statistics: statistics of the network's features.
         resolution: side of the training images in pixels.
-        probe: real images (B, C, H, W) in [-1, 1] to compare on.
+        probe: real images (B, C, H, W) in [-1, 1], on which the export is compared with `net`.
         frozen_encoder: keep the features and the `scaling_factor` of the pretrained network,
             because its encoder was not trained.
         lookup_from_codebook: export for the aMUSEd pipeline, which looks codes up by index and has
@@ -151,7 +151,7 @@ def export_tokenizer(
         overwrite: replace an earlier export.
 
     Raises:
-        UserError: an option is impossible, or `out` exists and may not be replaced.
+        UserError: an option does not fit the network, or `out` exists and may not be replaced.
         RuntimeError: the network that is loaded back differs from the trained network.
     """
     # measure
@@ -164,7 +164,7 @@ def export_tokenizer(
             f"{reason}. Leave the option out."
         )
     trained: Any = copy.deepcopy(net).cpu().float().eval()
-    restore_stock_layers(trained)  # the loaded export has stock layers too
+    restore_stock_layers(trained)  # the loaded export has diffusers' own layers too
     probe = probe.to("cpu", torch.float32)
     half = check_half_precision(trained, probe)
 
@@ -216,14 +216,14 @@ def export_tokenizer(
 
 
 def discrete_family(net: Network) -> DiscreteFamily:
-    """Return the `DiscreteFamily` that the tokenizer `net` belongs to."""
+    """Return the `DiscreteFamily` object that describes the architecture of the tokenizer `net`."""
     family = family_of(net)
     assert isinstance(family, DiscreteFamily), type(net)
     return family
 
 
 def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
-    """Return a reason if `stock` finds too many other codes by rounding, else an empty string."""
+    """Return a reason if rounding makes `stock` choose too many other codes, else ""."""
     equal, _ = _compare_indices(trained, stock, probe, factor=factor)
     if equal >= MIN_EQUAL:
         return ""

@@ -48,9 +48,9 @@ class HalfPrecision:
 
     Args:
         max_activation: largest absolute value of any of `layers`.
-        psnr: PSNR of the 16-bit reconstruction against the float32 reconstruction, in dB, with peak
-            2, over all images together. NaN if the 16-bit reconstruction is not finite, infinity if
-            both are equal.
+        psnr: PSNR of the 16-bit reconstruction against the float32 reconstruction, in dB, for
+            values in [-1, 1], over all images together. NaN if the 16-bit reconstruction is not
+            finite, infinity if both are equal.
         psnr_cost: PSNR of the float32 reconstruction minus PSNR of the 16-bit reconstruction, in
             dB. Both are rounded to 8 bits and compared with the original images. NaN if this was
             not measured or if the 16-bit reconstruction is not finite.
@@ -70,7 +70,10 @@ class HalfPrecision:
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may use this dtype. For float16, `force_upcast` is the opposite."""
+        """Whether pipelines may use this dtype.
+
+        If float16 is not safe, the export sets `force_upcast`.
+        """
         as_good = self.psnr_cost <= MAX_COST
         if self.dtype == torch.bfloat16:
             return as_good
@@ -79,7 +82,10 @@ class HalfPrecision:
 
     @property
     def largest_layer(self) -> str:
-        """Name of the module with the largest output. With equal outputs, the innermost module."""
+        """Name of the module with the largest output.
+
+        Of modules with equal outputs, the innermost.
+        """
         return max(self.layers, key=self.layers.__getitem__)
 
     def __str__(self) -> str:
@@ -97,7 +103,10 @@ class HalfPrecision:
 def check_half_precision(
     net: Network, images: Tensor | Sequence[Tensor], *, dtype: torch.dtype = torch.float16
 ) -> HalfPrecision:
-    """Compare reconstructions in float32 and in `dtype`, see `check_precisions`."""
+    """Compare reconstructions in float32 and in `dtype`.
+
+    The arguments are as in `check_precisions`.
+    """
     return check_precisions(net, images, dtypes=(dtype,))[0]
 
 

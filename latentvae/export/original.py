@@ -31,7 +31,7 @@ _GROUPS = 32  # groups of the original GroupNorm, a constant in its code
 
 
 def to_original(net: Network) -> dict[str, Tensor]:
-    """Return the weights of a stock `VQModel` or `AutoencoderKL` by their original names.
+    """Return the weights of diffusers' `VQModel` or `AutoencoderKL` by their original names.
 
     If the network lacks a 1 x 1 convolution before or after the latent, the result has an identity
     convolution there.

@@ -26,7 +26,8 @@ MAX_BYTES = 1 << 16  # largest size of a text file. The rest is cut
 def find_captions(source: ImageSource, *, caption_column: str | None = None) -> list[str] | None:
     """Return each image's caption ("" if it is missing), or None if all captions are missing.
 
-    The option `caption_column` names a column of a table. None takes `text` or `caption`.
+    The option `caption_column` names a column of a table. None means the column `text` or
+    `caption`.
 
     Raises:
         UserError: `caption_column` does not exist or holds no texts, or `source` is not a table.
@@ -48,7 +49,7 @@ def find_captions(source: ImageSource, *, caption_column: str | None = None) -> 
 
 
 def _beside(source: ImageSource) -> list[str]:
-    """Return the texts beside the images of a folder or of tar files. Others have no texts."""
+    """Return the texts beside the images of a folder or of tar files, and [] for other sources."""
     if isinstance(source, ImageFolder):
         return _in_folder(source)
     if isinstance(source, TarShards):
@@ -91,7 +92,7 @@ def whole_text(text: str) -> str:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Return the captions in a file of imagefolder by the image's path, {} without a file."""
+    """Return the captions in a `metadata.jsonl` by the image's path, or {} without this file."""
     found: dict[str, str] = {}
     if not path.is_file():
         return found

@@ -1,6 +1,6 @@
-"""Decode shards of tokens or latents to one PNG per item (`latentvae decode`).
+"""Decode shards (files) of tokens or latents to one PNG per image (`latentvae decode`).
 
-Pictures have 8 bits and the channels of the model. With W processes, process r (its rank) decodes
+Pictures have 8 bits and the channels of the model. With W processes, the process of rank r decodes
 the batches r, r + W, r + 2W and so on. A batch whose pictures all exist is skipped, so the same
 command continues a decoding that was killed.
 """
@@ -59,13 +59,13 @@ def decode_folder(
 
     Args:
         shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
-        model: the autoencoder, or its folder or Hub id. None loads the model whose path or Hub id
-            is in the folder's manifest.
-        limit: decode only the first `limit` items.
+        model: the autoencoder, or its folder or Hub id. With None, the model is loaded whose path
+            or Hub id is in the folder's manifest.json.
+        limit: decode only the first `limit` items (encoded images).
         batch_size: images per forward pass.
         optimize: option of `load`, for a folder or Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        device: device of the model. None takes the GPU of this rank, if there is one.
+        device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
         The pictures of this rank, in the order of the items.
@@ -101,7 +101,7 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Return a different relative PNG path for each item's name, always inside the folder."""
+    """Return a relative PNG path for each item's name. All paths differ and stay in the folder."""
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()

@@ -38,7 +38,7 @@ def describe(
     labels: bool,
     captions: bool,
 ) -> Content:
-    """Return the `Content` of a folder of shards: everything that determines its bytes.
+    """Return the `Content` of a folder of shards: everything that determines its files.
 
     The items are tokens if the model is a tokenizer, else latents.
 

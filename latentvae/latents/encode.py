@@ -1,10 +1,10 @@
-"""Encode every image of a data set once, into shards (`latentvae encode`).
+"""Encode every image of a data set once, into shards (files), for `latentvae encode`.
 
-With W processes, process r (its rank) writes the shards r, r + W, r + 2W and so on that do not
-exist yet. No batch crosses the end of a shard. So the files depend neither on the number of ranks
-nor on when the command was killed. To write the missing shards, run the same command again. Ranks
-do not communicate. Any rank that finds all shards complete writes the manifest, and the manifest of
-every rank is the same.
+With W processes, the process of rank r writes those of the shards r, r + W, r + 2W and so on that
+do not exist yet. No batch crosses the end of a shard. So the files do not depend on the number of
+ranks, or on when the command was killed. To write the missing shards, run the same command again.
+Ranks do not communicate. Any rank that finds all shards complete writes the manifest, and the
+manifest of every rank is the same.
 """
 
 import os
@@ -77,8 +77,8 @@ def encode_folder(
 
     The items are tokens if the model is a tokenizer, else latents. Each image is converted to the
     model's channels (grey, RGB or RGBA), with the bit depth of its file. The image is resized to
-    cover `resolution` (also enlarged), and its centre is cropped. The manifest names images that
-    cannot be read.
+    cover `resolution` (also enlarged), and its centre is cropped. The file manifest.json lists
+    images that cannot be read.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
@@ -99,17 +99,18 @@ def encode_folder(
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
         all_pages: make every page of a TIFF a separate item. By default the first page is used.
         flip: mirror every image left to right.
-        label_column: column of a table with the labels. None takes `label`, if it exists.
-        caption_column: column of a table with the captions. None takes `text` or `caption`, if
-            one of them exists. See `latents.captions` for folders and tar files.
+        label_column: column of a table with the labels. None means `label`, if there is such a
+            column.
+        caption_column: column of a table with the captions. None means `text` or `caption`, if
+            there is such a column. See `latents.captions` for folders and tar files.
         overwrite: replace shards of another model or other data. Data is compared by the names,
             labels and captions of the images, not by their pixels.
         optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
             used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        model_name: path or Hub id that the manifest records for a loaded model. None takes the
+        model_name: path or Hub id that the manifest records for a loaded model. None means the
             model's name.
-        device: device of the model. None takes the GPU of this rank, if there is one.
+        device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
         The manifest, or None if other ranks are still working.

@@ -1,8 +1,8 @@
 """Encode every image at the nearest of several shapes (`--aspect_ratio_buckets`).
 
-All items of a folder of shards have one shape. So each shape (bucket) gets a folder of its own,
-such as `OUT/192x320`. Every reader of shards can read such a folder. A class has the same number in
-all folders.
+All encoded images of a folder of shards (files) have one shape. So each shape (bucket) gets its own
+folder, such as `OUT/192x320`. Every reader of shards can read such a folder. A class of images has
+the same number in all folders.
 """
 
 import os
@@ -62,7 +62,8 @@ def encode_buckets(
         left out if none of its images can be read.
 
     Raises:
-        UserError: see `encode_folder`. Also: `out` holds folders of other shapes.
+        UserError: see `encode_folder`. The error also occurs if `out` holds folders of other
+            shapes.
     """
     # open model and images
     out, name = Path(out).expanduser(), str(model.name if isinstance(model, Autoencoder) else model)

@@ -1,4 +1,4 @@
-"""Finish an encoding: write the manifest, with statistics of the tokens or latents.
+"""Finish an encoding: write manifest.json, with statistics of the tokens or latents.
 
 The manifest is computed only from the shards. So every rank and every continued encoding writes the
 same manifest.
@@ -139,7 +139,7 @@ def _by_level(indices: Tensor, content: Content) -> list[Tensor]:
 def _add_bits(
     report: dict[str, Any], tokens: int, content: Content, *, coded: Sequence[int]
 ) -> None:
-    """Add bits per pixel to a report: raw, and the mean size of an image's file `coded` (bits)."""
+    """Add bits per pixel to a report: of raw tokens, and of entropy-coded files of `coded` bits."""
     pixels = math.prod(content.size)
     report["raw_bpp"] = tokens * math.log2(content.num_codes or 1) / pixels
     if coded:
@@ -148,7 +148,7 @@ def _add_bits(
 
 
 def _coded_bits(levels: Sequence[Tensor], content: Content) -> list[int]:
-    """Return the bits of the file of all levels. With several, also of a file of each level."""
+    """Return the bits of a file of all levels and, with several levels, of a file of each."""
     assert content.num_codes is not None
     num_codes, maps = content.num_codes, [level.numpy() for level in levels]
     files = [encode_tokens(level, num_codes=num_codes) for level in maps]

@@ -139,9 +139,9 @@ def draw_interpolations(
     Args:
         encoded: the images.
         path: the PNG.
-        images: names of two or more images. Each image and the next one are a pair. Empty takes
-            images that are evenly spread.
-        count: number of pairs, if `images` is empty.
+        images: names of two or more images. Each image and the next one are a pair. If empty,
+            images that are evenly spread over the data are used.
+        count: number of pairs to draw, if `images` is empty.
         steps: number of decoded images in a row.
     """
     default = spread(len(encoded.names), count + 1)
@@ -174,7 +174,8 @@ def draw_neighbours(
     Args:
         encoded: the images.
         path: the PNG.
-        images: names of the query images. Empty takes images that are evenly spread.
+        images: names of the query images. If empty, images that are evenly spread over the data are
+            used.
         count: number of query images, if `images` is empty.
         steps: number of neighbours.
     """
@@ -229,8 +230,8 @@ def draw_attribute(
         encoded: the images, with classes.
         path: the PNG.
         attribute: the class of images with the attribute.
-        against: the class of images without the attribute. None takes all other classes.
-        images: names of the images that are moved. Empty takes images without the attribute.
+        against: the class of images without the attribute. None means all other classes.
+        images: names of the images that are moved. If empty, images without the attribute are used.
         count: number of images, if `images` is empty.
         steps: number of strengths.
 
@@ -285,7 +286,7 @@ def draw_components(
     Args:
         encoded: the images.
         path: the PNG.
-        images: the name of the image that is moved. Empty takes the first image.
+        images: the name of the image that is moved. If empty, the first image is used.
         count: number of components.
         steps: number of images in a row.
 

@@ -142,7 +142,7 @@ def latent_statistics(
         net: the network, in eval mode and on the device of the batches.
         batches: images (B, C, H, W) in [-1, 1], without augmentation.
         max_images: at most this many images of this process are used.
-        generator: generator of the samples. None takes PyTorch's global generator.
+        generator: generator of the samples. None means PyTorch's global generator.
     """
     statistics = LatentStatistics()
     for batch in batches:

@@ -78,7 +78,7 @@ def save_traversal(
         path: the PNG.
         kl: (D,), mean KL of each dimension in nats, which the labels show. The row with the
             largest KL is at the top. A dimension with a KL near 0 changes nothing in the image.
-        dimensions: the dimensions to draw. None draws all.
+        dimensions: the dimensions to draw. None means all dimensions.
         values: the values, one for each column.
 
     Raises:

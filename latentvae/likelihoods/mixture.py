@@ -19,15 +19,16 @@ from latentvae.likelihoods.pixels import (
 
 
 class DiscretizedLogisticMixture(PixelDistribution):
-    """A mixture of N logistics for each pixel. All channels of a pixel share the component.
+    """A mixture of N logistic distributions for each pixel, with one component for all channels.
 
     Within a component, the location of a channel depends linearly on the values of the channels
-    before it. The parameter maps are N logits, N C locations, N C values of ln(scale), and for each
-    pair of channels N coefficients (before a tanh). For RGB and N = 10, there are 100 maps.
+    before it. For C channels, the parameter maps are N logits, N C locations, N C values of
+    ln(scale), and for each pair of channels N coefficients (before a tanh). For RGB images and
+    N = 10, there are 100 maps.
 
     Args:
         levels: number of values that a pixel can have.
-        components: N.
+        components: number of components N.
     """
 
     def __init__(self, levels: int = 256, components: int = 10) -> None:
@@ -47,7 +48,10 @@ class DiscretizedLogisticMixture(PixelDistribution):
         return torch.logsumexp(log_p + F.log_softmax(logits, dim=1), dim=1).flatten(1).sum(1)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Return the mean of the components' locations, (B, C, H, W), without discretisation."""
+        """Return the weighted mean of the components' locations as images (B, C, H, W).
+
+        The values are not rounded to the values that a pixel can have.
+        """
         logits, location, _, pairs = self._parts(parameters)
         centres: list[Tensor] = []
         for channel in range(location.shape[2]):
@@ -65,7 +69,7 @@ class DiscretizedLogisticMixture(PixelDistribution):
         chosen = (logits - torch.log(-torch.log(noise))).argmax(dim=1)
         location, log_scale, pairs = (_of(x, chosen) for x in (location, log_scale, pairs))
 
-        # its channels, one after the other
+        # the channels of the pixel, one after the other
         drawn: list[Tensor] = []
         for channel in range(location.shape[2]):
             centre = location[:, :, channel] + _shift(drawn, pairs, channel)
@@ -75,7 +79,11 @@ class DiscretizedLogisticMixture(PixelDistribution):
     def _parts(
         self, parameters: Tensor, channels: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return logits (B, N, H, W), and locations, ln(scale), pairs (B, N, ..., H, W)."""
+        """Return the decoder's output split into logits, locations, ln(scale) and coefficients.
+
+        The logits are (B, N, H, W) for N components. The other results are (B, N, ..., H, W), with
+        one map for each channel (locations, ln(scale)) or pair of channels (coefficients).
+        """
         count = self.components
         if channels is None:
             channels = next(c for c in range(1, 9) if self.num_maps(c) == parameters.shape[1])
@@ -95,19 +103,30 @@ class DiscretizedLogisticMixture(PixelDistribution):
 
 
 def _from_earlier_channels(values: Tensor, pairs: Tensor) -> Tensor:
-    """Return the shift of each location, (B, N, C, H, W), by the values of earlier channels."""
+    """Return how much the earlier channels shift the location of each channel, (B, N, C, H, W).
+
+    Args:
+        values: pixel values for each of N components, (B, N, C, H, W).
+        pairs: coefficient of each pair of channels, (B, N, pairs, H, W).
+    """
     channels = list(values.unbind(dim=2))
     shifts = [_shift(channels[:c], pairs, c) for c in range(len(channels))]
     return torch.stack([shift + torch.zeros_like(channels[0]) for shift in shifts], dim=2)
 
 
 def _shift(earlier: list[Tensor], pairs: Tensor, channel: int) -> Tensor | float:
-    """Return the shift of a channel's locations, (B, N, H, W), given the values before it."""
+    """Return how much the earlier channels shift the locations of a channel, (B, N, H, W).
+
+    Args:
+        earlier: values of the channels before this channel, (B, N, H, W) each.
+        pairs: coefficient of each pair of channels, for each of N components.
+        channel: index of the channel.
+    """
     first = channel * (channel - 1) // 2
     return sum((pairs[:, :, first + i] * value for i, value in enumerate(earlier)), 0.0)
 
 
 def _of(parts: Tensor, chosen: Tensor) -> Tensor:
-    """Return the chosen component of each pixel, (B, 1, ..., H, W)."""
+    """Return the values of the component that was chosen for each pixel, (B, 1, ..., H, W)."""
     index = chosen[:, None, None].expand(-1, 1, parts.shape[2], -1, -1)
     return parts.gather(1, index)

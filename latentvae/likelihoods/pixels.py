@@ -4,8 +4,9 @@ Each distribution gives a probability to each of the `levels` values of a pixel,
 probabilities sum to 1. So the likelihoods of all models are comparable, in nats per image or in
 bits per dimension. A value k in 0 .. levels - 1 is the pixel 2 k / (levels - 1) - 1 in [-1, 1].
 
-A continuous distribution is made discrete as in PixelCNN++ (arXiv:1701.05517): the probability of a
-value is the integral over its bin. The two outer bins reach to infinity.
+A continuous distribution is made discrete as in PixelCNN++ (arXiv:1701.05517). The probability of a
+value is the integral of the density over an interval around the value, called its bin. The bins of
+the smallest and of the largest value reach to minus and plus infinity.
 
 Symbols: `B` batch size, `C` image channels, `H W` image size, `M` parameter maps.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The smallest ln(scale). A scale of e^-7 is a ninth of the step between two 8-bit values.
+# The smallest ln(scale). A scale of e^-7 is a ninth of the distance of neighbouring 8-bit values.
 MIN_LOG_SCALE = -7.0
 # The largest ln(scale). With a scale of 7.4, a distribution is already flat over [-1, 1].
 MAX_LOG_SCALE = 2.0
@@ -31,8 +32,10 @@ class PixelDistribution(ABC):
         parameters = decoder(z)                        # (B, M, H, W), M = pixels.num_maps(C)
         nats = -pixels.log_prob(images, parameters)    # (B,)
 
+    M is the number of parameter maps, and C is the number of image channels.
+
     Args:
-        levels: number of values that a pixel can have, 2 or above. 256 for 8 bits.
+        levels: number of values that a pixel can have, 2 or above. It is 256 for 8-bit images.
     """
 
     def __init__(self, levels: int = 256) -> None:
@@ -40,15 +43,17 @@ class PixelDistribution(ABC):
 
     @abstractmethod
     def num_maps(self, channels: int) -> int:
-        """Return M, the number of parameter maps for images with this number of channels."""
+        """Return the number of parameter maps for images with this number of channels."""
 
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return ln p of each image, (S B,), in nats, float32.
+        """Return the log-probability of each image for S sets of parameters, (S B,), float32.
+
+        The result is in nats.
 
         Args:
             images: pixels in [-1, 1], each one of the `levels` values, (B, C, H, W).
-            parameters: the decoder's output for S samples of each image, (S B, M, H, W). All images
-                of the first sample come first.
+            parameters: the decoder's output of M maps, for S latent samples of each image,
+                (S B, M, H, W). The first B rows are the first sample of each image.
         """
         images = images.float()
         samples = len(parameters) // len(images)
@@ -58,7 +63,7 @@ class PixelDistribution(ABC):
 
     @abstractmethod
     def _log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return ln p of each image, (B,), for one sample, from images in float32."""
+        """Return the log-probability of each image, (B,), in nats, from images in float32."""
 
     @abstractmethod
     def mean(self, parameters: Tensor) -> Tensor:
@@ -69,7 +74,11 @@ class PixelDistribution(ABC):
         """Draw images (B, C, H, W) in [-1, 1]. Each pixel is one of the `levels` values."""
 
     def start_bias(self, mean_image: Tensor) -> Tensor | None:
-        """Return biases (M, H, W) of the last layer that give `mean_image`, or None."""
+        """Return biases of the decoder's last layer with which `mean` returns `mean_image`.
+
+        The biases are (M, H, W) for M parameter maps. Return None if the distribution has no such
+        biases.
+        """
         return None
 
     def rounded(self, pixels: Tensor) -> Tensor:
@@ -81,7 +90,7 @@ class PixelDistribution(ABC):
 class Bernoulli(PixelDistribution):
     """Independent pixels of two values, black (-1) and white (1). The parameters are logits.
 
-    Images with pixels between these values must be made binary first. Otherwise `log_prob` is the
+    Images with grey pixels must be made binary first. For grey pixels, `log_prob` returns the
     negative cross entropy, which is not a likelihood.
     """
 
@@ -92,7 +101,7 @@ class Bernoulli(PixelDistribution):
         return channels
 
     def log_prob(self, images: Tensor, parameters: Tensor) -> Tensor:
-        # (1 + x) / 2 is the share of white.
+        # For a pixel x in [-1, 1], the share of white is (1 + x) / 2.
         white = (images.float().flatten(1) + 1.0) / 2.0
         result: Tensor = _BinaryLogProb.apply(parameters.float().flatten(1), white)  # type: ignore[assignment]
         return result
@@ -112,10 +121,11 @@ class Bernoulli(PixelDistribution):
 
 
 class _BinaryLogProb(torch.autograd.Function):
-    """sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and shares of white x (B, D).
+    """Return sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and shares of white x (B, D).
 
-    The gradient is x - sigmoid(l). Computing it here takes half of the time and memory of torch's
-    binary cross entropy, which needs a slow logarithm.
+    There are S sets of logits for each of B images of D pixels. The gradient is x - sigmoid(l).
+    This function needs half of the time and memory of torch's binary cross entropy, which computes
+    a slow logarithm.
     """
 
     @staticmethod
@@ -124,7 +134,7 @@ class _BinaryLogProb(torch.autograd.Function):
         ctx.save_for_backward(shares, white)
         # ln(1 + e^l) = max(l, 0) - ln(sigmoid(|l|))
         softplus = torch.relu(logits) - torch.log(torch.maximum(shares, 1.0 - shares))
-        # An einsum would compute in bfloat16 under autocast.
+        # Under autocast, the einsum would compute in bfloat16.
         with torch.autocast(logits.device.type, enabled=False):
             white_logits = torch.einsum("sbd,bd->sb", logits.view(-1, *white.shape), white)
         return white_logits.flatten() - softplus.sum(1)
@@ -140,8 +150,9 @@ class _BinaryLogProb(torch.autograd.Function):
 class LocationScale(PixelDistribution):
     """Base class of independent pixels with a location and a scale.
 
-    The parameters are first C maps of locations, then C maps of ln(scale). ln(scale) is clamped to
-    [-7, 2]. The standard distribution (location 0, scale 1) must be symmetric.
+    For C channels, the parameters are first C maps of locations, then C maps of ln(scale).
+    ln(scale) is clamped to [-7, 2]. The standard distribution (location 0, scale 1) must be
+    symmetric about 0.
     """
 
     def num_maps(self, channels: int) -> int:
@@ -152,12 +163,15 @@ class LocationScale(PixelDistribution):
         return self.log_mass(images, location, log_scale).flatten(1).sum(1)
 
     def log_mass(self, images: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
-        """Return ln p of each pixel value, in nats. The shapes of the tensors must broadcast."""
+        """Return the log-probability of each pixel value, in nats.
+
+        The shapes of the tensors must broadcast.
+        """
         half = 1.0 / (self.levels - 1)
         inverse = torch.exp(-log_scale)
         edges = ((images + side).clamp(-1.0, 1.0) for side in (-half, half))
         lower, upper = ((self._from_pixels(edge) - location) * inverse for edge in edges)
-        # The outer bins have only one finite edge.
+        # The bins of the smallest and of the largest value have only one finite edge.
         outer = torch.where(images < 0, self._log_cdf(upper), self._log_cdf(-lower))
         inside = images.abs() < 1.0 - half
         return torch.where(inside, self._log_between(lower, upper), outer)
@@ -178,27 +192,27 @@ class LocationScale(PixelDistribution):
 
     @abstractmethod
     def _log_cdf(self, x: Tensor) -> Tensor:
-        """Return ln F(x) of the standard distribution."""
+        """Return ln F(x), where F is the standard distribution's cumulative distribution."""
 
     @abstractmethod
     def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """Return ln(F(upper) - F(lower)) of the standard distribution, for lower < upper."""
+        """Return ln of the standard distribution's probability between `lower` and `upper`."""
 
     @abstractmethod
     def _quantile(self, share: Tensor) -> Tensor:
-        """Return x with F(x) = share."""
+        """Return the x below which the standard distribution has the probability `share`."""
 
     def _from_pixels(self, pixels: Tensor) -> Tensor:
-        """Map pixels to the space of the distribution."""
+        """Map pixels to the values for which the distribution is defined, such as logits."""
         return pixels
 
     def _to_pixels(self, x: Tensor) -> Tensor:
-        """Map back to pixels."""
+        """Map values for which the distribution is defined back to pixels."""
         return x
 
 
 class DiscretizedLogistic(LocationScale):
-    """A logistic distribution, made discrete (IAF, arXiv:1606.04934; PixelCNN++)."""
+    """A logistic distribution, made discrete (arXiv:1606.04934 and PixelCNN++)."""
 
     def _log_cdf(self, x: Tensor) -> Tensor:
         return F.logsigmoid(x)
@@ -218,7 +232,7 @@ class DiscretizedGaussian(LocationScale):
         return log_normal_cdf(x)
 
     def _log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
-        # Both edges on the negative side, where ln F is precise.
+        # Mirror intervals on the positive side to the negative side, where ln F is more precise.
         right = lower + upper > 0
         lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
         log_lower, log_upper = (log_normal_cdf(x) for x in (lower, upper))
@@ -231,7 +245,7 @@ class DiscretizedGaussian(LocationScale):
 class DiscretizedLogitLaplace(LocationScale):
     """A Laplace distribution of the logit of a pixel, made discrete.
 
-    This is DALL-E's distribution (arXiv:2102.12092, appendix A.3; `LogitLaplace` has its density).
+    DALL-E uses this distribution (arXiv:2102.12092, appendix A.3). `LogitLaplace` has its density.
     A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before the logit.
     """
 
@@ -246,7 +260,7 @@ class DiscretizedLogitLaplace(LocationScale):
         right = lower + upper > 0
         lower, upper = torch.where(right, -upper, lower), torch.where(right, -lower, upper)
 
-        # both edges on the left of 0, or one on each side
+        # `left` is for edges that are both below 0
         left = upper.clamp(max=0.0) - math.log(2.0) + log1mexp(lower - upper)
         lower, upper = lower.clamp(max=0.0), upper.clamp(min=0.0)
         across = -0.5 * (torch.expm1(lower) + torch.expm1(-upper))
@@ -264,15 +278,16 @@ class DiscretizedLogitLaplace(LocationScale):
 
 
 def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Split maps (B, 2 C, ...) into locations and clamped ln(scale), both (B, C, ...)."""
+    """Split maps (B, 2 C, ...) of C channels into locations and clamped ln(scale), (B, C, ...)."""
     location, log_scale = parameters.float().chunk(2, dim=1)
     return location, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
 
 
 def log_normal_cdf(x: Tensor) -> Tensor:
-    """Return ln F(x) of the standard Gaussian, with correct gradients also for very negative x.
+    """Return the log of the standard Gaussian's cumulative distribution at x.
 
-    torch's own gradient in float32 is wrong for x below about -1,000.
+    Its gradients are correct also for very negative x. torch's own gradient in float32 is wrong for
+    x below about -1,000.
     """
     tail = x.clamp(max=-50.0)
     far = -0.5 * tail * tail - torch.log(-tail) - 0.5 * math.log(2.0 * math.pi)
@@ -282,7 +297,7 @@ def log_normal_cdf(x: Tensor) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """Return ln(1 - e^x) for x < 0.
 
-    Far in a tail, rounding can make x = 0. An upper bound on x keeps value and gradient finite
-    there.
+    Far in the tail of a distribution, rounding can make x = 0. An upper limit on x keeps value and
+    gradient finite in this case.
     """
     return torch.log(-torch.expm1(x.clamp(max=-1e-6)))

@@ -1,8 +1,8 @@
 """Gaussian densities of real values, for tables and for the latents of another network.
 
-The distributions in `likelihoods.pixels` give probabilities to 8-bit values. The distribution of
-this module is a density of any real value. `train-vae` does not offer this distribution, because
-densities and probabilities cannot be compared in nats.
+The distributions in `likelihoods.pixels` give a probability to each value that a pixel can have.
+The distribution of this module is a density of any real value. `latentvae train-vae` does not offer
+this distribution, because log-densities and log-probabilities cannot be compared.
 """
 
 import math
@@ -14,7 +14,7 @@ from latentvae.likelihoods.pixels import PixelDistribution, split
 
 
 class RealGaussian(PixelDistribution):
-    """Independent Gaussians. The parameters are C maps of means, then C maps of ln(std)."""
+    """Independent Gaussians. For C channels, the parameters are C means, then C maps of ln(std)."""
 
     def num_maps(self, channels: int) -> int:
         return 2 * channels

@@ -1,4 +1,4 @@
-"""List the distributions of pixels by the name that a preset gives as `likelihood`."""
+"""List the distributions of pixels. The keys are the values of the option `likelihood`."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
 """GAN losses, penalties on the discriminator, and VQGAN's adaptive weight.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits (1 x 1 is one logit
-per image). `D(x)` are the logits of the discriminator, positive for real images.
+per image). `D(x)` are the logits of the discriminator. A positive logit means a real image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from latentvae.distributed import all_reduce_mean
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return 0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]), a scalar.
+    """Return the hinge loss 0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]), a scalar.
 
-    The loss is 1 if all logits are 0. It is the loss of Lim & Ye 2017 (arXiv:1705.02894), halved as
-    in VQGAN.
+    D(x) are the logits of real images x, and D(recon) those of reconstructions. The loss is 1 if
+    all logits are 0. It is half the loss of Lim & Ye 2017 (arXiv:1705.02894), as in VQGAN.
     """
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
@@ -26,15 +26,16 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Return the model's hinge loss -E[D(recon)], a scalar."""
+    """Return the model's hinge loss -E[D(recon)], a scalar, from the logits of reconstructions."""
     return -fake_logits.float().mean()
 
 
 def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], a scalar.
 
-    The loss is the negative of eq. 1 in Goodfellow et al. 2014 (arXiv:1406.2661). If all logits are
-    0, it is 2 log 2.
+    D(x) are the logits of real images x, and D(recon) those of reconstructions. The loss is the
+    negative of eq. 1 in Goodfellow et al. 2014 (arXiv:1406.2661). If all logits are 0, the loss is
+    2 log 2.
     """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
@@ -42,7 +43,8 @@ def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
     """Return -E[log sigmoid(D(recon))], a scalar (arXiv:1406.2661, section 3).
 
-    The gradient does not vanish where the discriminator is confident.
+    D(recon) are the logits of reconstructions. The gradient does not vanish, even if the
+    discriminator is sure that an image is a reconstruction.
     """
     return F.softplus(-fake_logits.float()).mean()
 
@@ -71,17 +73,17 @@ GAN_LOSSES = {
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return 0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406).
 
-    The formula is eq. 9 of that paper. Here D(x) is the mean of an image's logits, because the
-    losses see only this mean. The squared gradient of this mean falls with the number of pixels, so
-    the weight should grow with that number. StyleGAN2-ADA (arXiv:2006.06676) uses 0.0002 * H * W,
-    divided by the number of images per update.
+    The formula is eq. 9 of that paper. Here D(x) is the mean of an image's logits, as in the GAN
+    losses. The squared gradient of this mean falls with the number of pixels, so the penalty's
+    weight should grow with the number of pixels. StyleGAN2-ADA (arXiv:2006.06676) uses the weight
+    0.0002 * H * W, divided by the number of images per update.
 
     Args:
-        discriminator: the network without DDP's wrapper, because DDP would prepare another
-            reduction of gradients in this forward pass. Add the penalty to the loss that was
-            computed through DDP's wrapper, and call `backward` once. Then DDP reduces the sum of
-            both gradients.
-        images: real images as the discriminator sees them, (B, C, H, W).
+        discriminator: the network without DDP's wrapper. A forward pass through the wrapper would
+            prepare a second reduction of gradients. Add the penalty to the loss that was computed
+            through the wrapper, and call `backward` once. DDP then reduces the sum of both
+            gradients.
+        images: real images as the discriminator gets them, (B, C, H, W).
 
     Returns:
         A scalar with a graph to the discriminator's parameters.
@@ -93,7 +95,7 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Ten
 
 
 def lazy_weight(update: int, *, weight: float, interval: int) -> float:
-    """Return the weight of a penalty that only some updates compute, in update ``update``.
+    """Return the weight, in update ``update``, of a penalty that only some updates compute.
 
     Updates are counted from 0. The weight is ``interval`` times ``weight`` in every ``interval``-th
     update, and 0 in the other updates (arXiv:1912.04958, section 3.1).
@@ -105,13 +107,13 @@ class LeCam:
     """Computes the LeCam penalty of a discriminator (Tseng et al. 2021, arXiv:2104.03310).
 
     LeCam pulls the logits of real images down to the average logit of reconstructions. It pulls the
-    logits of reconstructions up to the average logit of real images. This object keeps these
-    averages: call `update` once per update, and save `state_dict`. The averages start at 0, because
-    an untrained discriminator has logits near 0.
+    logits of reconstructions up to the average logit of real images. This object keeps moving
+    averages of the logits. Call `update` once per update, and save `state_dict` in checkpoints. The
+    averages start at 0, because an untrained discriminator has logits near 0.
 
     Args:
         decay: decay of the averages per update.
-        device: where the logits are.
+        device: device of the logits.
     """
 
     def __init__(self, *, decay: float = 0.99, device: torch.device | str = "cpu") -> None:
@@ -121,10 +123,11 @@ class LeCam:
     def penalty(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return E[(D(x) - average fake)+^2] + E[(average real - D(recon))+^2], a scalar.
 
-        The formula is eq. 4 of the paper, with the positive part ()+ of the authors' code
-        (google/lecam-gan, third_party/lecam_loss.py). Without the positive part, the logit of a
-        real image below the average logit of reconstructions would be pulled up, which is the task
-        of the GAN loss.
+        D(x) are the logits of real images, D(recon) those of reconstructions ("fake"), and ()+ is
+        the positive part, max(0, ...). The formula is eq. 4 of arXiv:2104.03310, with the positive
+        part of the authors' code (google/lecam-gan, third_party/lecam_loss.py). Without it, the
+        penalty would also pull up the logit of a real image below the average logit of
+        reconstructions. That is the task of the GAN loss.
         """
         real_anchor, fake_anchor = self.anchors.unbind()
         above = F.relu(real_logits.float() - fake_anchor)
@@ -154,16 +157,16 @@ def adaptive_weight(
 ) -> Tensor:
     """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
 
-    W is the weight of the decoder's last layer. The gradients with respect to ``recon`` are already
-    known, so only two backward passes are needed, both through one convolution. The function
-    averages each gradient over ranks before it takes the norm.
+    W is the decoder's last weight, `nll` the reconstruction loss and `adversarial` the model's GAN
+    loss. The gradients with respect to ``recon`` are already known, so each loss needs a backward
+    pass through only one convolution. Each gradient is averaged over ranks before its norm.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).
-        last_layer: W, the weight of the convolution that made ``recon``.
+        last_layer: W, the weight of the convolution that computed ``recon``.
         nll_grad: d nll / d recon, same shape as ``recon``.
         adversarial_grad: d adversarial / d recon, same shape as ``recon``.
-        cap: largest weight returned.
+        cap: upper limit of the result.
 
     Returns:
         A scalar without graph.
@@ -181,16 +184,17 @@ class Adversary:
 
     Attributes:
         discriminator: the network without wrappers, for the model's loss. This loss needs only the
-            gradient at the reconstruction. Each rank has its own reconstructions, so DDP is not
-            needed.
+            gradient with respect to the reconstruction. Each rank has its own reconstructions, so
+            DDP is not needed.
         prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
         factor: weight of the adversarial term in the model's loss in this update, not yet
             multiplied by the adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
-        augment: policy of `diff_augment` for all images that the discriminator sees.
+        augment: names of the augmentations (see `diff_augment`) of all images that the
+            discriminator gets.
         r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.
-        lecam: LeCam's averages. None leaves out the LeCam penalty. The training loop calls
-            `LeCam.update` once per update.
+        lecam: object with the averages for the LeCam penalty. None leaves out the LeCam penalty.
+            The training loop calls `LeCam.update` once per update.
         lecam_weight: weight of the LeCam penalty.
     """
 

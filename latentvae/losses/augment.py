@@ -1,11 +1,11 @@
 """DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random, differentiable image changes.
 
-All images that the discriminator sees, real ones and reconstructions, are changed at random. The
+All images that the discriminator gets, real images and reconstructions, are changed at random. The
 gradient to the reconstruction passes through the change. Each image has its own random numbers. The
-numbers come from the global generator, which the training loop seeds for each micro-step.
+numbers come from torch's global generator, which the training loop seeds for each micro-step.
 
-`B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels that come from outside the image
-are 0, which is grey.
+`B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0,
+which is grey.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,12 @@ _CUTOUT = 1 / 2  # side of the cut rectangle, as a share of the image's side
 
 
 def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
-    """Return ``images`` (B, C, H, W) changed by each augmentation of ``policy``, one after another.
+    """Return ``images`` (B, C, H, W), changed by one augmentation after the other.
 
     Args:
-        policy: keys of `AUGMENTATIONS`. With an empty policy the images come back unchanged.
+        images: images in [-1, 1].
+        policy: names of the augmentations, which are keys of `AUGMENTATIONS`. With an empty policy,
+            the images are not changed.
 
     Raises:
         UserError: a name in `policy` is not a key of `AUGMENTATIONS`.
@@ -41,8 +43,8 @@ def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
 def color(images: Tensor) -> Tensor:
     """Return images with a random brightness, saturation and contrast for each image.
 
-    Brightness changes by up to 0.5. The factor is from 0 to 2 for saturation and from 0.5 to 1.5
-    for contrast.
+    A number from -0.5 to 0.5 is added for brightness. The saturation is multiplied by a number from
+    0 to 2, and the contrast by a number from 0.5 to 1.5.
     """
     images = images + (_uniform(images) - 0.5)
     grey = images.mean(dim=1, keepdim=True)
@@ -52,17 +54,20 @@ def color(images: Tensor) -> Tensor:
 
 
 def translation(images: Tensor) -> Tensor:
-    """Return images, each shifted at random by up to an eighth of its sides, in whole pixels."""
+    """Return images, each shifted at random by whole pixels, by up to an eighth of its sides."""
     height, width = images.shape[2:]
     rows = _shifted(images, height)[:, None, :, None]  # (B, 1, H, 1)
     columns = _shifted(images, width)[:, None, None, :]  # (B, 1, 1, W)
-    images = F.pad(images, (1, 1, 1, 1))  # this border represents all pixels outside
+    images = F.pad(images, (1, 1, 1, 1))  # this border stands for all pixels outside the image
     images = images.gather(2, rows.expand(-1, images.shape[1], -1, width + 2))
     return images.gather(3, columns.expand(-1, images.shape[1], height, -1))
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Return images in which a rectangle at a random place is 0. Its sides are half the image's."""
+    """Return images in which a rectangle at a random place is 0.
+
+    The sides of the rectangle are half the sides of the image.
+    """
     height, width = images.shape[2:]
     rows = _cut(images, height)[:, None, :, None]
     columns = _cut(images, width)[:, None, None, :]
@@ -77,14 +82,15 @@ AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _uniform(images: Tensor) -> Tensor:
-    """Return a number from U(0, 1) for each image, (B, 1, 1, 1)."""
+    """Return a uniform random number from 0 to 1 for each image, (B, 1, 1, 1)."""
     return torch.rand(len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
 
 
 def _shifted(images: Tensor, size: int) -> Tensor:
-    """Return the source of each pixel of a shifted side, (B, size).
+    """Return for each row (or column) of a shifted image the original row to copy, (B, size).
 
-    A source is a position in the side after padding by one pixel.
+    The rows of the original are counted after padding by one pixel. Each of the B images has its
+    own random shift.
     """
     most = int(size * _TRANSLATION + 0.5)
     shift = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
@@ -92,7 +98,7 @@ def _shifted(images: Tensor, size: int) -> Tensor:
 
 
 def _cut(images: Tensor, size: int) -> Tensor:
-    """Return a mask (B, size) that is true for the pixels of a side that are set to 0."""
+    """Return a mask (B, size) that is true for the rows (or columns) of the cut rectangle."""
     length = int(size * _CUTOUT + 0.5)
     centre = torch.randint(size + 1 - length % 2, (len(images), 1), device=images.device)
     distance = torch.arange(size, device=images.device) - (centre - length // 2)

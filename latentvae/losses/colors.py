@@ -1,10 +1,10 @@
 """Convert images to RGB, for LPIPS, for the discriminators and for display.
 
-A grey channel is repeated three times. In images with four channels, the last is alpha (-1
+A grey channel is repeated three times. In images with four channels, the last channel is alpha (-1
 transparent, 1 opaque), and the colours are blended with a background. In training, the background
-is a random colour for each image. An image and its reconstruction have the same background. So the
-model can learn neither one fixed background nor the colours of transparent pixels. Outside
-training, the background is mid-grey.
+is a random colour for each image, so that the model does not rely on a fixed background. An image
+and its reconstruction have the same background, so the loss ignores the colours of transparent
+pixels. Outside training, the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """
@@ -16,9 +16,9 @@ MID_GREY = 0.0
 
 
 def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
-    """Return images (B, C, H, W) as RGB (B, 3, H, W), with their gradient.
+    """Return images (B, C, H, W) as RGB (B, 3, H, W). Gradients pass through.
 
-    RGB images come back unchanged.
+    RGB images are not changed.
 
     Args:
         background: colour behind transparent pixels: one grey value, or colours that broadcast to
@@ -38,8 +38,8 @@ def to_rgb(images: Tensor, background: Tensor | float = MID_GREY) -> Tensor:
 def random_background(images: Tensor) -> Tensor | float:
     """Return a colour (B, 3, 1, 1) for each image with alpha, uniform in [-1, 1].
 
-    The colour comes from the global generator, which the training loop seeds per micro-step. For
-    images without alpha the colour is mid-grey, and no random number is drawn.
+    The colour is drawn with torch's global generator, which the training loop seeds for each
+    micro-step. For images without alpha the colour is mid-grey, and no random number is drawn.
     """
     if images.shape[1] != 4:
         return MID_GREY

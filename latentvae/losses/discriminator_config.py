@@ -23,11 +23,11 @@ class DiscriminatorConfig(Section):
         description=(
             "Normalisation in the patch discriminator: `group` (GroupNorm layers), `spectral` "
             "(spectral normalisation of the weights) or `none`. The default is `group`. The "
-            "stylegan discriminator has no normalisation."
+            "discriminator `stylegan` has no normalisation."
         ),
     )
     disc_loss: Literal["hinge", "non_saturating"] = Field(
-        default="hinge", description="GAN loss that trains the model and the discriminator."
+        default="hinge", description="GAN loss for the model and the discriminator."
     )
     disc_augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
         default=(),
@@ -49,8 +49,8 @@ class DiscriminatorConfig(Section):
     disc_r1_interval: Positive = Field(
         default=1,
         description=(
-            "Compute the R1 penalty once in this many updates. The weight of the penalty is then "
-            "multiplied by this number."
+            "Compute the R1 penalty once in this many updates. To compensate, the weight of the "
+            "penalty is multiplied by this number."
         ),
     )
     disc_lecam_weight: Annotated[float, Field(ge=0.0)] = Field(
@@ -68,8 +68,8 @@ class DiscriminatorConfig(Section):
     disc_start: Annotated[float, Field(ge=0.0)] = Field(
         default=0.5,
         description=(
-            "Update at which the discriminator starts to learn. A value below 1 is a share of "
-            "max_train_steps."
+            "Update at which the discriminator starts to learn. A value between 0 and 1 is a "
+            "fraction of the whole training (max_train_steps)."
         ),
     )
     disc_warmup_steps: UpdatesOrShare = Field(
@@ -84,8 +84,8 @@ class DiscriminatorConfig(Section):
         default=1000,
         description=(
             "Number of updates over which the weight of the adversarial loss grows from 0 to "
-            "disc_scale. These updates follow the updates that disc_warmup_steps counts. The "
-            "discriminator also learns during these updates."
+            "disc_scale. This growth begins after the updates of disc_warmup_steps. The "
+            "discriminator also learns while the weight grows."
         ),
     )
     disc_adaptive_weight: bool = Field(
@@ -99,18 +99,19 @@ class DiscriminatorConfig(Section):
     disc_weight_cap: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0,
         description=(
-            "Largest value of the adaptive weight (see disc_adaptive_weight). VQGAN's code uses "
-            "1e4 with losses that are means over image elements, like the losses of this program. "
-            "Stable Diffusion's code uses 1e4 with losses that are sums (see disc_cap_on_sums)."
+            "Largest value of the adaptive weight (see disc_adaptive_weight). To use the limit of "
+            "VQGAN's code, give 1e4. The losses in that code are means over image elements, as in "
+            "this program. To use the limit of Stable Diffusion's code, give 1e4 and also "
+            "disc_cap_on_sums, because the losses in that code are sums."
         ),
     )
     disc_cap_on_sums: bool = Field(
         default=False,
         description=(
-            "Use disc_weight_cap as a limit for losses that are sums over image elements, as in "
-            "Stable Diffusion's code. The losses of this program are means, so the limit is "
-            "divided by channels * height * width. For RGB images, a limit of 1e4 becomes 0.05 at "
-            "256 px and 0.013 at 512 px."
+            "Read disc_weight_cap as the limit for losses that are sums over image elements, as in "
+            "Stable Diffusion's code. The losses of this program are means, so the program divides "
+            "the limit by channels * height * width. For RGB images, a limit of 1e4 becomes 0.05 "
+            "at 256 px and 0.013 at 512 px."
         ),
     )
     disc_learning_rate: Annotated[float, Field(gt=0.0)] = Field(
@@ -127,28 +128,28 @@ class DiscriminatorConfig(Section):
         default=None,
         description=(
             "Number of discriminator layers that halve the height and width of the feature map. "
-            "The default for `patch` is 3, which makes patches of 70 x 70 pixels. By default, "
-            "`stylegan` has enough of these layers to leave 4 positions on the shorter side of the "
-            "feature map."
+            "The default for `patch` is 3, which makes patches of 70 x 70 pixels. The default for "
+            "`stylegan` is the number of layers after which the shorter side of the feature map "
+            "has 4 positions."
         ),
     )
 
-    # This folder may change on resume, because only a new run reads it.
+    # This option may change on resume, because only a new run reads the folder.
     discriminator_from: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
         description=(
-            "Folder of an earlier run. The new run starts with the discriminator of that run. Use "
-            "this option together with pretrained_model_name_or_path, which loads only the "
-            "autoencoder."
+            "Output folder of an earlier training. The new training starts with the discriminator "
+            "of the earlier one. Use this option together with pretrained_model_name_or_path, "
+            "which loads only the autoencoder."
         ),
     )
     disc_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
-            "Check whether the discriminator's loss is near 0, and whether validation LPIPS gets "
-            "steadily worse while the discriminator is active. If either happens, `warn` prints a "
-            "warning. `disable` also switches the discriminator off for the rest of the run. `off` "
-            "turns this check off."
+            "Check during training whether the discriminator fails. It fails if its loss is near "
+            "0, or if validation LPIPS gets steadily worse while the discriminator is active. In "
+            "this case, `warn` prints a warning. `disable` also switches the discriminator off for "
+            "the rest of the training. `off` turns this check off."
         ),
     )
 

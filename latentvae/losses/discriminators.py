@@ -1,10 +1,11 @@
 """Discriminators of image patches and of whole images.
 
-Patches: Isola et al. 2017, arXiv:1611.07004. Whole images: Karras et al. 2020, arXiv:1912.04958.
+The discriminator of patches follows Isola et al. 2017, arXiv:1611.07004. The discriminator of whole
+images follows Karras et al. 2020, arXiv:1912.04958.
 
-No discriminator has batch statistics. With batch statistics, the logits of real images would depend
-on the reconstructions in the batch and on the number of ranks. Also, the model's training step
-would change running averages of the discriminator.
+No discriminator here has batch norm. With batch norm, the logits of real images would depend on the
+reconstructions in the batch and on the number of ranks. Also, the model's training step would
+change the discriminator's running averages.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -24,14 +25,15 @@ from latentvae.errors import UserError, nearest
 
 PATCH_NORMS = ("group", "spectral", "none")
 _PATCH_LAYERS = 3  # one logit per patch of 70 x 70 pixels
-_STYLEGAN_LAST_SIDE = 4  # side of the last feature map, which Karras et al. turn into one vector
+_STYLEGAN_LAST_SIDE = 4  # side of the last feature map in Karras et al.
 
 
 def power_iteration(discriminator: nn.Module) -> None:
     """Take one step of the power iteration of each spectral norm in ``discriminator``.
 
-    Call this function once per update, after the optimiser's step. The result depends only on the
-    weights, so ranks with equal weights stay equal without communication.
+    A spectral norm estimates the largest singular value of a weight by power iteration. Call this
+    function once per update, after the optimiser's step. The result depends only on the weights, so
+    ranks with equal weights get equal results without communication.
     """
     with torch.no_grad():
         for module in discriminator.modules():
@@ -46,15 +48,17 @@ class PatchGAN(nn.Module):
 
     The only difference from the discriminator of pix2pix is the norm, which is not BatchNorm.
 
-    The network is always in eval mode, and `.train()` has no effect. In train mode, torch's
-    spectral norm would take a step of its power iteration in every forward pass. Then the model's
-    step, the discriminator's step and the micro-steps of one update would all see different
-    weights. Instead, `power_iteration` takes a step of the power iteration once per update.
+    The network is always in eval mode, and `.train()` has no effect. The reason is torch's spectral
+    norm, which in train mode takes a step of its power iteration in every forward pass. The weights
+    would then differ between the forward passes of one update. Instead, the function
+    `power_iteration` takes one step per update.
 
     Args:
-        in_channels: image channels.
-        channels: width of the first layer. The width doubles per layer, up to eightfold.
-        num_layers: number of stride-2 layers. 3 gives a receptive field of 70 pixels.
+        in_channels: number of image channels.
+        channels: width of the first layer. The width doubles with each layer, up to 8 times the
+            first width.
+        num_layers: number of layers with stride 2. With 3 layers, a logit depends on a patch of
+            70 x 70 pixels.
         norm: "group", "spectral" or "none". With "spectral" every convolution's weight is divided
             by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
         norm_groups: groups of each GroupNorm.
@@ -111,7 +115,7 @@ class PatchGAN(nn.Module):
 class _SpectralConv2d(nn.Conv2d):
     """A convolution that computes its spectral norm in float32.
 
-    Under autocast, torch's spectral norm would multiply a bfloat16 vector by a float32 one.
+    Under autocast, torch's spectral norm would multiply a bfloat16 vector by a float32 vector.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -140,16 +144,18 @@ class StyleGANDiscriminator(nn.Module):
     Two things differ from the original:
 
     - The original flattens a 4 x 4 map. Here a mean over space allows images of any size.
-    - Here there is no layer for the standard deviation over the minibatch. With such a layer, an
-      image's logit would depend on the other images, and so on ranks and micro-steps. The layer is
-      a remedy for mode collapse of a generator, which cannot happen with reconstructions.
+    - The original has a layer with the standard deviation over the minibatch. Here this layer is
+      left out, because an image's logit would depend on the other images of the batch, and so on
+      the number of ranks. The layer prevents mode collapse of a generator, which cannot happen with
+      reconstructions.
 
     Weights start as N(0, 1) and are scaled in each forward pass (equalised learning rate). So the
     learning rate should be 2e-3 as in the paper, not 1e-4 as for a PatchGAN.
 
     Args:
-        in_channels: image channels.
-        channels: width at full resolution. The width doubles per block, up to eightfold.
+        in_channels: number of image channels.
+        channels: width at full resolution. The width doubles with each block, up to 8 times the
+            first width.
         num_layers: number of residual blocks. Each side of an image needs at least 2 ** num_layers
             pixels.
     """
@@ -176,7 +182,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class _EqualisedConv2d(nn.Conv2d):
-    """A convolution with N(0, 1) weights, which it divides by the square root of the fan-in.
+    """A convolution with initial weights N(0, 1), divided by sqrt(fan-in) in each forward pass.
 
     The source is Karras et al. 2018, arXiv:1710.10196, section 4.1.
     """
@@ -217,7 +223,7 @@ class _Blur(nn.Module):
 
 
 class _ResidualDown(nn.Module):
-    """A residual block that halves the map, (B, in, H, W) -> (B, out, H // 2, W // 2)."""
+    """A residual block that halves height and width: (B, in, H, W) -> (B, out, H // 2, W // 2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -246,11 +252,12 @@ class DiscriminatorKind:
     Attributes:
         build: the discriminator's class, called with `in_channels`, `channels`, `num_layers`, and
             with `norm` if there is a choice of norms.
-        norms: allowed values of `norm`, the default first. Empty without a choice of norms.
-        default_layers: returns the number of layers that halve the map, given the shorter side of
-            the images in pixels.
-        smallest_side: returns the smallest side of an image, in pixels, that gives a logit. The
-            argument is the number of layers, or None for the default.
+        norms: allowed values of `norm`, the default first. Empty if there is no choice of norms.
+        default_layers: function that returns the default number of layers that halve the map. Its
+            argument is the shorter side of the images in pixels.
+        smallest_side: function that returns the smallest side of an image, in pixels, for which the
+            discriminator returns a logit. Its argument is the number of layers, or None for the
+            default.
     """
 
     build: Callable[..., Discriminator]
@@ -292,12 +299,13 @@ def build_discriminator(
     Args:
         kind: a key of `DISCRIMINATORS`.
         image_size: height and width of the smallest images in training, in pixels.
-        in_channels: image channels.
-        channels: width of the first layer. The width doubles per layer, up to eightfold.
-        num_layers: layers or blocks that halve the map. Default: 3 for "patch" (70 pixels), and
-            for "stylegan" as many as leave at least 4 pixels on the shorter side.
-        norm: for "patch": "group" (the default), "spectral" or "none". "stylegan" has no choice
-            of norms.
+        in_channels: number of image channels.
+        channels: width of the first layer. The width doubles with each layer, up to 8 times the
+            first width.
+        num_layers: number of layers or blocks that halve the map. The default for "patch" is 3,
+            which gives patches of 70 x 70 pixels. The default for "stylegan" is the largest number
+            that leaves a map of at least 4 positions on the shorter side.
+        norm: "group" (the default), "spectral" or "none". Only "patch" has this choice.
 
     Raises:
         UserError: the kind or the norm is unknown, or the images are too small.
@@ -327,5 +335,10 @@ def build_discriminator(
 
 
 def smallest_side(kind: str, num_layers: int | None = None) -> int:
-    """Return the smallest side of an image, in pixels, for which the kind gives a logit."""
+    """Return the smallest side of an image, in pixels, for which a discriminator gives a logit.
+
+    Args:
+        kind: a key of `DISCRIMINATORS`.
+        num_layers: number of layers that halve the map, or None for the default.
+    """
     return DISCRIMINATORS[kind].smallest_side(num_layers)

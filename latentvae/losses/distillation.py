@@ -1,4 +1,4 @@
-"""The loss of a small autoencoder (the student) that learns from a given one (the teacher).
+"""The loss of a small autoencoder (student) that learns from a given autoencoder (teacher).
 
     decoder = (1 - t) * distance(recon, images) + t * distance(recon, teacher's recon)
     distance = pixel error + perceptual_scale * LPIPS
@@ -42,13 +42,13 @@ class DistillationLoss(nn.Module):
 
     Args:
         rec_loss: pixel error, "l1" or "l2".
-        perceptual: LPIPS, frozen. None leaves LPIPS out.
+        perceptual: the frozen network of LPIPS. None leaves LPIPS out.
         perceptual_scale: weight of LPIPS. The pixel error has weight 1.
-        teacher_share: t, from 0 (compare with the images) to 1 (compare with the teacher's
-            reconstruction).
+        teacher_share: weight of the distance to the teacher's reconstruction, from 0 to 1. The
+            distance to the image has the weight 1 - `teacher_share`.
         latent_scale: weight of the mean squared error between the student's and the teacher's
             latents.
-        autocast_dtype: dtype of the backbone of LPIPS. Default: float32.
+        autocast_dtype: dtype of the backbone of LPIPS. The default is float32.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class DistillationLoss(nn.Module):
     def forward(
         self, taught: Taught, recon: Tensor | None, z: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total loss with its graph, and the unweighted terms by log name.
+        """Return the total loss with its graph, and the unweighted terms by their names in the log.
 
         Args:
             taught: the images, and the teacher's results for them.
@@ -88,7 +88,7 @@ class DistillationLoss(nn.Module):
         return total, {name: value.detach() for name, (_, value) in terms.items()}
 
     def _decoder(self, taught: Taught, recon: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Return weight and value of the decoder's terms, by log name."""
+        """Return weight and value of each term of the decoder's loss, by its name in the log."""
         targets = {"": taught.images, "_teacher": taught.recon}
         used = {
             name: target
@@ -118,10 +118,10 @@ class DistillationLoss(nn.Module):
 
 
 def noisy(z: Tensor, strength: float) -> Tensor:
-    """Add Gaussian noise to latents (B, d, h, w), by the global random generator.
+    """Add Gaussian noise, drawn with torch's global generator, to latents (B, d, h, w).
 
-    The noise's standard deviation is drawn anew for each image: uniformly from 0 to `strength`
-    times the standard deviation of `z`.
+    Each image has its own standard deviation of the noise. It is drawn uniformly from 0 to
+    `strength` times the standard deviation of `z`.
     """
     if strength == 0:
         return z

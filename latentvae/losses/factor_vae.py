@@ -1,8 +1,9 @@
 """Estimate the total correlation of a code by a discriminator, as FactorVAE does.
 
-The source is Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator tells codes z ~
-q(z) from codes whose dimensions were permuted within the batch, which are samples of prod_k q(z_k).
-The difference of its two logits estimates the total correlation. Two optimizers take turns:
+The source is Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator distinguishes
+codes z ~ q(z) from codes whose dimensions were permuted within the batch. Permuted codes are about
+samples of prod_k q(z_k). The difference of the discriminator's two logits estimates the total
+correlation. The VAE and the discriminator are trained in alternating steps:
 
     tc = density_ratio_tc(discriminator(z))               # z with its graph, discriminator frozen
     (recon + kl + gamma * tc).backward()                  # the VAE's step
@@ -20,12 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH, LAYERS, SLOPE = 1000, 6, 0.2  # the paper's values, and TensorFlow's slope of the leaky ReLU
+# Width and number of layers of the paper, and TensorFlow's slope of the leaky ReLU.
+WIDTH, LAYERS, SLOPE = 1000, 6, 0.2
 JOINT, PERMUTED = 0, 1  # columns of the logits
 
 
 class FactorDiscriminator(nn.Module):
-    """A fully connected network from codes (B, D) to two logits (B, 2): joint and permuted.
+    """A fully connected network that finds out whether the dimensions of codes were permuted.
+
+    The input is codes (B, D). The output is two logits (B, 2): for codes as they are ("joint"), and
+    for codes whose dimensions were permuted within the batch.
 
     Args:
         dimensions: number of dimensions D of a code.
@@ -46,11 +51,12 @@ class FactorDiscriminator(nn.Module):
 
 
 def permute_dims(z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Return codes (B, D) with each dimension permuted on its own within the batch.
+    """Return codes in which each dimension is permuted separately within the batch.
 
     Args:
-        z: (B, D).
-        generator: draws the permutations, on the device of `z`. None uses torch's global generator.
+        z: codes of D dimensions, (B, D).
+        generator: random generator of the permutations, on the device of `z`. None uses torch's
+            global generator.
     """
     order = torch.rand(z.shape, generator=generator, device=z.device).argsort(0)
     return z.gather(0, order)
@@ -59,9 +65,10 @@ def permute_dims(z: Tensor, *, generator: torch.Generator | None = None) -> Tens
 def density_ratio_tc(logits: Tensor) -> Tensor:
     """Return the estimated total correlation, E[log(D(z) / (1 - D(z)))], a scalar in nats.
 
+    D(z) is the discriminator's probability that the dimensions of code z were not permuted.
+
     Args:
-        logits: the discriminator's logits (B, 2) of codes z that were not permuted. D(z) is the
-            probability of this class.
+        logits: the discriminator's logits (B, 2) of codes z that were not permuted.
     """
     logits = logits.float()
     return (logits[:, JOINT] - logits[:, PERMUTED]).mean()
@@ -71,8 +78,8 @@ def factor_discriminator_loss(joint_logits: Tensor, permuted_logits: Tensor) -> 
     """Return the mean cross-entropy of the discriminator, a scalar. Random guessing gives log 2.
 
     Args:
-        joint_logits: (B, 2), of codes that were not permuted.
-        permuted_logits: (B, 2), of permuted codes.
+        joint_logits: logits (B, 2) of codes that were not permuted.
+        permuted_logits: logits (B, 2) of permuted codes.
     """
 
     def cross_entropy(logits: Tensor, column: int) -> Tensor:

@@ -3,9 +3,9 @@
 ViTok-v2 (arXiv:2605.05331) trains with such a loss in place of LPIPS and a discriminator. Its
 authors' package `dino-perceptual` takes the hidden states of every block, scales the vector at each
 position to unit length, and averages the squared differences over blocks, positions and channels.
-Here the sum over channels replaces the mean, with a factor 1/2. So the loss is the mean of 1 -
-cosine similarity, which is C / 2 times the loss of the package. A good weight of this loss does not
-depend on the width C of the network.
+Here the mean over channels is replaced by half the sum over channels. So the loss is the mean of
+1 - cosine similarity, which is C / 2 times the loss of the package. A good weight of this loss does
+not depend on the number of channels C of the network.
 
 `B` batch, `C` channels of a layer, `S` positions of a layer, `H W` image size.
 """
@@ -39,9 +39,9 @@ class FeatureLoss(nn.Module):
         distance = loss(images, recon)  # (B,), from 0 to 2
 
     Args:
-        network: network of `transformers` that takes images and returns hidden states.
-        mean, std: mean and standard deviation of the three colours, for pixels in [0, 1], with
-            which the network's training images were normalised.
+        network: network of the library `transformers` that takes images and returns hidden states.
+        mean, std: mean and standard deviation of the three colours, for pixels in [0, 1]. The
+            network's training images were normalised with these values.
 
     Attributes:
         num_layers: number of layers that are compared, after the first call.
@@ -77,8 +77,8 @@ class FeatureLoss(nn.Module):
         """Return the distance of each image from its reconstruction, (B,), float32, from 0 to 2.
 
         Args:
-            images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated, and RGBA is
-                laid over mid-grey (`colors.to_rgb`).
+            images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated to three
+                channels, and RGBA images are blended with mid-grey (`colors.to_rgb`).
         """
         with torch.no_grad():
             targets = self.features(images)
@@ -87,7 +87,10 @@ class FeatureLoss(nn.Module):
             return torch.stack([_distance(*pair) for pair in pairs]).mean(dim=0)
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Return the hidden states of all layers except the embedding, each (B, C, S)."""
+        """Return the hidden states of all layers except the embedding.
+
+        Each has C channels at S positions, (B, C, S).
+        """
         pixels = (0.5 * to_rgb(images) + 0.5 - self.mean) / self.std
         states = self.network(
             pixel_values=self._fitting(pixels), output_hidden_states=True, **self._options()
@@ -96,25 +99,28 @@ class FeatureLoss(nn.Module):
         return [x.flatten(2) if x.ndim == 4 else x.transpose(1, 2) for x in states]
 
     def _fitting(self, pixels: Tensor) -> Tensor:
-        """Resize images whose sides are no multiple of the patch, to the nearest multiple."""
+        """Return images whose sides are multiples of the patch size, resized if necessary."""
         size = [max(round(side / self.patch), 1) * self.patch for side in pixels.shape[2:]]
         if size == list(pixels.shape[2:]):
             return pixels
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
 
     def _options(self) -> dict[str, bool]:
-        """Return the switch by which some networks take images of another size than in training."""
+        """Return the argument with which some networks take images of other sizes than in training.
+
+        The result is empty for other networks.
+        """
         names = inspect.signature(self.network.forward).parameters
         return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}
 
 
 def load_feature_loss(path: str, *, sizes: Sequence[tuple[int, int]] = ()) -> FeatureLoss:
-    """Return the loss with the network in a folder of `transformers`, or in a Hub repository.
+    """Return the loss with a network of the library `transformers` from a folder or the Hub.
 
-    The network is in float32, on the CPU, and frozen. Its weights are never random.
+    The network is in float32, on the CPU, and frozen. If weights are missing, an error is raised.
 
     Args:
-        path: the folder, or the repository's name.
+        path: the folder, or the name of a repository on the Hugging Face Hub.
         sizes: image sizes (height, width) that the network must take.
 
     Raises:
@@ -162,7 +168,7 @@ def _check_network(network: Any, path: str, *, missing: Sequence[str]) -> None:
         raise UserError(
             f"feature_loss '{path}' takes images of {channels} channels. It must take RGB images."
         )
-    # A pooler comes after all hidden states, so that its weights have no effect.
+    # A pooler comes after all hidden states, so its weights have no effect and may be missing.
     if lost := sorted(name for name in missing if "pooler" not in name):
         raise UserError(
             f"feature_loss '{path}' has no weights for {len(lost)} tensors of its network, such as "
@@ -171,7 +177,7 @@ def _check_network(network: Any, path: str, *, missing: Sequence[str]) -> None:
 
 
 def _check_size(loss: FeatureLoss, path: str, height: int, width: int) -> None:
-    """Raise UserError unless the network returns finite features of such images."""
+    """Raise UserError unless the network returns finite features of images of this size."""
     device = loss.mean.device
     try:
         with torch.no_grad():
@@ -189,13 +195,13 @@ def _check_size(loss: FeatureLoss, path: str, height: int, width: int) -> None:
 
 
 def _distance(target: Tensor, features: Tensor) -> Tensor:
-    """Return the mean of 1 - cosine similarity over the positions of a layer, (B,)."""
+    """Return the mean of 1 - cosine similarity over the positions of a layer, for each image."""
     difference = unit_features(features) - unit_features(target)
     return 0.5 * difference.square().sum(dim=1).mean(dim=1)
 
 
 def _patch_size(config: Any) -> int:
-    """Return the multiple that the sides of images must have: 1 for convolutional networks."""
+    """Return the number that must divide the sides of images: 1 for convolutional networks."""
     if getattr(config, "num_attention_heads", None) is None:
         return 1
     patch = getattr(config, "patch_size", None) or 1
@@ -221,7 +227,7 @@ def _colours(path: str, **options: bool) -> tuple[list[float], list[float]]:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Silence the loading report and progress bar of transformers. We check its result."""
+    """Turn off the loading report and progress bar of `transformers` inside the context."""
     from transformers.utils import logging
 
     kept, shows = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,15 +1,15 @@
 """The logit-Laplace loss of ViT-VQGAN, on the pixels that a decoder returns.
 
-DALL-E (arXiv:2102.12092, appendix A.3) maps a pixel in [-1, 1] to x in [eps, 1 - eps], eps = 0.1,
-and gives x the density
+DALL-E (arXiv:2102.12092, appendix A.3) maps a pixel in [-1, 1] to x in [eps, 1 - eps], eps = 0.1.
+The density of x is
 
     f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
 DALL-E's decoder returns six maps, three of mu and three of ln b (`likelihoods.LogitLaplace`).
 ViT-VQGAN (arXiv:2110.04627) adds a logit-Laplace loss with weight 0.1 to the L2 loss of its three
-output maps. We found no description of the value of b. Three maps can only give mu, so here mu is
-the logit of the mapped output, and b is 1. Another constant b would only change the weight of the
-loss.
+output maps. We found no description of the value of b. Three maps can only give mu. So here each
+output is mapped to x like a pixel, mu is the logit of this x, and b is 1. Another constant b would
+only change the weight of the loss.
 """
 
 import math
@@ -21,14 +21,15 @@ EPS = 0.1
 
 
 def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
-    """Return -ln f(x; mu, 1) of each element in nats, float32 or wider, of any shape.
+    """Return the negative logit-Laplace log-likelihood of each pixel, in nats, float32 or wider.
 
-    For outputs outside of [-1, 1], the tangent continues the logit. So the gradient of these
-    outputs is finite and moves them towards the image.
+    The scale b of the distribution is 1. For decoder outputs outside of [-1, 1], the logit is
+    continued by its tangent. So the gradient of these outputs is finite and moves them towards the
+    image.
 
     Args:
-        recon: outputs of the decoder, of the images' shape.
-        images: pixels in [-1, 1].
+        recon: outputs of the decoder, of the same shape as the images.
+        images: pixels in [-1, 1], of any shape.
     """
     x, mapped = (0.5 + (0.5 - EPS) * pixels.float() for pixels in (images, recon))
     logit = torch.logit(x)
@@ -36,6 +37,6 @@ def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
 
 
 def _logit(x: Tensor) -> Tensor:
-    """Return the logit in [eps, 1 - eps], and its tangent outside."""
+    """Return the logit of values in [eps, 1 - eps], and its linear continuation for others."""
     inside = x.clamp(EPS, 1.0 - EPS)
     return torch.logit(inside) + (x - inside) / (EPS * (1.0 - EPS))

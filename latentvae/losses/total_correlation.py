@@ -1,15 +1,15 @@
 """Split the KL of a Gaussian posterior into three parts, as beta-TCVAE does.
 
-The source is Chen et al. 2018, arXiv:1802.04942. With the aggregate posterior q(z) = E_n[q(z | n)]
-over all images n:
+The source is Chen et al. 2018, arXiv:1802.04942. A code z has dimensions z_k, q(z | n) is the
+posterior of image n, and q(z) = E_n[q(z | n)] is the aggregate posterior over all images. Then:
 
     KL(q(z|n) | p(z))  =  log q(z|n) / q(z)            index-code mutual information
                        +  log q(z) / prod_k q(z_k)     total correlation
                        +  sum_k log q(z_k) / p(z_k)    dimension-wise KL
 
-The equation holds in the mean over n and z. beta-TCVAE weights the total correlation by beta. A
-batch gives an estimate of q(z), so the parts are estimates. Their sum does not contain q(z): it is
-log q(z|n) - log p(z), whose mean is the KL.
+The equation holds in the mean over n and z. beta-TCVAE multiplies the total correlation by beta.
+q(z) is estimated from a batch, so the three parts are estimates too. In their sum, q(z) cancels:
+the sum is log q(z|n) - log p(z), whose mean is the KL.
 
 `B` images of a batch, `M` posteriors that make up the aggregate, `N` images of the data set, `D`
 dimensions of a code.
@@ -26,7 +26,7 @@ from torch import Tensor
 from latentvae.errors import UserError, nearest
 
 Sampling = Literal["stratified", "weighted"]
-CHUNK = 64  # codes that are compared with all posteriors at once
+CHUNK = 64  # number of codes that are compared with all posteriors at a time
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class KLParts:
     """The three parts of the KL, in nats per image: (B,), or scalars if they are means.
 
     Attributes:
-        information: mutual information of the image's number and its code. At most log N for the
-            whole data set.
+        information: mutual information of the image's number and its code. It is at most log N for
+            a data set of N images.
         total_correlation: dependence between the dimensions of the code, 0 if they are independent.
-        dimension_kl: how far the distribution of each dimension is from the prior.
+        dimension_kl: sum over dimensions of the KL from the dimension's distribution to the prior.
     """
 
     information: Tensor
@@ -58,20 +58,22 @@ def split_kl(
     num_images: int,
     sampling: Sampling = "stratified",
 ) -> KLParts:
-    """Return the parts of the KL for each code of a batch, with their graph.
+    """Return the three parts of the KL for each code of a batch, with their graph.
 
-    Stratified sampling estimates q(z) without bias, and is exact if the batch is the data set.
-    Weighted sampling is the simpler estimate of the paper. Its parts are wrong by about log N, but
-    its gradients are not. For N much larger than B, both estimates have almost equal gradients.
+    q(z) is the mean of the posteriors of all N images of the data set. It is estimated from the B
+    images of the batch. Stratified sampling estimates q(z) without bias, and is exact if the batch
+    is the data set. Weighted sampling is the simpler estimate of the paper (arXiv:1802.04942). With
+    it, the values of the parts are wrong by about log N, but their gradients are right. For N much
+    larger than B, both methods have almost equal gradients.
 
     With several processes, give the codes and posteriors of all ranks
     (`distributed.gather_with_gradient`). Then the estimate is the same as with one process and all
     images.
 
     Args:
-        z: (B, D), one sample from the posterior of each image.
-        mean: (B, D), means of the posteriors.
-        logvar: (B, D), log-variances of the posteriors.
+        z: one sample from the posterior of each image, (B, D) for codes of D dimensions.
+        mean: means of the posteriors, (B, D).
+        logvar: log-variances of the posteriors, (B, D).
         num_images: number of images N of the data set, at least B.
         sampling: "stratified" or "weighted".
 
@@ -98,17 +100,18 @@ def measure_kl_parts(
 ) -> KLParts:
     """Return the mean of each part of the KL over many images, to evaluate a model.
 
-    The aggregate posterior consists of the M given posteriors, so `information` cannot exceed log
-    M. If `information` comes near log M, the measured total correlation is too large, and more
-    images are needed. Compare models with the same M. Time grows with the number of codes times M:
-    5,000 codes of 5,000 images with 10 dimensions take 9 seconds on one core.
+    q(z) is the mean of the given posteriors of M images, so the part `information` cannot exceed
+    log M. If `information` comes near log M, the measured total correlation is too large, and more
+    images are needed. Compare only models that were measured with the same M. The time grows with
+    the number of codes times M: 5,000 codes of 5,000 images with 10 dimensions take 9 seconds on
+    one core.
 
     Args:
-        mean: (M, D), means of the posteriors.
-        logvar: (M, D), log-variances of the posteriors.
-        codes: number of codes over which the parts are averaged, one sample from the posterior of
-            each of the first images. The default is M.
-        generator: draws the samples, on the device of `mean`.
+        mean: means of the posteriors of M images with D dimensions, (M, D).
+        logvar: log-variances of the posteriors, (M, D).
+        codes: number of codes over which the parts are averaged. One code is drawn from the
+            posterior of each of the first `codes` images. The default is M.
+        generator: random generator that draws the codes, on the device of `mean`.
 
     Returns:
         Three scalars.
@@ -135,23 +138,27 @@ def measure_kl_parts(
 def stratified_log_weights(batch: int, num_images: int) -> Tensor:
     """Return the log-weight of each posterior j in the estimate of q(z_i): (B, B).
 
-    In the estimate for the code z_i, the posterior of image i has the weight 1/N. The other
+    q(z_i) is the density of code z_i under the mean of the posteriors of all N images. In its
+    estimate from a batch of B images, the posterior of image i has the weight 1/N. The other
     posteriors share the remaining weight equally.
 
-    The paper (appendix C.2) gives the last of the other posteriors a different weight. The order of
-    the images is random, so this function takes the mean over all orders. This estimate has the
-    same mean as the paper's estimate, and less variance. The authors' first code sets wrong entries
-    of the matrix: https://github.com/rtqichen/beta-tcvae/pull/1.
+    The paper (arXiv:1802.04942, appendix C.2) gives the last of the other posteriors a different
+    weight. The order of the images is random, so this function takes the mean over all orders. The
+    result has the same mean as the paper's estimate, and less variance. The authors' first code
+    sets wrong entries of the matrix: https://github.com/rtqichen/beta-tcvae/pull/1.
     """
     if batch == 1:
-        return torch.zeros(1, 1)  # then N is 1 too, see `_check`
+        return torch.zeros(1, 1)  # `num_images` is also 1, see `_check`
     others = math.log((num_images - 1) / (num_images * (batch - 1)))
     weights = torch.full((batch, batch), others, dtype=torch.float64)
     return weights.fill_diagonal_(-math.log(num_images))
 
 
 def weighted_log_weights(batch: int, num_images: int) -> Tensor:
-    """Return the log-weights -log(B N) of the paper's weighted sampling (section 4.1): (B, B)."""
+    """Return the log-weights of weighted sampling (arXiv:1802.04942, section 4.1): (B, B).
+
+    All of them are -log(B N), for batches of B images from N images.
+    """
     return torch.full((batch, batch), -math.log(batch * num_images), dtype=torch.float64)
 
 
@@ -169,11 +176,18 @@ def _parts(
     posterior: tuple[Tensor, Tensor],
     log_weights: Tensor,
 ) -> KLParts:
-    """Return the parts for codes z (B, D) of posteriors (B, D), in an aggregate of (M, D)."""
+    """Return the three parts of the KL for B codes.
+
+    Args:
+        z: the codes, (B, D).
+        mean, logvar: moments of the posterior from which each code was drawn, (B, D).
+        posterior: mean and log-variance of the M posteriors whose weighted mean is q(z), (M, D).
+        log_weights: log-weights of these posteriors, for each code.
+    """
     own = _log_normal(z, mean, logvar).sum(1)
     prior = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
 
-    # aggregate posterior, jointly and for each dimension
+    # log q(z) of whole codes, and the sum over dimensions of log q(z_k)
     densities = _log_normal(z[:, None], posterior[0][None], posterior[1][None])  # (B, M, D)
     joint = (densities.sum(2) + log_weights).logsumexp(1)
     marginals = (densities + log_weights[..., None]).logsumexp(1).sum(1)

@@ -1,9 +1,10 @@
 """The loss of a variational autoencoder: a bound of ln p(x), and the forms of its KL term.
 
-Every value is in nats per image. The loss is the negative bound: the ELBO of Kingma and Welling
-(arXiv:1312.6114), the importance-weighted bound of Burda et al. (IWAE, arXiv:1509.00519), or the
-importance-weighted bound with the doubly reparameterised gradient of Tucker et al. (DReG,
-arXiv:1810.04152).
+Every value is in nats per image. The loss is the negative of one of three bounds:
+
+- the ELBO of Kingma and Welling (arXiv:1312.6114)
+- the importance-weighted bound of Burda et al. (IWAE, arXiv:1509.00519)
+- the same bound with the doubly reparameterised gradient of Tucker et al. (DReG, arXiv:1810.04152)
 
 Symbols: `B` batch, `S` samples per image, `G` groups of latents.
 """
@@ -28,7 +29,7 @@ class VariationalConfig(Section):
         description=(
             "Lower bound of the log-likelihood ln p(x) that is maximised. `elbo` is the bound of "
             "the VAE. `iwae` is the importance-weighted bound, which is tighter with more "
-            "train_samples. `dreg` is the same bound as `iwae`, but its gradient for the encoder "
+            "train_samples. `dreg` is the same bound as `iwae`, but the gradient of the encoder "
             "has less noise."
         ),
     )
@@ -39,52 +40,54 @@ class VariationalConfig(Section):
         default=1.0,
         description=(
             "Weight of the KL term (beta of the beta-VAE). With a weight above 1, the loss is a "
-            "looser bound of ln p(x). With a weight below 1, the loss is not a bound. Validation "
-            "always reports the bound with weight 1."
+            "looser bound of the log-likelihood ln p(x). With a weight below 1, the loss is no "
+            "bound of ln p(x). Validation always reports the bound with weight 1."
         ),
     )
     kl_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
             "Number of updates over which the weight of the KL grows linearly from 0 to kl_scale. "
-            "A value below 1 is a share of max_train_steps."
+            "A value between 0 and 1 is a fraction of the whole training (max_train_steps)."
         ),
     )
     kl_cycles: Positive = Field(
         default=1,
         description=(
-            "Number of equal parts of the run (cycles). In the first kl_warmup_steps updates of "
-            "each cycle, the weight of the KL grows from 0 to kl_scale. 1 means that the weight "
-            "grows only once."
+            "Number of cycles: the training is divided into this many equal parts. In the first "
+            "kl_warmup_steps updates of each cycle, the weight of the KL grows from 0 to kl_scale. "
+            "With 1, the weight grows only once."
         ),
     )
     free_nats: Weight = Field(
         default=0.0,
         description=(
-            "Floor of the KL of each group of latents, in nats per image (free bits). The loss "
-            "does not push a group's mean KL below this floor. 0 turns the floor off."
+            "Lower limit for the KL of each group of latents, in nats per image (free bits). The "
+            "loss does not push a group's mean KL below this limit. 0 turns the limit off."
         ),
     )
     kl_balance: bool = Field(
         default=False,
         description=(
-            "During the KL warm-up, multiply the KL of each group of latents by a weight in "
-            "proportion to its KL per latent value, as NVAE does. This keeps a group from "
-            "collapsing early."
+            "During the KL warm-up, give each group of latents its own weight in the KL term, as "
+            "NVAE does. The weight is proportional to the group's KL per latent value. So the KL "
+            "of a group that carries little information is pushed down less, and the group does "
+            "not collapse early."
         ),
     )
     capacity_nats: Weight = Field(
         default=0.0,
         description=(
-            "Capacity C of the code in nats per image. The KL term is then kl_scale * |KL - C|, so "
-            "the KL moves towards C. 0 turns the capacity off."
+            "Value that the KL should have, in nats per image (the capacity C of the latents). The "
+            "KL term is then kl_scale * |KL - C|, so the KL moves towards C. 0 turns this option "
+            "off."
         ),
     )
     capacity_steps: UpdatesOrShare = Field(
         default=0,
         description=(
-            "Number of updates over which capacity_nats grows from 0 to its value. A value below 1 "
-            "is a share of max_train_steps."
+            "Number of updates over which capacity_nats grows from 0 to its value. A value between "
+            "0 and 1 is a fraction of the whole training (max_train_steps)."
         ),
     )
 
@@ -92,16 +95,16 @@ class VariationalConfig(Section):
         default=0.0,
         description=(
             "Weight of the spectral penalty of NVAE: the sum of the largest singular values of all "
-            "convolutions. The penalty keeps deep networks stable. NVAE uses 0.01 to 0.1, for a "
-            "loss in nats per image. 0 turns the penalty off."
+            "convolutions. The penalty keeps deep networks stable. NVAE uses a weight of 0.01 to "
+            "0.1. Its loss is in nats per image, as here. 0 turns the penalty off."
         ),
     )
     tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
         default=0.0,
         description=(
-            "Additional weight of the total correlation of the latent units, which measures how "
-            "much the units depend on each other. This weight is gamma of FactorVAE, and beta - 1 "
-            "of beta-TCVAE. 0 switches it off."
+            "Weight of an additional loss term, the total correlation of the latent units, which "
+            "measures how much the units depend on each other. This weight is called gamma in "
+            "FactorVAE, and it equals beta - 1 in beta-TCVAE. 0 turns the term off."
         ),
     )
     tc_estimate: Literal["discriminator", "minibatch"] = Field(
@@ -131,24 +134,26 @@ class VariationalConfig(Section):
         default=0.5,
         description=(
             "Weight of the classifier's cross entropy on images with a label, for the architecture "
-            "`classes`. This weight is alpha in the paper of M2 (a semi-supervised VAE, "
-            "arXiv:1406.5298), for a loss that is divided by the number of images. The paper uses "
-            "0.1."
+            "`classes`. This weight is called alpha in the paper of M2 (a semi-supervised VAE, "
+            "arXiv:1406.5298). The paper uses 0.1 if its loss is divided by the number of images, "
+            "as here."
         ),
     )
     class_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.1,
         description=(
             "For an image without a label, the loss sums over the possible classes. To save time, "
-            "it leaves out classes whose probability is below this value divided by the number of "
-            "classes. 0 leaves out no class. This option is for the architecture `classes`."
+            "the sum leaves out classes whose predicted probability is below this value divided by "
+            "the number of classes. With 0, all classes are summed. This option is for the "
+            "architecture `classes`."
         ),
     )
     label_warmup_steps: UpdatesOrShare = Field(
         default=0,
         description=(
             "Number of updates at the start that use only images with a label, for the "
-            "architecture `classes`. A value below 1 is a share of max_train_steps."
+            "architecture `classes`. A value between 0 and 1 is a fraction of the whole training "
+            "(max_train_steps)."
         ),
     )
 
@@ -199,7 +204,7 @@ class VariationalConfig(Section):
 
 
 class BoundParts(Protocol):
-    """The parts of a bound that the loss needs, see `models.bound.Bound`."""
+    """The parts of a variational bound that the loss needs, see `models.bound.Bound`."""
 
     log_likelihood: Tensor
     kl: Tensor
@@ -211,14 +216,14 @@ class BoundParts(Protocol):
 
 
 class VariationalLoss:
-    """The negative variational bound, as the options describe it.
+    """Compute the negative variational bound that the options choose.
 
         loss, values = VariationalLoss(options, total=10_000)(bound, update=0)
 
     Args:
-        options: bound, and form and weight of the KL term.
-        total: length of the run in updates.
-        group_sizes: number of latent values of each group, for `kl_balance`.
+        options: options for the bound, and for the form and weight of the KL term.
+        total: length of the training in updates.
+        group_sizes: number of latent values in each group of latents, for the option `kl_balance`.
     """
 
     def __init__(
@@ -230,7 +235,7 @@ class VariationalLoss:
 
     @property
     def detaches_posterior(self) -> bool:
-        """Whether the network must compute `log_ratio` with constant parameters of q."""
+        """Whether the network must compute `Bound.log_ratio` with constant posterior parameters."""
         return self.options.bound == "dreg"
 
     def __call__(self, out: BoundParts, *, update: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -261,7 +266,12 @@ class VariationalLoss:
         return options.kl_scale * min(update % cycle / options.kl_warmup_steps, 1.0)
 
     def _kl_term(self, kl: Tensor, update: int) -> Tensor:
-        """Return the weighted KL term, a scalar. `kl` is (G, S, B)."""
+        """Return the weighted KL term, a scalar.
+
+        Args:
+            kl: KL of G groups of latents, for S samples of each of B images, (G, S, B).
+            update: number of updates done.
+        """
         options, weight = self.options, self.kl_weight(update)
         groups = kl.flatten(1).mean(1)
         if options.free_nats:
@@ -277,33 +287,33 @@ class VariationalLoss:
 
 
 def floored(groups: Tensor, floor: float) -> Tensor:
-    """Return sum_g max(floor, KL_g) (free bits, arXiv:1606.04934, equation 15).
+    """Return sum_g max(floor, KL_g) over groups g (free bits, arXiv:1606.04934, equation 15).
 
     Args:
-        groups: mean KL of each group on this rank, (G,), nats.
-        floor: smallest value of a group's term, in nats. The mean KL over all ranks decides whether
-            the floor applies, so that several ranks give the same result as one rank.
+        groups: mean KL of each group of latents on this rank, in nats, one value per group.
+        floor: smallest value of a group's term, in nats. The mean KL over all ranks is compared
+            with the floor, so that several ranks give the same result as one rank.
     """
     above = all_reduce_mean(groups.detach()) > floor
     return torch.where(above, groups, floor).sum()
 
 
 def distance(kl: Tensor, target: float) -> Tensor:
-    """Return |kl - target|, nats, for a scalar KL (Burgess et al., arXiv:1804.03599, eq. 8)."""
+    """Return |kl - target| in nats, for a scalar KL (Burgess et al., arXiv:1804.03599, eq. 8)."""
     side = torch.sign(all_reduce_mean(kl.detach()) - target)
     return side * (kl - target)
 
 
 def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a weight for each group, of mean 1, in proportion to its KL per latent value.
+    """Return a weight for the KL of each group, in proportion to the group's KL per latent value.
 
-    As in the code of NVAE, the KL is divided by the size of the group. The paper (arXiv:2007.03898,
-    appendix A) says the opposite, which its author calls an error
-    (github.com/NVlabs/NVAE/issues/26).
+    The mean of the weights is 1. As in the code of NVAE, the KL is divided by the size of the
+    group. In the paper (arXiv:2007.03898, appendix A), the KL is multiplied by the size, which the
+    author calls an error (github.com/NVlabs/NVAE/issues/26).
 
     Args:
-        groups: mean KL of each group on this rank, (G,), nats.
-        sizes: number of latent values of each group.
+        groups: mean KL of each group of latents on this rank, in nats, one value per group.
+        sizes: number of latent values in each group.
     """
     share = all_reduce_mean(groups.detach()).abs() + 0.01
     share = share / torch.tensor(sizes).to(share)
@@ -311,15 +321,15 @@ def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def doubly_reparameterised(out: BoundParts) -> Tensor:
-    """Return a scalar whose gradient is the DReG estimate of the IWAE gradient, negated.
+    """Return the negative IWAE bound of the batch, with the doubly reparameterised gradient (DReG).
 
-    The weights w of the samples become constants. In the decoder's gradient, each sample is
-    multiplied by its normalised weight. In the encoder's gradient, each sample is multiplied by the
-    square of this weight (arXiv:1810.04152, equation 8). The value is the negative bound of the
-    batch.
+    The importance weights of the samples are treated as constants. In the decoder's gradient, each
+    sample is multiplied by its normalised weight. In the encoder's gradient, each sample is
+    multiplied by the square of this weight (arXiv:1810.04152, equation 8).
 
     Args:
-        out: parts of a bound with one group of latents. `log_ratio` has constant parameters of q.
+        out: parts of a bound with one group of latents. Its `log_ratio` must be computed with
+            constant parameters of the posterior.
     """
     assert out.latents is not None and len(out.latents) == 1
     weights = out.log_weights()  # (S, B)

@@ -37,7 +37,7 @@ class Interval(TypedDict):
 
 @lru_cache(maxsize=64)  # 1 MB. All metrics of an image use the same weights.
 def resample_weights(index: int) -> NDArray[np.float64]:
-    """Return how often each resample drew the image of this index, (2000,), read-only.
+    """Return how often each bootstrap resample draws image number `index`, (2000,), read-only.
 
     The weights depend only on the index. So all models and metrics that are measured on the same
     images have the same resamples.

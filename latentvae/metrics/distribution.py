@@ -186,8 +186,8 @@ def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
 def _root(covariance: Tensor) -> Tensor:
     """Return R with R R^T = covariance, (D, rank).
 
-    R leaves out eigenvalues that are only rounding noise. With few images, most
-    eigenvalues are noise.
+    Eigenvalues that are only rounding noise are left out of R. With few images, most eigenvalues
+    are noise.
     """
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()

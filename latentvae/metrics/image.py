@@ -40,8 +40,8 @@ def round_alike(recon: Tensor, images: Tensor) -> Tensor:
     """Return reconstructions as they would be stored in the format of their images, in [-1, 1].
 
     A reconstruction is rounded to 8 bits if its image has 8 bits, which means that all values are
-    on the 256 levels. Otherwise it is only clamped. (Rounding to 16 bits would cap PSNR at 107 dB,
-    far above the PSNR of any reconstruction.)
+    on the 256 levels. Otherwise the reconstruction is only clamped. (Rounding to 16 bits would cap
+    PSNR at 107 dB, far above the PSNR of any reconstruction.)
     """
     is_8bit = (to_8bit(images) == images).flatten(1).all(1)  # (B,)
     return torch.where(is_8bit[:, None, None, None], to_8bit(recon), recon.float().clamp(-1, 1))
@@ -110,7 +110,10 @@ def _window_means(maps: Tensor) -> Tensor:
 
 
 def _halve(images: Tensor) -> Tensor:
-    """Return means of 2 x 2 pixels. If a side is odd, repeat its last line, as in the original."""
+    """Return means of 2 x 2 pixels.
+
+    If a side is odd, repeat its last line, as in the paper's code.
+    """
     height, width = images.shape[2:]
     return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)
 

@@ -1,4 +1,4 @@
-"""Measure the health of latents: moments, information, dead and redundant channels, scale.
+"""Measure statistics of latents: moments, information, dead and redundant channels, scale.
 
 Sums are in float64 and are combined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
 https://doi.org/10.2172/1028931). Active units are defined as in Burda et al. 2016
@@ -84,7 +84,7 @@ class LatentReport(_Information):
     kurtosis: list[float | None]  # excess, 0 for a Gaussian. None for a constant channel.
     dead_channels: list[int]
     correlation: list[list[float]]  # (d, d). 0 if a channel is constant.
-    largest_correlation: Correlation | None  # by absolute value, without dead channels
+    largest_correlation: Correlation | None  # largest by absolute value, without dead channels
     scale: LatentScale
     warnings: list[str]
 
@@ -102,7 +102,7 @@ class LatentHealth:
 
     def __init__(self, num_channels: int) -> None:
         self._images = 0
-        self._moments = RunningMoments(num_channels, covariance=True)  # over all positions
+        self._moments = RunningMoments(num_channels, covariance=True)  # over all latent positions
         zeros = torch.zeros(num_channels, dtype=torch.float64)
         self._sums = {
             "third": zeros.clone(),  # sums of powers of the deviations from the mean
@@ -124,7 +124,8 @@ class LatentHealth:
 
         Args:
             mean: means of the posteriors, or the latents themselves if there is no posterior.
-            logvar: log-variances of the posteriors. Pass them with every batch or with none.
+            logvar: log-variances of the posteriors. Give log-variances with every batch or with no
+                batch.
 
         Raises:
             ValueError: shapes do not fit, or a value is not finite.
@@ -154,9 +155,9 @@ class LatentHealth:
         """Return the statistics of all batches as plain, finite numbers.
 
         Args:
-            scaling_factor: from the model's config. If it is None, the scale of the config is not
+            scaling_factor: value in the model's config. With None, the scale of the config is not
                 compared with the measured scale.
-            shift_factor: from the config. None counts as 0, as in the pipelines.
+            shift_factor: value in the config. None counts as 0, as in the pipelines.
             latents_mean: mean of each channel, from the config. If `latents_std` is set too,
                 `latents_mean` replaces `shift_factor`.
             latents_std: standard deviation of each channel, from the config. Pipelines use
@@ -245,8 +246,8 @@ class LatentHealth:
     def _constant(self) -> Tensor:
         """Return which channels are constant, (d,).
 
-        The variance cannot show this, because rounding can make the variance of a constant channel
-        slightly larger than 0.
+        The variance is not used for this, because rounding can make the variance of a constant
+        channel slightly larger than 0.
         """
         return self._sums["minimum"] == self._sums["maximum"]
 
@@ -257,7 +258,7 @@ class LatentHealth:
         return [None if constant else value for value, constant in rows]
 
     def _information(self, covariance: Tensor) -> _Information:
-        """Return KL and active units, each None without a posterior."""
+        """Return KL and active units. Both are None without a posterior."""
         if not self._posterior:
             return {"kl_nats": None, "kl_bits": None, "active_units": None, "active": None}
         kl = self._sums["kl"] / self._moments.count

@@ -23,7 +23,7 @@ def mutual_information(
         means: means of the Gaussian posteriors, (N, U).
         logvars: log-variances of the posteriors, (N, U).
         samples: latents drawn for each image.
-        generator: generator that draws the latents. None takes torch's global generator.
+        generator: draws the latents. With None, torch's global generator draws them.
     """
     means, logvars = means.double(), logvars.double()
     stds, total = (0.5 * logvars).exp(), 0.0

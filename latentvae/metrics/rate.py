@@ -19,7 +19,7 @@ def bd_rate(anchor: Curve, curve: Curve) -> float | None:
 
     A negative number means fewer bits. A point is left out if another point of the curve has at
     least its quality and fewer bits. The result is None if a curve then has fewer than two points,
-    or if the curves share no quality.
+    or if no quality is reached by both curves.
     """
     curves = [_rising(anchor), _rising(curve)]
     if min(map(len, curves)) < 2:

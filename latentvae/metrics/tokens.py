@@ -15,19 +15,20 @@ class LevelReport(TypedDict):
 
     tokens: int
     num_codes_used: int
-    usage: float  # share of the K codes that are used
+    usage: float  # share of the K codes that occur
     perplexity: float  # 1 to K: number of equally used codes that have this entropy
     entropy_bits: float  # per token. Biased low unless there are many more tokens than K.
     raw_bits: float  # per token, log2 K
 
 
 class TokenReport(LevelReport):
-    """Statistics of all codebooks together: sums over codebooks, or means over codebooks.
+    """Statistics of all codebooks of a tokenizer together.
 
-    `tokens` and `num_codes_used` are sums. The other values are means.
+    `tokens` and `num_codes_used` are sums over codebooks. The other values are means over
+    codebooks.
     """
 
-    levels: NotRequired[list[LevelReport]]  # each codebook, if there are several
+    levels: NotRequired[list[LevelReport]]  # statistics of each codebook, if there are several
 
 
 class TokenUsage:

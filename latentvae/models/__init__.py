@@ -1,7 +1,8 @@
 """Define the networks, by classes of diffusers where possible, and their training wrappers.
 
-`table` lists every kind of network. `family` and `trainable` define the interfaces of a kind.
-`calls` has the functions that other code uses on any network.
+The module `table` lists every kind of network. The modules `family` and `trainable` define the
+methods that each kind has. The module `calls` has the functions that other code uses on any
+network.
 """
 
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder

@@ -1,4 +1,4 @@
-"""Variational bounds of ln p(x), and the interface of networks that have them.
+"""Variational bounds of ln p(x), and the interface of networks that compute these bounds.
 
 A network draws latents z = (z_1 .. z_G) of G groups from its posterior q(z | x) and returns the
 parts of the bounds (`Bound`). The bounds of Kingma and Welling (ELBO, arXiv:1312.6114) and of Burda
@@ -24,15 +24,17 @@ from latentvae.likelihoods import PixelDistribution
 class Bound(BaseOutput):
     """The parts of a variational bound, in nats per image, float32.
 
+    The network draws S latents for each of B images. The latents have G groups of U units in all.
+
     Attributes:
         log_likelihood: ln p(x | z), (S, B).
         kl: KL divergence from posterior to prior of each group, given the drawn latents of the
-            groups before it, (G, S, B). It is exact where a closed form exists. Otherwise it equals
-            `log_ratio`.
+            groups before it, (G, S, B). It is exact where a closed form exists. Otherwise `kl`
+            equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
         unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units.
-        latents: the drawn latents of each group, (S, B, U), or None if the network does not return
-            them.
+        latents: the drawn latents of each group, (S, B, units of the group), or None if the network
+            does not return them.
         posterior: mean and log-variance (B, U) if the posterior is a single Gaussian, or None.
     """
 
@@ -44,15 +46,15 @@ class Bound(BaseOutput):
     posterior: tuple[Tensor, Tensor] | None = None
 
     def elbo(self) -> Tensor:
-        """Return the evidence lower bound of each image in nats, averaged over S samples, (B,)."""
+        """Return the evidence lower bound of each of B images in nats, averaged over samples."""
         return (self.log_likelihood - self.kl.sum(0)).mean(0)
 
     def log_weights(self) -> Tensor:
-        """Return ln w = ln p(x, z) - ln q(z | x) of each sample in nats, (S, B)."""
+        """Return ln w = ln p(x, z) - ln q(z | x) of S samples z per image in nats, (S, B)."""
         return self.log_likelihood - self.log_ratio.sum(0)
 
     def importance(self) -> Tensor:
-        """Return the importance-weighted bound of each image in nats, from its S samples, (B,)."""
+        """Return the importance-weighted bound of each of B images in nats, from all samples."""
         weights = self.log_weights()
         return torch.logsumexp(weights, dim=0) - math.log(weights.shape[0])
 
@@ -64,7 +66,7 @@ class LikelihoodNet(Protocol):
         pixels: the distribution of pixels, given the decoder's output.
         image_shape: shape (C, H, W) of an image.
         num_groups: number of groups of latents G.
-        group_sizes: number of latent values of each group.
+        group_sizes: number of latent values in each group.
         outer_layers: names of the first and last layers, which the optimiser Muon does not train.
     """
 
@@ -91,15 +93,18 @@ class LikelihoodNet(Protocol):
         ...
 
     def posterior_means(self, images: Tensor) -> Tensor | None:
-        """Return the mean of each latent unit given the image, (B, U).
+        """Return the posterior mean of each of U latent units given the image, (B, U).
 
-        Return None if the mean is unknown. Then the KL of a unit decides whether the unit counts as
-        active.
+        Return None if the mean is unknown. Code that counts the active units uses the KL of each
+        unit in that case.
         """
         ...
 
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return mean and log-variance (B, U) if the posterior is a single Gaussian, or None."""
+        """Return mean and log-variance of the U units, (B, U), if the posterior is one Gaussian.
+
+        Return None for any other posterior.
+        """
         ...
 
     def encode_vector(
@@ -141,7 +146,11 @@ class LikelihoodNet(Protocol):
         ...
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set a new decoder's last biases so that it outputs `mean_image` (C, H, W) if possible."""
+        """Set a new decoder's last biases so that its output is `mean_image`, if possible.
+
+        Args:
+            mean_image: mean of the training images, (C, H, W).
+        """
         ...
 
 

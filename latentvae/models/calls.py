@@ -4,12 +4,14 @@
     mean, logvar = encode_posterior(net, images)  # logvar is None without a posterior
     recon = decode(net, z)                        # (B, C, f * h, f * w), not clamped
 
-The outputs of diffusers' classes have `latent_dist`, `latents` or `latent`, and a few classes take
-pixels in [0, 1]. In this module, images are always in [-1, 1]. For a tokenizer, `z` is the
-encoder's output before quantisation, and `tokenize` returns the indices. Each function calls a
-method of the network's family (`models.table`).
+diffusers' classes differ: their outputs have `latent_dist`, `latents` or `latent`, and a few
+classes take pixels in [0, 1]. In this module, images are always in [-1, 1]. For a tokenizer, `z` is
+the encoder's output before quantisation, and `tokenize` returns the indices. `models.table` finds
+a `Family` object, which has the methods for this kind of network. Each function here calls one of
+these methods.
 
-`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `f`
+downsampling factor.
 """
 
 import torch
@@ -42,7 +44,10 @@ def encode(
 
 
 def decode(net: Network, z: Tensor, *, computation: Computation | None = None) -> Tensor:
-    """Decode latents (B, d, h, w) to images (B, C, f h, f w), about in [-1, 1] and not clamped."""
+    """Decode latents (B, d, h, w) to images, about in [-1, 1] and not clamped.
+
+    The images are (B, C, f h, f w) for the downsampling factor f.
+    """
     return family_of(net).decode(net, z, computation=computation)
 
 
@@ -67,13 +72,13 @@ def codes(net: Network) -> Codes | None:
 
 
 def num_codes(net: Network) -> int | None:
-    """Return K, the number of codes per level of a tokenizer, or None for other networks."""
+    """Return the number of codes in each codebook of a tokenizer, or None for other networks."""
     found = codes(net)
     return None if found is None else found.number
 
 
 def num_levels(net: Network) -> int:
-    """Return L, the number of codes per position: 1, or more for a residual quantiser."""
+    """Return the number of codes per latent position: 1, or more for a residual quantiser."""
     found = codes(net)
     return 1 if found is None else found.levels
 
@@ -82,7 +87,8 @@ def tokenize(net: Network, z: Tensor) -> Tensor:
     """Quantise the latents of a tokenizer, and return the indices of their codes.
 
     Returns:
-        Indices (B, h, w), or (B, L, h, w) with L levels, in 0..K - 1.
+        Indices (B, h, w), or (B, L, h, w) with L codes per position. With K codes, the values are
+        in 0..K - 1.
 
     Raises:
         UserError: the network is not a tokenizer.
@@ -93,10 +99,13 @@ def tokenize(net: Network, z: Tensor) -> Tensor:
 def decode_indices(
     net: Network, indices: Tensor, *, computation: Computation | None = None
 ) -> Tensor:
-    """Decode code indices to images (B, C, f h, f w), about in [-1, 1] and not clamped.
+    """Decode code indices to images, about in [-1, 1] and not clamped.
+
+    The images are (B, C, f h, f w) for the downsampling factor f.
 
     Args:
-        indices: (B, h, w) or (B, L, h, w), in 0..K - 1.
+        indices: (B, h, w), or (B, L, h, w) with L codes per position. With K codes, the values are
+            in 0..K - 1.
         computation: object that replaces the network's own `encode` and `decode`.
 
     Raises:
@@ -108,7 +117,7 @@ def decode_indices(
 def measure_shape(net: Network) -> LatentShape:
     """Return the shape of the latents, such as the downsampling factor f and the channels d.
 
-    For a known class of networks, the config gives these numbers. For other classes, this function
+    For a known class of networks, the config gives f and d. For other classes, this function
     encodes a test image and measures the latents.
 
     Raises:

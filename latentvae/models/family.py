@@ -1,12 +1,12 @@
-"""Define the interface of a kind of network: the methods that all code uses.
+"""Define `Family`, the methods with which all code uses one kind of network.
 
     family = family_of(net)  # models.table
     z = family.encode(net, images)
     codes = family.codes(net)  # None for a network without codes
 
 `Family` fits any network that has diffusers' `encode` and `decode`. A kind of network that works in
-another way has a subclass, which overrides the methods that differ. A kind of network that can be
-trained has a subclass of `models.trainable.TrainableFamily`.
+another way has a subclass of `Family`, which overrides the methods that differ. A kind of network
+that can be trained has a subclass of `models.trainable.TrainableFamily`.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
 `L` levels of codes, `D` code width, `f` downsampling factor.
@@ -27,8 +27,8 @@ from latentvae.models.network import Computation, Network
 from latentvae.models.normalization import LatentNormalization, from_config
 from latentvae.models.tiling import Tiling, read_tiling
 
-# Side in pixels of the image that is encoded to measure the latent's shape. No class has this side
-# as its fixed size.
+# Side in pixels of the image that is encoded to measure the latent's shape. No class of diffusers
+# is limited to images of this size.
 PROBE = 192
 
 
@@ -37,7 +37,7 @@ class LatentShape:
     """The shape of an autoencoder's latents.
 
     Args:
-        f: downsampling factor, the pixels on a side of one latent position.
+        f: downsampling factor. A latent position stands for f x f pixels.
         channels: number of latent channels d.
         fixed_size: side of the images in pixels, if the network can only make images of one size.
             Otherwise None.
@@ -55,13 +55,13 @@ class Codes:
     Args:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         number: number of codes K of each codebook.
-        levels: number of codes per position L, above 1 for a residual quantiser. A network with
-            maps of several sizes has 1 + 4 + ... codes per position of the coarsest map, see
-            `models.levels`.
-        codebooks: number of codebooks, such as 1 if all levels share a codebook.
+        levels: number of codes per latent position L, above 1 for a residual quantiser. A network
+            with maps of codes of several sizes has 1 + 4 + ... codes per position of the coarsest
+            map, see `models.levels`.
+        codebooks: number of codebooks. It is 1 if all levels share a codebook.
         channels: code width D.
-        maps: number of maps of codes. With several maps, each map is twice as fine as the map
-            before it and has its own codebook.
+        maps: number of maps of codes. If there are several, each map has its own codebook and twice
+            the height and width of the map before it.
     """
 
     kind: str
@@ -72,16 +72,17 @@ class Codes:
     maps: int = 1
 
     def by_codebook(self, indices: Tensor) -> list[Tensor]:
-        """Split indices (B, L, h, w) into one tensor (B, h_l, w_l) for each codebook.
+        """Split indices (B, L, h, w) into one tensor (B, h_l, w_l) for each codebook l.
 
-        If there is one codebook, the indices may have any shape.
+        L is the number of codes per latent position. If there is one codebook, the indices may have
+        any shape.
         """
         if self.maps > 1:
             return split_levels(indices, self.map_sizes(indices.shape[-2], indices.shape[-1]))
         return [indices] if self.codebooks == 1 else list(indices.unbind(1))
 
     def map_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return the sizes (h_l, w_l) of all maps, given the size of the coarsest map."""
+        """Return the height and width of each map of codes, given those of the coarsest map."""
         return [(2**i * height, 2**i * width) for i in range(self.maps)]
 
 
@@ -110,7 +111,7 @@ class Family:
     Attributes:
         has_posterior: whether `encode` returns a distribution. None if this is not known before a
             call of `encode`.
-        scaled_by: says how pipelines define `scaling_factor`: as 1 / standard deviation ("std") or
+        scaled_by: how pipelines define `scaling_factor`: as 1 / standard deviation ("std") or
             1 / root mean square ("rms") of the latents.
     """
 
@@ -144,7 +145,7 @@ class Family:
         return _mean_of(output), None if posterior is None else posterior.logvar
 
     def decode(self, net: Network, z: Tensor, *, computation: Computation | None = None) -> Tensor:
-        """Decode latents to images (B, C, f h, f w), see `calls.decode`."""
+        """Decode latents (B, d, h, w) to images, see `calls.decode`."""
         output = net.decode(z) if computation is None else computation.decode(net, z)
         return self.from_own_range(net, output.sample)
 
@@ -223,16 +224,16 @@ class Family:
             part.requires_grad_(False)
 
     def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
-        """Return the bottleneck of each latent whose codes are trained, in the latents' order.
+        """Return the quantiser of each latent of a trainable tokenizer, in the latents' order.
 
-        The result is empty if the network is not trained as a tokenizer.
+        The result is empty for a network that is not trained as a tokenizer.
         """
         return ()
 
     def likelihood(self, net: Network) -> LogitLaplace | None:
-        """Return the pixel likelihood whose parameters the decoder returns.
+        """Return the likelihood of pixels whose parameters the decoder predicts.
 
-        Return None if the decoder returns images.
+        Return None if the decoder returns images instead of parameters.
         """
         return None
 
@@ -243,7 +244,7 @@ class Family:
         return None
 
     def tokenize(self, net: Network, z: Tensor) -> Tensor:
-        """Quantise latents to indices (B, h, w) or (B, L, h, w), see `calls.tokenize`."""
+        """Quantise latents and return the indices of their codes, see `calls.tokenize`."""
         _refuse_codes(net)
 
     def decode_indices(
@@ -255,21 +256,25 @@ class Family:
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
         """Decode code indices to images without a search for the nearest code.
 
-        `decode_indices` may quantise the given codes again, which changes their values by rounding.
+        `decode_indices` may quantise the given codes again. Rounding then changes the codes a
+        little.
         """
         _refuse_codes(net)
 
     # Export.
 
     def usage(self, net: Network) -> Usage | None:
-        """Return the model card's text on the use of an export, or None if there are no exports."""
+        """Return the model card's text on how to use an exported network of this kind.
+
+        Return None if this kind of network cannot be exported.
+        """
         return None
 
     def original_options(self, net: Network) -> dict[str, Any] | None:
-        """Return options of the matching class of the original code, without the network's shape.
+        """Return options of the matching class in the original code of VQGAN and latent diffusion.
 
-        The original code is the code of arXiv:2012.09841 and arXiv:2112.10752. The result is None
-        if the original code has no matching class.
+        The options of the network's shape are left out. The papers are arXiv:2012.09841 and
+        arXiv:2112.10752. The result is None if the original code has no matching class.
         """
         return None
 

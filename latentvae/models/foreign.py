@@ -1,4 +1,4 @@
-"""Families of diffusers' networks that latentvae can use and measure, but not train."""
+"""Define the methods for networks of diffusers that latentvae can use, but not train."""
 
 from dataclasses import replace
 

@@ -3,9 +3,9 @@
 The coarsest level has a map of h x w codes, and each further level is twice as fine: 2h x 2w, and
 so on. The image's sequence of tokens lists the codes of one level after the other, coarsest first.
 The codes of a level are listed row by row. The tensor (B, P, h, w) holds this sequence, cut into
-planes of h x w codes. The number of planes P is 1 + 4 + ... for all levels. Plane 0 is the coarsest
-map, and planes 1 to 4 are the four quarters, from the top down, of the next map. So
-`indices.flatten(1)` is the sequence, and the shape also tells h and w.
+P planes of h x w codes. P is the sum 1 + 4 + ... with one term for each level. Plane 0 is the
+coarsest map. Planes 1 to 4 are the next map, whose rows are cut from top to bottom into four equal
+parts. So `indices.flatten(1)` is the sequence, and the tensor's shape also gives h and w.
 
 `B` batch, `P` codes per coarsest position, `h w` size of the coarsest map.
 """
@@ -20,8 +20,10 @@ from torch import Tensor
 def join_levels(maps: Sequence[Tensor]) -> Tensor:
     """Return indices (B, P, h, w) of all levels, or the map itself if there is one level.
 
+    P is the number of codes per position of the coarsest map.
+
     Args:
-        maps: the map (B, h_l, w_l) of each level, coarsest first.
+        maps: the map (B, h_l, w_l) of each level l, coarsest first.
     """
     if len(maps) == 1:
         return maps[0]
@@ -30,11 +32,12 @@ def join_levels(maps: Sequence[Tensor]) -> Tensor:
 
 
 def split_levels(indices: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Return the map (B, h_l, w_l) of each level, coarsest first.
+    """Return the map (B, h_l, w_l) of each level l, coarsest first.
 
     Args:
-        indices: (B, P, h, w), or the same sequence in another shape (B, ...).
-        sizes: (h_l, w_l) of each level, coarsest first.
+        indices: the result of `join_levels`, (B, P, h, w) with P codes per coarsest position. The
+            same values in another shape (B, ...) are allowed.
+        sizes: height and width (h_l, w_l) of the map of each level l, coarsest first.
     """
     parts = indices.flatten(1).split([math.prod(size) for size in sizes], dim=1)
     return [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]

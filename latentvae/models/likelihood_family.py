@@ -1,7 +1,7 @@
 """Let other code (`latentvae.load`, latent caches) use networks with a likelihood as autoencoders.
 
 Here the latent of an image is one vector of all its latent values, in the shape (B, d, 1, 1). The
-latents of a hierarchy are flattened and joined, the coarsest group first.
+groups of latents of a hierarchical VAE are flattened and joined, the coarsest group first.
 
 `B` batch, `d` latent values of an image.
 """
@@ -29,7 +29,7 @@ class LikelihoodFamily(Family):
         computation: Computation | None = None,
     ) -> Tensor:
         module: Any = net
-        # A network of binary images gets black and white pixels.
+        # A network for binary images gets only black and white pixels.
         images = module.pixels.rounded(images)
         return module.encode_vector(images, draw=sample, generator=generator)[:, :, None, None]
 

@@ -1,4 +1,4 @@
-"""List the networks with a likelihood (`latentvae train-vae`), and load exported ones."""
+"""List the networks that `latentvae train-vae` trains by likelihood, and load exported networks."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from latentvae.models.hierarchical.network import HierarchicalVAE
 from latentvae.models.vae_config import VAEConfig
 from latentvae.option_marks import tag_in
 
-# Keys are the names that a preset gives as `architecture`.
+# Keys are the values of the option `architecture`.
 LIKELIHOOD_OPTIONS: dict[str, type[VAEConfig]] = {
     "dense": DenseVAEConfig,
     "conv": ConvVAEConfig,
@@ -42,15 +42,17 @@ IMAGES_NAME = "images.json"
 
 
 class ImagesOfModel(BaseModel):
-    """The format of images that a network expects. An export stores this format as `images.json`.
+    """The format of images that a network expects.
+
+    An exported network has this format in its file `images.json`.
 
     Attributes:
-        binarize: "none", "static" (drawn with the grey value as the probability of white) or
-            "threshold".
+        binarize: how pixels become black or white. "none" leaves them grey, "static" draws with the
+            grey value as the probability of white, and "threshold" rounds.
         image_interpolation_mode: filter that resizes images.
         value_range: pixel values that mean black and white in the image files. None means the usual
             values of the file's data type.
-        preset: name of the preset that the network was trained with, or "".
+        preset: name of the set of options that the network was trained with, or "".
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -62,12 +64,15 @@ class ImagesOfModel(BaseModel):
 
 
 def write_images_file(folder: Path, about: ImagesOfModel) -> None:
-    """Write `images.json` into an export."""
+    """Write `images.json` into the folder of an exported network."""
     (folder / IMAGES_NAME).write_text(about.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def find_likelihood_export(path: Path) -> Path | None:
-    """Return the folder of an exported network, given this folder or its run, or None."""
+    """Return the folder of an exported network, given this folder or its training run's folder.
+
+    Return None if there is no exported network with a likelihood.
+    """
     for folder in (path, path / "export"):
         if _class_name(folder) in LIKELIHOOD_NETWORKS:
             return folder
@@ -78,10 +83,10 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
     """Load an exported network in eval mode. Return it with the format of images it expects.
 
     Args:
-        path: folder of the export, or of the training run that wrote it.
+        path: folder of the exported network, or of the training run that wrote it.
 
     Raises:
-        UserError: there is no such export, or it is damaged.
+        UserError: there is no exported network with a likelihood, or its files are damaged.
     """
     folder = find_likelihood_export(Path(path))
     if folder is None:
@@ -94,10 +99,10 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
 
 
 def read_images_file(folder: Path) -> ImagesOfModel:
-    """Return the format of images that the network in an export expects.
+    """Return the format of images that the exported network in a folder expects.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file `images.json` is missing or damaged.
     """
     try:
         return ImagesOfModel.model_validate_json((folder / IMAGES_NAME).read_text("utf-8"))

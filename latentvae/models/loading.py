@@ -23,7 +23,8 @@ from latentvae.models.table import class_named
 from latentvae.models.weight_files import choose_variant, is_weights, names_of, variant_of
 from latentvae.models.wrapper_names import plain_names, say_removed
 
-_INNER = ("export", "vae", "vqvae", "movq")  # subfolders with the autoencoder in runs and pipelines
+# Subfolders that hold the autoencoder of a training run or of a pipeline.
+_INNER = ("export", "vae", "vqvae", "movq")
 
 
 def load_network(
@@ -38,9 +39,9 @@ def load_network(
     Args:
         path: a folder with config.json and the weights as safetensors, or a `.safetensors` file
             with an AutoencoderKL or a VQModel. If no such path exists, `owner/name` or
-            `owner/name/folder` on the Hub.
+            `owner/name/folder` on the Hugging Face Hub.
         dtype: dtype of the weights. None is float32.
-        family: model family of a single file, see `load_single_file`.
+        family: model family of a single file, such as "sdxl", see `load_single_file`.
         variant: variant of the weights in a folder, such as "fp16". None loads the plain weights,
             or the only variant that exists.
 
@@ -49,7 +50,7 @@ def load_network(
     """
     check_no_password(str(path))
 
-    # A single file, unless the file holds the weights of the folder that it is in
+    # A single file. If it holds the weights of the folder that it is in, load the folder instead
     if (file := Path(path)).is_file():
         if not _is_of_folder(file):
             single: Any = load_single_file(file, family=family)
@@ -88,7 +89,7 @@ class _Source:
         self.dtype, self.path = dtype, path
 
     def load(self, variant: str | None) -> Any:
-        """Load the network with the weights of a variant. All weights must fit the network."""
+        """Load the network with the weights of a variant, such as "fp16". All weights must fit."""
         try:
             net, loading = self._from_pretrained(variant)
         # Catch all types of errors, because each class fails in its own way on a wrong config.
@@ -125,7 +126,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Load the network from weights to whose names a training tool has added parts."""
+        """Load the network from weights whose names have extra parts from a training tool."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -153,7 +154,8 @@ _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 def _is_of_folder(file: Path) -> bool:
     """Return whether a file holds the weights of the diffusers folder that it is in.
 
-    The config.json beside the file may belong to another model. Then the file is a single file.
+    The config.json beside the file may belong to another model. In that case the result is False,
+    and the file is loaded without the folder.
     """
     if not is_weights(file.name, variant=variant_of(file.name)):
         return False
@@ -169,7 +171,7 @@ def _locate(path: str | Path) -> tuple[str, str | None]:
     folder, parts = Path(path), str(path).split("/")
     on_disk = folder.exists() or (folder.parent.is_dir() and folder.parent != Path("."))
     may_be_on_hub = isinstance(path, str) and len(parts) >= 2 and all(parts) and parts[0] != "."
-    # Do not ask the Hub for a mistyped path. Without a connection this would take half a minute.
+    # Do not ask the Hub for a mistyped path. Without a connection, the request takes half a minute.
     if on_disk or not may_be_on_hub or Path(parts[0]).exists() or _nearest_folder(folder):
         _check_folder(folder)
         return str(folder), None
@@ -212,7 +214,7 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _near(path: Path) -> str:
-    """Return a hint for a mistyped path: the meant path, or a guess for its first wrong part."""
+    """Return a hint for a mistyped path: the closest model folder, or a guess for a wrong part."""
     if (whole := _nearest_folder(path)) is not None:
         return f"; did you mean '{whole}'?"
     for part in [*reversed(path.parents), path]:

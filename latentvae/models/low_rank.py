@@ -4,12 +4,13 @@
     merged(net)  # a stock network with the same outputs
     adapter_tensors(net)  # what PEFT loads onto the base
 
-A layer's weight becomes W + B A. A is (r, I k k) and B is (O, r), for a convolution of kernel k. B
-starts at 0, so the network's outputs are unchanged at first. PEFT's LoRA with alpha = r computes
-the same function.
+A layer's weight becomes W + B A. For a convolution with a k x k kernel, A is (r, I k k) and B is
+(O, r). B starts at 0, so the network's outputs are unchanged at first. The LoRA of the library PEFT
+computes the same function with alpha = r.
 
-PEFT would replace the layers by layers of PEFT's own classes. Here a parametrization computes the
-weight, so that folded upsampling, the names of other weights and the export do not change.
+PEFT would replace the layers by layers of PEFT's own classes. Here a torch parametrization computes
+the weight, and the layers stay as they are. So the code for upsampling and export, and the names of
+other weights, need no change.
 
 `I` and `O` channels in and out, `r` rank.
 """
@@ -29,8 +30,9 @@ class LowRank(nn.Module):
     """A parametrization that adds the product B A to a weight.
 
     Args:
-        weight: the weight of a convolution (O, I, k, k) or a linear layer (O, I).
-        rank: r.
+        weight: the weight of a convolution (O, I, k, k) or a linear layer (O, I), with I input and
+            O output channels.
+        rank: rank of the product.
     """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -40,7 +42,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as in PEFT
 
     def forward(self, weight: Tensor) -> Tensor:
-        # The sum has the precision of the merged weight, also under autocast.
+        # Without autocast here, the sum is as precise as the weight that `merged` computes.
         with torch.autocast(weight.device.type, enabled=False):
             return weight + (self.up @ self.down).view_as(weight)
 
@@ -62,7 +64,7 @@ def adapters(net: Network) -> Iterator[tuple[str, nn.Module, LowRank]]:
 
 
 def trained_weight(layer: nn.Module) -> Tensor:
-    """Return the weight of a layer that learns: its adapter's B, or the weight itself."""
+    """Return the trained weight of a layer: matrix B of its adapter, or the layer's own weight."""
     if parametrize.is_parametrized(layer, "weight"):
         parts: Any = layer.parametrizations
         return parts.weight[0].up
@@ -71,10 +73,10 @@ def trained_weight(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def merged(net: Network) -> Any:
-    """Return a stock network in which every adapter is added to its weight.
+    """Return a network of the same class in which every adapter is added to its weight.
 
-    torch's `remove_parametrizations` on a copy would break `net`, because that function changes a
-    layer's class, which a copied layer shares.
+    torch's `remove_parametrizations` is not used here. That function changes the class of a layer.
+    A copied layer shares its class with the layer of `net`, so `net` would break.
     """
     weights = {n: v for n, v in net.state_dict().items() if ".parametrizations." not in n}
     for name, layer, _ in adapters(net):
@@ -87,7 +89,7 @@ def merged(net: Network) -> Any:
 
 
 def adapter_tensors(net: Network) -> dict[str, Tensor]:
-    """Return all adapters with the names and shapes of PEFT, on the CPU."""
+    """Return all adapters with the names and shapes of the library PEFT, on the CPU."""
     tensors = {}
     for name, layer, adapter in adapters(net):
         down, up = (value.detach().cpu().clone() for value in (adapter.down, adapter.up))

@@ -10,7 +10,7 @@ def muon_matrices(net: nn.Module, *, outer: Sequence[str]) -> list[nn.Parameter]
     """Return the weights of convolutions and linear layers that require a gradient.
 
     Muon is made for layers inside a network, so the first and the last layer are left out.
-    Depthwise convolutions are left out too, because their weights are no matrices.
+    Depthwise convolutions are left out too, because their weights are not matrices.
 
     Args:
         net: the network.

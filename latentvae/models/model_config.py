@@ -27,16 +27,16 @@ class Pretrained(Section):
         default=None,
         description=(
             "Variant of the pretrained weights, such as fp16. By default, weights without a "
-            "variant name are loaded. If there are no such weights and only one variant exists, "
-            "this variant is loaded."
+            "variant name are loaded. If the weights exist only in a single variant, this variant "
+            "is loaded."
         ),
     )
     freeze_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
             "Train only the decoder. The latents, their scaling and their shift stay as in the "
-            "pretrained network. So generators (such as diffusion models) that were trained on "
-            "these latents keep working."
+            "pretrained network. Generators (such as diffusion models) that were trained on these "
+            "latents therefore still work with the new decoder."
         ),
     )
 
@@ -54,15 +54,16 @@ class ModelConfig(Pretrained):
     """Options of every network, and the properties that follow from these options.
 
     Attributes:
-        architecture: name of the network's family. In a preset, this name decides which options the
-            section `model` has.
+        architecture: name of the kind of network. This name decides which options the section
+            `model` of a config has.
     """
 
     architecture: Annotated[Any, ChosenByPreset(), OfTheRun(), Elsewhere("arch model_type")]
     latent_channels: Annotated[Positive, Elsewhere("z_channels")] = Field(
         default=4,
         description=(
-            "Number of latent channels d. Stable Diffusion has 4 channels. SD3 and FLUX have 16."
+            "Number of latent channels. Stable Diffusion has 4 latent channels. SD3 and FLUX have "
+            "16."
         ),
     )
 
@@ -87,7 +88,7 @@ class ModelConfig(Pretrained):
 
     @property
     def kl_channels(self) -> int:
-        """Number of latent channels for which the KL is computed separately."""
+        """Number of latent channels, for each of which the KL is computed separately."""
         return self.latent_channels
 
     @property
@@ -110,16 +111,19 @@ class ModelConfig(Pretrained):
 
     @property
     def draws_noise(self) -> bool:
-        """Whether training draws random numbers even if it decodes the mode of the posterior."""
+        """Whether training draws random numbers even if the decoder gets the posterior's mode."""
         return False
 
     @property
     def f(self) -> int:
-        """Downsampling factor, the pixels on a side of one latent position."""
+        """Downsampling factor f. A latent position stands for f x f pixels."""
         raise NotImplementedError  # Each kind of network computes f from its own options.
 
     def shape(self) -> dict[str, Any]:
-        """Return the arguments that build the network: all options not marked with `OfTheRun`."""
+        """Return the arguments that build the network.
+
+        Options marked with `OfTheRun` are left out, because they belong to the training run.
+        """
         return self.model_dump(exclude=set(marked(type(self), OfTheRun)))
 
 
@@ -129,8 +133,9 @@ class LevelsConfig(ModelConfig):
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
         description=(
-            "Number of channels of each level of the network, from full resolution down. The "
-            "downsampling factor f is 2 ** (number of levels - 1)."
+            "Number of channels of each level of the network, from full resolution down: one "
+            "number for each level. Each further level halves the resolution, so the downsampling "
+            "factor is 2 ** (number of levels - 1)."
         ),
     )
 
@@ -160,9 +165,10 @@ class SingleFile(Pretrained):
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Model family of the network in a single .safetensors file. The family decides how the "
-            "latents are scaled. With `other`, the scaling factor is 1. By default, the family is "
-            "recognised if the file is a complete checkpoint."
+            "Model family (such as sdxl) of an autoencoder that you give as a single .safetensors "
+            "file. The family decides the scaling factor of the latents. With `other`, this factor "
+            "is 1. By default, the program recognises the family if the file is a complete "
+            "checkpoint."
         ),
     )
 

@@ -1,7 +1,7 @@
 """The attributes and methods that all code may use on a network of any class.
 
-diffusers' autoencoders already have these attributes and methods. Only a network's family
-(`models.family`) uses modules that other kinds of networks do not have, such as a quantiser.
+diffusers' autoencoders already have these attributes and methods. Some kinds of networks have more
+modules, such as a quantiser. Only the `Family` class of such a network (`models.family`) uses them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ class Network(Protocol):
         ...
 
     def decode(self, z: Tensor, /) -> Any:
-        """Decode latents (B, d, h, w). The output has images `sample` (B, C, f h, f w)."""
+        """Decode latents (B, d, h, w). The attribute `sample` of the output has the images."""
         ...
 
     def parameters(self, recurse: bool = ...) -> Iterator[nn.Parameter]: ...
@@ -48,7 +48,10 @@ class Network(Protocol):
 
 
 class Computation(Protocol):
-    """Object that computes a network's `encode` and `decode` in another way (`compute.strips`)."""
+    """Object that computes a network's `encode` and `decode` in another way.
+
+    For example, `compute.strips` computes one strip of the image after the other to save memory.
+    """
 
     def encode(self, net: Network, images: Tensor) -> Any:
         """Return what `net.encode(images)` returns."""

@@ -1,8 +1,8 @@
 """Bring a network's latents to about unit variance, as its pipelines do.
 
 Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. SDXL-type configs have
-`latents_mean` and `latents_std` per channel. A family whose pipelines differ overrides
-`Family.normalization`.
+`latents_mean` and `latents_std` per channel. If the pipelines of a kind of network do something
+else, its subclass of `Family` overrides `Family.normalization`.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -21,11 +21,13 @@ class LatentNormalization:
     """The map (z - mean) * scale, after folding `fold` x `fold` positions into channels.
 
     Args:
-        scaling_factor, shift_factor: values that pipelines read from the config, for reports.
+        scaling_factor, shift_factor: values that pipelines read from the config. They are used only
+            in reports.
         mean, scale: one value for each channel of the folded latents, or one value for all
             channels.
         fold: side of the squares of positions that are folded into channels. 1 means no folding.
-        applied: whether the network itself normalises its latents. Then scale is 1 and mean is 0.
+        applied: whether the network itself normalises its latents. In that case, `scale` is 1 and
+            `mean` is 0.
     """
 
     scaling_factor: float
@@ -36,7 +38,10 @@ class LatentNormalization:
     applied: bool = False
 
     def apply(self, z: Tensor) -> Tensor:
-        """Normalise z (B, d, h, w). Return (B, d * fold ** 2, h / fold, w / fold)."""
+        """Normalise latents z (B, d, h, w).
+
+        The result is (B, d * fold ** 2, h / fold, w / fold).
+        """
         z = F.pixel_unshuffle(z, self.fold)
         return (z - self._like(self.mean, z)) * self._like(self.scale, z)
 
@@ -49,7 +54,10 @@ class LatentNormalization:
 
 
 def from_config(config: Mapping[str, Any]) -> LatentNormalization:
-    """Return the normalisation in a network's config. Without one, scale is 1 and mean is 0."""
+    """Return the normalisation in a network's config.
+
+    If the config has no such values, the scale is 1 and the mean is 0.
+    """
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:

@@ -1,9 +1,9 @@
 """Convert tensor names between diffusers and the original code.
 
-The original code is taming-transformers and latent diffusion (CompVis).
-diffusers has the networks of arXiv:2012.09841 and arXiv:2112.10752, but gives their tensors other
-names. The original code counts the decoder's levels from the other end, and stores the matrices of
-attention layers as 1 x 1 convolutions.
+The original code is taming-transformers (arXiv:2012.09841) and latent diffusion (arXiv:2112.10752),
+both of CompVis. diffusers has the same networks, but gives their tensors other names. The original
+code counts the decoder's levels from the other end, and stores the matrices of attention layers as
+1 x 1 convolutions.
 """
 
 import re
@@ -36,7 +36,7 @@ def original_name(name: str, levels: int) -> str:
 
 
 def with_original_names(net: Network) -> dict[str, Tensor]:
-    """Return the weights of a stock `VQModel` or `AutoencoderKL` by their original names."""
+    """Return the weights of diffusers' `VQModel` or `AutoencoderKL` by their original names."""
     levels = len(net.config["block_out_channels"])
     tensors = {}
     for name, value in net.state_dict().items():

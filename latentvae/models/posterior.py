@@ -1,4 +1,4 @@
-"""What all networks with a Gaussian posterior share: options, training wrapper and family.
+"""Options, training wrapper and methods that all networks with a Gaussian posterior share.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent positions.
 """
@@ -29,17 +29,17 @@ class PosteriorConfig(ModelConfig):
         default=None,
         description=(
             "Log-variance of every posterior, such as -1.386 for a standard deviation of 0.5. The "
-            "encoder then learns only the mean. The export samples with this variance too. By "
-            "default, the encoder learns the variance."
+            "encoder then predicts only the mean. The exported model also samples with this "
+            "variance. By default, the encoder predicts the variance too."
         ),
     )
     posterior_flow: Annotated[Count, OfTheRun()] = Field(
         default=0,
         description=(
-            "Number of coupling layers of a normalising flow, such as 8. The flow learns the prior "
-            "distribution in the KL loss (Flow-VAE). The KL then costs fewer bits at the same "
-            "reconstruction error. The export is the network without the flow. 0 keeps the "
-            "standard normal prior."
+            "Number of coupling layers of a normalising flow, such as 8. The flow is a learned "
+            "prior for the KL loss (Flow-VAE), in place of the standard normal prior. At the same "
+            "reconstruction error, the KL is then smaller. The exported model does not contain the "
+            "flow. With 0, there is no flow."
         ),
     )
     posterior_flow_channels: Annotated[Positive, OfTheRun()] = Field(
@@ -65,7 +65,7 @@ class PosteriorConfig(ModelConfig):
 
     @property
     def draws_noise(self) -> bool:
-        return self.posterior_flow > 0 or super().draws_noise  # the KL to a flow needs a sample
+        return self.posterior_flow > 0 or super().draws_noise  # a flow's KL needs samples
 
     @property
     def kl_floor(self) -> float:
@@ -100,8 +100,8 @@ class KLTrainingWrapper(TrainingWrapper):
         net: the autoencoder.
         output_logvar: see `TrainingWrapper`.
         learn_logvar: see `TrainingWrapper`.
-        bottleneck: samples the posterior and computes its KL. By default, this is the KL to N(0,
-            I).
+        bottleneck: samples the posterior and computes its KL. The default computes the KL to the
+            prior N(0, I).
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class PosteriorFamily(TrainableFamily):
     def write_constants(self, net: Network, options: ModelConfig) -> None:
         """Write a fixed log-variance into the layer that computes the moments.
 
-        The layer's mean does not change. Training ignores the layer's own log-variance, but weight
-        decay may have changed its weights.
+        The mean that the layer computes does not change. If the variance is fixed, training ignores
+        the log-variance that the layer computes, so this value can be anything after training.
         """
         logvar = getattr(options, "posterior_logvar", None)
         if logvar is None:

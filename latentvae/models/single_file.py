@@ -3,8 +3,9 @@
 The file is a complete checkpoint of the original code (CompVis, taming-transformers), or only its
 autoencoder. The tensors have CompVis' names, or diffusers' old or new names. The metadata of a file
 that `latentvae convert` wrote has the network's config. For other files, the tensors show widths,
-blocks, attention and codes. Two facts are not in the tensors. The number of groups in GroupNorm is
-assumed to be 32, and the model family (such as SDXL) gives the scale of the latents.
+blocks, attention and codes. Two facts are not in the tensors: the number of groups in GroupNorm,
+and the scale of the latents. The number of groups is assumed to be 32. The scale follows from the
+model family, such as SDXL.
 """
 
 import json
@@ -25,8 +26,8 @@ from latentvae.models.network import Network
 from latentvae.models.original_names import from_original, in_shape_of, original_name
 from latentvae.models.wrapper_names import plain_names, say, say_removed
 
-# Families of models whose autoencoder a file may hold. "other" is any other model, without a known
-# scale.
+# Families of models whose autoencoder a file may hold. "other" is any other model. The scale of its
+# latents is not known.
 SingleFileKind = Literal["sd", "sdxl", "sd3", "flux", "other"]
 SINGLE_FILE_KINDS: tuple[SingleFileKind, ...] = get_args(SingleFileKind)
 
@@ -68,8 +69,7 @@ class _File:
         path: path of the file.
         tensors: the tensors, by their names in the autoencoder.
         family: model family of a complete checkpoint, otherwise None.
-        scale: `scale_factor` of a complete checkpoint, which latent diffusion measures, otherwise
-            None.
+        scale: `scale_factor` that a complete checkpoint of latent diffusion stores, otherwise None.
         config: config of the network, if the metadata has it, otherwise None.
     """
 
@@ -89,11 +89,12 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
 
     Args:
         path: the file.
-        family: model family, which decides the scale of the latents if the file has none. With
-            None, the family is read from a complete checkpoint.
+        family: model family, such as "sdxl". It decides the scale of the latents if the file does
+            not store a scale. With None, the family is read from a complete checkpoint.
 
     Raises:
-        UserError: the file holds no `AutoencoderKL` or `VQModel`, or does not show its family.
+        UserError: the file holds no `AutoencoderKL` or `VQModel`, or `family` is None and the file
+            does not show the family.
     """
     if family is not None and family not in SINGLE_FILE_KINDS:
         hint = nearest(family, SINGLE_FILE_KINDS)
@@ -179,7 +180,7 @@ def _read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | No
 
 
 def _compare_scales(file: _File, family: SingleFileKind | None) -> None:
-    """Print a note if the scale in the file differs from the scale of the user's family."""
+    """Print a note if the scale in the file is not that of the model family the user gave."""
     assert file.config is not None
     if family is None or file.config["_class_name"] != "AutoencoderKL":
         return
@@ -199,7 +200,7 @@ def _family(names: Sequence[str]) -> SingleFileKind | None:
 
 
 def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
-    """Return the weights of `net` from a file, which must have them all and no other tensors."""
+    """Return the weights of `net` from a file, which must hold exactly the tensors of `net`."""
     if file.has_original_names:
         weights = from_original(file.tensors, net)
         levels = len(net.config["block_out_channels"])
@@ -241,7 +242,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         codes = {"num_vq_embeddings": number, "vq_embed_dim": width, "scaling_factor": 1.0}
         return VQModel, config | codes | scale | {"sample_size": 256}
 
-    # The scale is known only for a family
+    # The scale of the latents is known only if the model family is known
     channels = config["latent_channels"]
     known = file.family is not None and _CHANNELS[file.family] == channels
     family = family or (file.family if known else "other" if scale else None)

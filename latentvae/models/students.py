@@ -1,13 +1,14 @@
-"""Small networks that learn from a given autoencoder (the teacher): which class, shape and parts.
+"""Build small networks (students) that learn from a given autoencoder (the teacher).
 
     kind = student_of(teacher)
     net = kind.build(teacher, StudentShape())
     learn_only(net, "decoder")
 
 Most teachers have an `AutoencoderTiny` as student, the network of TAESD
-(https://github.com/madebyollin/taesd). It reads latents as pipelines scale them, so its own
-`scaling_factor` is 1. FLUX.2's pipeline takes only its own class, so the student of an
-`AutoencoderKLFlux2` is the same class with a narrower decoder ("small decoder").
+(https://github.com/madebyollin/taesd). This student reads latents that are already scaled as in
+pipelines, so its own `scaling_factor` is 1. FLUX.2's pipeline takes only the class
+`AutoencoderKLFlux2`. So the student for FLUX.2 has this class too, with a narrower decoder ("small
+decoder").
 
 `f` downsampling factor, `d` latent channels.
 """
@@ -37,7 +38,8 @@ class StudentShape:
     Args:
         channels: width of an AutoencoderTiny.
         blocks: residual blocks in each stage of an AutoencoderTiny.
-        widths: `decoder_block_out_channels` of FLUX.2's small decoder, from fine to coarse.
+        widths: `decoder_block_out_channels` of FLUX.2's small decoder, from the finest level to the
+            coarsest.
     """
 
     channels: int = 64
@@ -46,11 +48,11 @@ class StudentShape:
 
 
 class StudentKind(ABC):
-    """A kind of student: its class and the parts that may learn.
+    """A kind of student network: its class, and whether its encoder and decoder can be trained.
 
     Attributes:
         network: diffusers' class of the student.
-        parts: the parts of the student that may be trained.
+        parts: the choices of parts to train: "decoder", "encoder" or "both".
     """
 
     network: ClassVar[type[Any]]
@@ -58,10 +60,10 @@ class StudentKind(ABC):
 
     @abstractmethod
     def build(self, teacher: Network, shape: StudentShape) -> Any:
-        """Return a new student whose latents have the teacher's shape.
+        """Return a new student network whose latents have the same shape as the teacher's latents.
 
         Raises:
-            UserError: no student has this shape.
+            UserError: no student can have latents of this shape, or `shape` is not possible.
         """
 
     def check_fits(self, net: Network, teacher: Network, *, name: str) -> None:
@@ -88,7 +90,7 @@ class StudentKind(ABC):
 
 
 class TinyStudent(StudentKind):
-    """Students of the class `AutoencoderTiny`, for any f that is a power of two."""
+    """Students of the class `AutoencoderTiny`. The downsampling factor is any power of two."""
 
     network = AutoencoderTiny
     parts = ("decoder", "encoder", "both")
@@ -152,7 +154,7 @@ _TINY = TinyStudent()
 
 
 def student_of(teacher: Network) -> StudentKind:
-    """Return the kind of students of a teacher.
+    """Return the kind of student network that learns from a teacher.
 
     Raises:
         UserError: the teacher is a tokenizer.
@@ -166,7 +168,7 @@ def student_of(teacher: Network) -> StudentKind:
 
 
 def learn_only(net: Network, part: Part) -> None:
-    """Freeze every weight of a student that does not belong to the part that learns."""
+    """Freeze every weight of a student outside the given part (encoder, decoder or both)."""
     sides = {id(p) for module in family_of(net).latent_side(net) for p in module.parameters()}
     for parameter in net.parameters():
         of_encoder = id(parameter) in sides
@@ -176,7 +178,7 @@ def learn_only(net: Network, part: Part) -> None:
 def silence(net: Network, part: Part) -> None:
     """Set the last layer of a part to 0, so that the part's output is always 0.
 
-    An untrained part is then easy to recognise.
+    This marks the part of a student that is not trained.
     """
     *_, last = convolutions(net, part)
     nn.init.zeros_(last.weight)
@@ -191,7 +193,10 @@ def convolutions(net: Network, part: Part) -> list[nn.Conv2d]:
 
 
 def inner_matrices(net: Network) -> Iterator[nn.Parameter]:
-    """Yield the weights that Muon may train: all layers but the first and last of each part."""
+    """Yield the weights that the optimiser Muon may train.
+
+    The first and the last layer of the encoder and of the decoder are left out.
+    """
     module: Any = net
     for part in (module.encoder, module.decoder):
         layers = [m for m in part.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -203,8 +208,9 @@ def inner_matrices(net: Network) -> Iterator[nn.Parameter]:
 def to_student(student: Network, teacher: Network, z: Tensor) -> Tensor:
     """Convert the teacher's latents (B, d, h, w) to the scale that the student's decoder reads.
 
-    Pipelines normalise with the values of the network in use. So the latents in a pipeline stay the
-    same if the student replaces the teacher.
+    A pipeline normalises latents with the values in the config of its network. After this
+    conversion, a student normalises to the same latents as its teacher, and can replace it in a
+    pipeline.
     """
     normalised = family_of(teacher).normalization(teacher).apply(z)
     return family_of(student).normalization(student).invert(normalised)

@@ -1,4 +1,4 @@
-"""List the families of networks that can be trained, and find the family of any network."""
+"""List the kinds of networks that can be trained, and find the `Family` of any network."""
 
 import functools
 import operator
@@ -25,7 +25,7 @@ from latentvae.models.vit.vit_vq import ViTVQFamily
 from latentvae.models.vqvae2.vqvae2 import VQVAE2Family
 from latentvae.option_marks import tag_in
 
-# Keys are the names that a preset gives as `architecture`.
+# Keys are the values of the option `architecture`.
 FAMILIES: dict[str, TrainableFamily] = {
     "kl": KLFamily(),
     "asymmetric": AsymmetricFamily(),
@@ -36,7 +36,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vqvae2": VQVAE2Family(),
 }
 
-# Keys are names of classes. Older releases of diffusers do not have all of its classes.
+# Keys are names of diffusers' classes. Older releases of diffusers do not have all these classes.
 FOREIGN: dict[str, Family] = {
     **{name: LikelihoodFamily() for name in LIKELIHOOD_NETWORKS},
     "VQModel": StockVQFamily(),
@@ -45,7 +45,7 @@ FOREIGN: dict[str, Family] = {
 }
 ANY = Family()
 
-# Options of each family's network. `architecture` chooses one class from their union.
+# Class of the options of each kind of network. The option `architecture` chooses one of them.
 MODELS: dict[str, type[ModelConfig]] = {name: kind.options for name, kind in FAMILIES.items()}
 if TYPE_CHECKING:
     AnyModelConfig = ModelConfig

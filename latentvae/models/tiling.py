@@ -1,7 +1,7 @@
 """Set the tiles in which diffusers' classes encode and decode large images.
 
-There are two sets of attributes. Classes like AutoencoderKL take the share of a tile
-that the next tile overlaps. Other classes take the distance from one tile to the next.
+There are two sets of attributes. Classes like AutoencoderKL take the overlap as a share of a tile.
+Other classes take the distance from one tile to the next.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ class Tiling:
     """Overlap of a network's square tiles, and the way in which its class stores the overlap.
 
     Args:
-        share: part of a tile's side that the next tile overlaps.
-        by_factor: whether the class takes this share. Otherwise the class takes the distance from
-            one tile to the next.
+        share: fraction of a tile's side that the next tile overlaps.
+        by_factor: whether the class stores this fraction. Otherwise the class stores the distance
+            from one tile to the next.
     """
 
     share: Fraction
@@ -28,13 +28,14 @@ class Tiling:
     def step(self) -> int:
         """Number that must divide the side of a tile, in latent positions.
 
-        With a share, diffusers rounds overlap and stride separately. Tiles whose overlap is not a
-        whole number of latent positions would not fit together.
+        If the class stores the overlap as a fraction, diffusers rounds overlap and stride
+        separately. The tiles fit together only if the overlap is a whole number of latent
+        positions.
         """
         return self.share.denominator if self.by_factor else 1
 
     def attributes(self, *, size: int, overlap: int, f: int) -> dict[str, int]:
-        """Return names and values of the attributes that set these tiles on the network.
+        """Return names and values of the network's attributes that give tiles of this size.
 
         Args:
             size: latent positions on a side of a tile.
@@ -52,9 +53,8 @@ class Tiling:
 def read_tiling(net: Any, *, f: int) -> Tiling | None:
     """Return the overlap of a network's tiles, or None if its class cannot compute in tiles.
 
-    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which does not depend on the
-    number of blocks. If `spatial_scale_factor` does not fit the blocks, the tiles are wrong
-    and this function returns None.
+    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which may differ from its true
+    downsampling factor `f`. The tiles would then be wrong, so this function returns None.
 
     Args:
         net: the network.

@@ -1,4 +1,4 @@
-"""The base class of tokenizers: encode images, quantise features, decode codes.
+"""Define the base class of tokenizers: encode images, quantise features, decode codes.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, h, w) -> quantize -> z (B, D, h, w)
 and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
@@ -29,8 +29,8 @@ class TokenOutput(BaseOutput):
     """Output of `tokenize`: the code indices of images.
 
     Attributes:
-        indices: (B, h, w), or (B, L, h, w) with L levels. The values are int64 in 0..K - 1, row by
-            row from the top left.
+        indices: (B, h, w), or (B, L, h, w) with L codes per position. The values are int64 in
+            0..K - 1 for K codes. Positions go row by row from the top left.
     """
 
     indices: Tensor = None  # type: ignore[assignment]
@@ -43,7 +43,7 @@ class Tokenizer(ModelMixin, ConfigMixin):
 
     Attributes:
         encoder: turns images (B, C, H, W) into maps (B, *, h, w) of any number of channels.
-        quant_conv: turns these maps into the c features of the quantiser, (B, c, h, w).
+        quant_conv: turns the encoder's maps into the c features of the quantiser, (B, c, h, w).
         quantize: a `bottlenecks.Quantizer`.
         post_quant_conv: turns the D numbers of each code, (B, D, h, w), into the decoder's input.
         decoder: returns images, or the parameters of `likelihood`.
@@ -75,10 +75,10 @@ class Tokenizer(ModelMixin, ConfigMixin):
     def decode(
         self, latents: Tensor, force_not_quantize: bool = False, return_dict: bool = True
     ) -> Any:
-        """Quantise features (B, c, h, w) and decode them to images.
+        """Quantise features (B, c, h, w) and decode the codes to images.
 
-        With `force_not_quantize`, `latents` must be codes z (B, D, h, w). The method then decodes
-        them without quantisation.
+        With `force_not_quantize`, `latents` must be codes z (B, D, h, w) of width D. The method
+        then decodes these codes without quantisation.
         """
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))
@@ -87,7 +87,7 @@ class Tokenizer(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_parameters(self, z: Tensor) -> Tensor:
-        """Decode codes z (B, D, h, w) to images, or to parameters of the pixels' likelihood."""
+        """Decode codes z of width D, (B, D, h, w), to images or to a likelihood's parameters."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
@@ -100,12 +100,12 @@ class Tokenizer(ModelMixin, ConfigMixin):
         """Decode code indices to images. The indices are integers of any dtype.
 
         Raises:
-            UserError: the indices are not integers in 0..K - 1.
+            UserError: the indices are not integers in 0..K - 1 for K codes.
         """
         if indices.is_floating_point():
             raise UserError(f"indices must be integers (got {indices.dtype})")
-        indices = indices.long()  # torch has no minimum of uint16 and no embedding of uint8
-        low, high = (int(value) for value in indices.aminmax())  # waits for the device
+        indices = indices.long()  # torch has no `aminmax` of uint16, and cannot embed uint8
+        low, high = (int(value) for value in indices.aminmax())  # waits for the GPU
         if low < 0 or high >= self.quantize.num_codes:
             last = self.quantize.num_codes - 1
             raise UserError(f"indices must be in 0..{last} (got {low}..{high})")

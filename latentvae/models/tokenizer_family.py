@@ -1,4 +1,4 @@
-"""Options, training wrapper and family that all kinds of `models.tokenizer.Tokenizer` share.
+"""Options, training wrapper and methods that all kinds of `models.tokenizer.Tokenizer` share.
 
 `B` batch, `h w` latent positions, `K` codes, `L` levels.
 """
@@ -28,9 +28,10 @@ class TokenizerConfig(ModelConfig):
     likelihood: Literal["logit_laplace"] | None = Field(
         default=None,
         description=(
-            "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. The "
-            "decoder then returns the parameters of this likelihood, and the negative "
-            "log-likelihood replaces rec_loss."
+            "Likelihood of the pixels. `logit_laplace` is the likelihood of DALL-E's dVAE. With "
+            "`logit_laplace`, the decoder returns the parameters of this distribution, and the "
+            "negative log-likelihood replaces the pixel loss (rec_loss). By default, the decoder "
+            "returns pixels."
         ),
     )
     quantizer: AnyQuantizerConfig = VectorConfig()
@@ -61,7 +62,7 @@ class TokenizerConfig(ModelConfig):
 
     @property
     def draws_noise(self) -> bool:
-        return self.has_kl  # Gumbel-softmax
+        return self.has_kl  # only Gumbel-softmax has a KL, and it draws noise
 
     def shape(self) -> dict[str, Any]:
         return super().shape() | {"quantizer": self.quantizer.arguments()}
@@ -70,7 +71,7 @@ class TokenizerConfig(ModelConfig):
 class DiscreteTrainingWrapper(TrainingWrapper):
     """Training wrapper that encodes, quantises and decodes images.
 
-    Its output has all values that the objective and the update of the codebook need.
+    Its output has all values that the loss and the update of the codebook need.
     """
 
     @property
@@ -109,17 +110,17 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class TokenizerFamily(DiscreteFamily):
-    """Methods that all classes of `Tokenizer` share. Each subclass builds one of these classes."""
+    """Methods that all classes of `Tokenizer` share. Each subclass builds one of the classes."""
 
     wrapper = DiscreteTrainingWrapper
 
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the run's options with the pretrained network's shape.
+        """Return the options of a training run with the shape of its pretrained network.
 
-        If run and network have a quantiser of the same type, the run's options decide how the
-        quantiser learns.
+        If the run's options and the pretrained network have a quantiser of the same type, the run's
+        options decide how the quantiser learns.
         """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]

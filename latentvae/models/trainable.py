@@ -1,7 +1,7 @@
-"""The interface of trainable networks: build, wrap, fine-tune, freeze and export.
+"""Define the methods of trainable networks: build, wrap, fine-tune, freeze and export.
 
-A new kind of network needs a folder with its options, network, training wrapper and family, and a
-line in `models.table`.
+A new kind of network needs a folder with its options, network, training wrapper and subclass of
+`TrainableFamily`, and a line in `models.table`.
 
 `B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
 """
@@ -27,10 +27,10 @@ class TrainableFamily(Family, ABC):
 
     Attributes:
         network: class of the network.
-        options: class of the network's options in a run's config. The option `architecture` names
-            the family.
+        options: class of the network's options in the config of a training run. The option
+            `architecture` names this kind of network.
         wrapper: class of the module that wraps the network in training.
-        profiles: groups of pipelines for which exports can be written.
+        profiles: groups of pipelines for which the network can be exported, see `PROFILES`.
         why_no_checkpointing: a clause that says why the network has no gradient checkpointing, or
             "".
     """
@@ -43,7 +43,7 @@ class TrainableFamily(Family, ABC):
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
-        """Classes of networks that an export may contain."""
+        """Classes as which a network of this kind can be exported."""
         return (self.network,)
 
     # A new network, or a pretrained one.
@@ -54,17 +54,16 @@ class TrainableFamily(Family, ABC):
 
         Args:
             image_channels: number of image channels C.
-            sample_size: side of the training images in pixels, from which diffusers takes its tile
-                size.
+            sample_size: side of the training images in pixels. diffusers uses it as the tile size.
             options: the result of `self.options(...).shape()`.
         """
 
     @abstractmethod
     def options_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of those options that the config of a pretrained network decides."""
+        """Return the options whose values follow from the config of a pretrained network."""
 
     def adapt(self, net: Network, options: Mapping[str, Any]) -> Any | None:
-        """Convert a pretrained network to this family, or return None if this is impossible.
+        """Convert a pretrained network to this kind, or return None if this is impossible.
 
         Args:
             net: the pretrained network.
@@ -75,11 +74,16 @@ class TrainableFamily(Family, ABC):
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the options of a run, with some values replaced by a pretrained network's."""
+        """Return the options of a training run, with the values that a pretrained network decides.
+
+        Args:
+            options: options of the network in the config of the training run.
+            config: config of the pretrained network.
+        """
         return {**options, **self.options_of(config)}
 
     def apply_options(self, net: Network, options: ModelConfig) -> None:
-        """Set the run's options on a pretrained network, except those that its config decides."""
+        """Set those options of the training run that the network's own config does not decide."""
 
     def wrap(
         self,
@@ -93,20 +97,20 @@ class TrainableFamily(Family, ABC):
 
         Args:
             net: the network, which the wrapper contains.
-            options: options of the network in the run's config.
+            options: options of the network in the config of the training run.
             output_logvar, learn_logvar: see `TrainingWrapper`.
         """
         return self.wrapper(net, output_logvar=output_logvar, learn_logvar=learn_logvar)
 
     def write_constants(self, net: Network, options: ModelConfig) -> None:
-        """Write constants that the options give into the network's weights, such as a variance."""
+        """Write constants from the options into the network's weights, such as a fixed variance."""
 
     def matrices(self, net: Network) -> list[nn.Parameter]:
-        """Return the weights that Muon may train: those of convolutions and linear layers.
+        """Return the weights of convolutions and linear layers that the optimiser Muon may train.
 
         The first and the last layer of the network are left out, because Muon is made for layers
-        inside a network. The 1x1 convolutions beside the latent and a quantiser's layers are
-        left out too.
+        inside a network. The 1x1 convolutions before and after the latent are left out too, and so
+        are the layers of a quantiser.
         """
         module: Any = net
         outer = ("encoder.conv_in", "decoder.conv_out", "quant_conv", "post_quant_conv", "quantize")
@@ -128,8 +132,8 @@ class DiscreteFamily(TrainableFamily):
 
     A network with several latents overrides `quantizers` and `features`.
 
-    If a class of diffusers finds the same codes, the export is a network of this class. Otherwise
-    it is a network of the tokenizer's own class.
+    If a class of diffusers finds the same codes, the tokenizer is exported as this class. Otherwise
+    it is exported as its own class.
     """
 
     has_posterior = False
@@ -137,14 +141,14 @@ class DiscreteFamily(TrainableFamily):
     def freeze_encoder(self, net: Network) -> None:
         super().freeze_encoder(net)
         for quantizer in self.quantizers(net):
-            quantizer.eval()  # otherwise a codebook of moving averages would still change
+            quantizer.eval()  # in train mode, a codebook of moving averages would still change
 
     def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
         module: Any = net
         return (module.quantize,)
 
     def features(self, net: Network, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the features (B, c, h, w) that each of the quantisers reads."""
+        """Return the features that each quantiser reads, with c channels: (B, c, h, w)."""
         return (net.encode(images).latents,)
 
     @abstractmethod
@@ -171,7 +175,7 @@ class DiscreteFamily(TrainableFamily):
         raise NotImplementedError(self.why_not_stock(net.config))  # callers check this first
 
     def fit_stock(self, net: Network, stock: Network, images: Tensor) -> float:
-        """Scale the features of `stock` in place so that its search can distinguish codes.
+        """Scale the features of `stock` so that its search for the nearest code is precise enough.
 
         Args:
             net: the trained network.
@@ -179,6 +183,6 @@ class DiscreteFamily(TrainableFamily):
             images: (B, C, H, W) in [-1, 1], to measure the features' lengths.
 
         Returns:
-            The factor, a power of two.
+            The factor on the features, a power of two.
         """
         return 1.0

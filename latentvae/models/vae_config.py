@@ -13,7 +13,7 @@ from latentvae.option_marks import ChosenByPreset, Elsewhere, Section
 class VAEConfig(Section):
     """Base class of the options of a network with a likelihood.
 
-    A subclass has an option `architecture` with its own name as the only value.
+    A subclass has an option `architecture`, whose only value is the name of the kind of network.
     """
 
     can_checkpoint: ClassVar[bool] = False  # whether the network has gradient checkpointing
@@ -25,8 +25,8 @@ class VAEConfig(Section):
         default="bernoulli",
         description=(
             "Distribution of the pixels. `bernoulli` is for binary images. All other distributions "
-            "are for 8-bit pixels with 256 values. `gaussian`, `logit_laplace` and "
-            "`discretized_logistic` have a location and a scale for each pixel and channel. "
+            "are for 8-bit pixels. With `gaussian`, `logit_laplace` and `discretized_logistic`, "
+            "the decoder predicts a location and a scale for each pixel and channel. "
             "`logistic_mixture` is a mixture of 10 logistics in which the channels of a pixel "
             "depend on each other."
         ),
@@ -34,7 +34,7 @@ class VAEConfig(Section):
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether the network has batch norm, whose statistics all processes must share."""
+        """Whether the network has batch norm. All processes must share its statistics."""
         return False
 
     @abstractmethod

@@ -33,16 +33,16 @@ def variant_of(name: str) -> str | None:
 
 
 def names_of(repository: str, subfolder: str | None) -> list[str]:
-    """Return the names of the files in a folder, or in a folder of a repository on the Hub.
+    """Return the names of the files in a local folder, or in a repository on the Hugging Face Hub.
 
-    Without an internet connection, these are the files that were downloaded before.
+    Without an internet connection, the names are those of files that were downloaded before.
     """
     if Path(repository).is_dir():
         return sorted(path.name for path in Path(repository).iterdir())
     inside = f"{subfolder}/" if subfolder else ""
     try:
         files = list_repo_files(repository)
-    except Exception:  # the library raises many types of errors without connection or access
+    except Exception:  # without connection or access, the library raises many types of errors
         config = try_to_load_from_cache(repository, f"{inside}config.json")
         if not isinstance(config, str):
             return []
@@ -56,7 +56,8 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
 
     Args:
         names: names of the files in the folder.
-        variant: variant that the user asked for. None means plain weights, or the only variant.
+        variant: variant that the user asked for, such as "fp16". None means the plain weights, or
+            the only variant if there are no plain weights.
         path: path of the folder, for messages.
 
     Raises:

@@ -14,7 +14,7 @@ class TrainingWrapper(nn.Module):
     Each kind of network adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
-        net: the autoencoder. The export saves it without the wrapper.
+        net: the autoencoder. It is exported without the wrapper.
         output_logvar: initial log-variance of the output likelihood (natural logarithm).
         learn_logvar: whether the log-variance is a trained parameter. Otherwise it is a constant.
     """
@@ -29,19 +29,25 @@ class TrainingWrapper(nn.Module):
             self.register_buffer("output_logvar", value)
 
     def averaged(self) -> nn.Module:
-        """Return the module whose weights are averaged: all but the output's log-variance."""
+        """Return the module whose weights are averaged over the training steps (EMA).
+
+        The output's log-variance is not averaged.
+        """
         return self.net
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients balance the adversarial term (arXiv:2012.09841, eq. 7)."""
+        """The weight whose gradients set the size of the adversarial loss.
+
+        See equation 7 of arXiv:2012.09841.
+        """
         return trained_weight(self.net.decoder.conv_out)
 
 
 def keep_batch_statistics(net: nn.Module) -> None:
     """Put the batch norms of a pretrained network in eval mode, so that they keep their statistics.
 
-    The statistics of small batches would differ between ranks.
+    In train mode, the statistics would follow small batches, and would differ between processes.
     """
     for module in net.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

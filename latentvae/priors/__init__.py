@@ -1,4 +1,4 @@
-"""Generators of tokens and latents. They show how well an autoencoder's code can be learned."""
+"""Generators of tokens and latents, which show how well an autoencoder's codes can be learned."""
 
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.flow_pipeline import FlowPipeline

@@ -7,7 +7,7 @@ what diffusers builds:
   start of training.
 - diffusers drops labels at random, separately in each block. Here the caller drops labels once for
   all blocks: label number `num_classes` means "no class".
-- `DiTPipeline` always has label 1000 for "no class". So an export has 1,000 classes, and the
+- `DiTPipeline` always uses label 1000 for "no class". So an export has 1,000 classes, and the
   classes after the model's last class are copies of "no class".
 
 `velocity` and `sample_latents` also take the network of `pixart`, which reads text.
@@ -151,8 +151,8 @@ def sample_latents(
         options: solver, steps and guidance.
         shift: shift of the noise levels, see `flow_matching.shifted`.
         seed: seed of the noise.
-        numbers: number of each image, by default 0 to B - 1. The noise of an image depends only on
-            the seed and this number.
+        numbers: a number for each image, by default 0 to B - 1. The noise of an image depends only
+            on the seed and on its number.
     """
     options, config = options or FlowSampling(), cast("Any", net.config)
     shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -173,7 +173,7 @@ def sample_latents(
 
 
 def _with_unconditional(condition: Condition, unconditional: Text | None) -> Condition:
-    """Return the conditions (2 B) of guidance: those of the images, then B times "none"."""
+    """Return 2 B conditions for guidance: those of B images, then B times "no condition"."""
     if not isinstance(condition, Text):
         return torch.cat([condition, torch.full_like(condition, NO_CLASS)])
     if unconditional is None:

@@ -23,16 +23,16 @@ from torch import Tensor
 
 from latentvae.errors import UserError
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, sigma (B,)) -> v, with guidance applied
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, sigma (B,)) -> v (velocity), with guidance
 BASE_VALUES = (
-    4096  # latents of this many values have shift 1, as in Zheng et al. (arXiv:2510.11690)
+    4096  # latents with this number of values have shift 1 (Zheng et al., arXiv:2510.11690)
 )
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class FlowSampling:
-    """How latents are drawn.
+    """Options for drawing latents: solver, steps and guidance.
 
     Args:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the velocity
@@ -60,10 +60,12 @@ class FlowSampling:
 
 
 def default_shift(values: int) -> float:
-    """Return the shift for latents of this many values: sqrt(values / 4096), at least 1.
+    """Return the shift of the noise levels for a latent of `values` values.
 
-    A latent with more values needs more noise to be hidden, so its noise levels are shifted towards
-    1.
+    The shift is sqrt(values / 4096), and at least 1.
+
+    More noise is needed to hide a latent with more values. So its noise levels are shifted towards
+    1, which is pure noise.
     """
     return max(math.sqrt(values / BASE_VALUES), 1.0)
 
@@ -85,7 +87,7 @@ def even_sigmas(count: int, *, shift: float) -> Tensor:
 
 
 def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Return x_sigma for a noise level of each latent, (B, d, h, w)."""
+    """Return noised latents (1 - sigma) x + sigma noise, (B, d, h, w), for noise levels (B,)."""
     level = sigma.view(-1, *[1] * (x.ndim - 1))
     return (1 - level) * x + level * noise
 
@@ -107,7 +109,7 @@ def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
 
 
 def noise_of(shape: Iterable[int], *, seed: int, numbers: Iterable[int]) -> Tensor:
-    """Return the start noise (B, d, h, w) of images, from the seed and each image's number."""
+    """Return the noise (B, d, h, w) at which sampling starts, by seed and number of each image."""
     shape = tuple(shape)
     rows = [
         np.random.default_rng([seed, number]).standard_normal(shape, np.float32)
@@ -125,7 +127,7 @@ def integrate(velocity: Velocity, noise: Tensor, *, options: FlowSampling, shift
         step = after - now
         v = velocity(x, now.expand(len(x)))
         moved = x + step * v
-        # As in the paper, the last step has no correction.
+        # As in the paper of this solver, the last step has no correction.
         if options.solver == "heun" and after > 0:
             moved = x + step * (v + velocity(moved, after.expand(len(x)))) / 2
         x = moved

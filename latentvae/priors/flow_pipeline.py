@@ -35,12 +35,12 @@ from latentvae.priors.pipeline import spread_over
 from latentvae.priors.pixart import encode_captions
 from latentvae.priors.transformer import NO_CLASS, Text
 
-MAX_DIFFERENCE = 1e-6  # relative, between a pipeline's scale and the scale of the latents
+MAX_DIFFERENCE = 1e-6  # allowed relative difference of a pipeline's scale to that of the latents
 PIXART_STEP = 8  # `PixArtSigmaPipeline` draws pictures whose sides are multiples of this
 
 
 class FlowPipeline(DiffusionPipeline):
-    """Pictures from a flow matching model on latents, and the autoencoder that decodes them.
+    """A pipeline of a flow matching model, which draws latents, and an autoencoder's decoder.
 
         pipe = FlowPipeline.from_pretrained("runs/flow/export")
         pictures = pipe(["church", "church"], guidance_scale=2.0, seed=0).images
@@ -52,9 +52,10 @@ class FlowPipeline(DiffusionPipeline):
         scheduler: the sampler of diffusers. `FlowPipeline` reads only its `flow_shift`.
         id2label: names of the classes by number, separated by commas if a class has several.
         latents_mean, latents_scale: normalised latents are (z - mean) * scale, with one value for
-            each channel or one value for all channels. None takes the autoencoder's own
-            normalisation.
-        fold: side of the squares of latent positions that are folded into channels.
+            each channel or one value for all channels. With None, the autoencoder's own
+            normalisation is used.
+        fold: side of the squares of latent positions that are folded into channels. 1 means no
+            folding.
         text_encoder: encoder of prompts, for a model with text.
         tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
     """
@@ -94,7 +95,7 @@ class FlowPipeline(DiffusionPipeline):
 
     @property
     def shift(self) -> float:
-        """Shift of the noise levels, see `flow_matching.shifted`."""
+        """Shift of the noise levels. Above 1, sampling makes more steps at high noise levels."""
         return self.scheduler.config.flow_shift
 
     @torch.no_grad()
@@ -177,7 +178,10 @@ class FlowPipeline(DiffusionPipeline):
         return encode_captions(prompts, self.tokenizer, self.text_encoder)
 
     def all_classes(self, count: int) -> Tensor:
-        """Return the class of each of `count` images: all classes in turn, or `NO_CLASS`."""
+        """Return a class for each of `count` images: all classes in turn.
+
+        For a model without classes, all values are `NO_CLASS`.
+        """
         if names := self.class_names:
             return torch.arange(count) % len(names)
         return torch.full((count,), NO_CLASS)
@@ -261,7 +265,7 @@ class FlowPipeline(DiffusionPipeline):
 
 
 def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
-    """Return whether diffusers' stock pipelines can decode latents of this normalisation.
+    """Return whether diffusers' own pipelines can decode latents with this normalisation.
 
     `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, without any other
     normalisation. They load only diffusers' own classes of autoencoders.
@@ -315,7 +319,7 @@ def build_pipeline(
     normalization: LatentNormalization,
     text: tuple[Any, Any] | None = None,
 ) -> DiffusionPipeline:
-    """Return the pipeline to export: one of diffusers if it can decode the latents.
+    """Return the pipeline to export: diffusers' own if it can decode the latents, or FlowPipeline.
 
     Args:
         net: the trained DiT, or for text the trained PixArt network.
@@ -338,7 +342,7 @@ def build_pipeline(
         words, encoder = text
         parts |= {"tokenizer": words, "text_encoder": encoder}
         if stock and stock_reads(encoder, vae, side=net.config.sample_size):
-            from diffusers import PixArtSigmaPipeline  # needs the package transformers
+            from diffusers import PixArtSigmaPipeline  # this import needs the package transformers
 
             return PixArtSigmaPipeline(**parts)
     elif stock:

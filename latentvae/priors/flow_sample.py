@@ -16,13 +16,13 @@ from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
 from latentvae.priors.text import repeat_text
 from latentvae.priors.transformer import Text
 
-LATENTS_NAME = "latents.json"  # file of an export: the content of the latents that it learned
+LATENTS_NAME = "latents.json"  # file of an export with facts about the latents that were learned
 
 
 def flow_export(path: Path) -> Path | None:
-    """Return the folder of an exported flow matching model, given this folder or its run.
+    """Return the folder of an exported flow matching model. `path` is this folder or its run.
 
-    Return None if there is no such folder.
+    A run is the folder of a training. Return None if there is no export.
     """
     for folder in (path, path / "export"):
         if (folder / "model_index.json").is_file() and (folder / LATENTS_NAME).is_file():
@@ -53,7 +53,7 @@ def sample_flow_folder(
     batch_size: int = 32,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write `00000.png` and so on, and a grid, into `out`.
+    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
 
     Args:
         folder: an export of a flow matching model.
@@ -64,7 +64,7 @@ def sample_flow_folder(
         options: solver, steps and guidance.
         seed: seed of the noise. Except for rounding, a picture depends neither on `num` nor on
             `batch_size`.
-        batch_size: pictures that are sampled at once.
+        batch_size: number of pictures that are sampled at once.
         device: device of the computation. None takes the GPU if there is one.
 
     Returns:

@@ -20,7 +20,7 @@ from latentvae.priors.transformer import NO_CLASS, Text, TokenTransformer
 
 
 class TokenPipeline(DiffusionPipeline):
-    """Pictures from a prior over tokens and the tokenizer that decodes them.
+    """A pipeline of a prior, which draws tokens, and the tokenizer that decodes these tokens.
 
         pipe = TokenPipeline.from_pretrained("runs/prior/export")
         pictures = pipe(["church", "church"], guidance_scale=2.0, seed=0).images
@@ -68,7 +68,7 @@ class TokenPipeline(DiffusionPipeline):
                 in turn.
             prompt: texts, for a prior with text.
             num_images: number of pictures. One class or prompt is then used for all of them.
-            guidance_scale, temperature, top_k, top_p: see `Sampling`.
+            guidance_scale, temperature, top_k, top_p: how tokens are drawn, see `Sampling`.
             seed: seed of the random numbers. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
@@ -92,7 +92,10 @@ class TokenPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images)
 
     def all_classes(self, count: int) -> Tensor:
-        """Return the class of each of `count` images: all classes in turn, or `NO_CLASS`."""
+        """Return a class for each of `count` images: all classes in turn.
+
+        For a prior without classes, all values are `NO_CLASS`.
+        """
         if classes := self.transformer.config["num_classes"]:
             return torch.arange(count) % classes
         return torch.full((count,), NO_CLASS)
@@ -139,7 +142,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
-    """Return `count` values: a single value is repeated, and several values must be `count` many.
+    """Return `count` values: a single value is repeated. Of several values, there must be `count`.
 
     Raises:
         UserError: the number of values is neither 0 nor 1 nor `count`.

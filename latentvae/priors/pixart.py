@@ -1,4 +1,4 @@
-"""A small diffusion transformer that reads text: diffusers' PixArt, initialised as the original.
+"""A small diffusion transformer that reads text: diffusers' PixArt with the paper's initialisation.
 
 PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) is `PixArtTransformer2DModel`: a DiT whose blocks
 also attend to the states of a frozen text encoder. Layers that the official code initialises to

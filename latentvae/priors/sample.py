@@ -21,7 +21,7 @@ from latentvae.priors.sampling import Sampling, sample_tokens
 from latentvae.priors.text import repeat_text
 from latentvae.priors.transformer import NO_CLASS
 
-TOKENS_NAME = "tokens.json"  # file of an export: the content of the tokens that the prior learned
+TOKENS_NAME = "tokens.json"  # file of an export with facts about the tokens that the prior learned
 GRID_NAME = "grid.png"
 GRID_IMAGES = 64  # number of pictures that the grid shows at most
 
@@ -40,10 +40,10 @@ def sample_folder(
     tokens: bool = False,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write `00000.png` and so on, and a grid, into `out`.
+    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
 
     Args:
-        prior: an export of a prior, or a run that has finished.
+        prior: folder of an exported prior, or of a finished training.
         num: number of pictures.
         class_name: name or number of the pictures' class. By default, a prior with classes takes
             all classes in turn.
@@ -51,7 +51,7 @@ def sample_folder(
         options: how tokens are drawn.
         seed: seed of the random numbers. Except for rounding, a picture depends neither on `num`
             nor on `batch_size`.
-        batch_size: pictures that are sampled at once.
+        batch_size: number of pictures that are sampled at once.
         tokens: also write the tokens to `out`/tokens, as shards that `latentvae decode` reads.
         device: device of the computation. None takes the GPU if there is one.
 
@@ -109,7 +109,7 @@ def check_new_folder(out: Path) -> None:
 
 
 def find_export(prior: Path) -> Path:
-    """Return the folder of an exported prior, given this folder or its run.
+    """Return the folder of an exported prior, given this folder or the folder of its training.
 
     Raises:
         UserError: there is no such folder, or it holds no prior.

@@ -19,7 +19,7 @@ from latentvae.priors.transformer import NO_CLASS, Cache, Text, TokenTransformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Options for drawing tokens: guidance, temperature and a limit to the most likely codes.
 
     Args:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the logits
@@ -69,7 +69,8 @@ def sample_tokens(
         text: states of a text for each image.
         options: how tokens are drawn.
         seed: seed of the random numbers.
-        numbers: number of each image, by default 0 to B - 1.
+        numbers: a number for each image, by default 0 to B - 1. The random numbers of an image
+            depend only on the seed and on its number.
     """
     options = options or Sampling()
     uniform = _uniform(seed, range(len(classes)) if numbers is None else numbers, net.num_tokens)
@@ -103,7 +104,7 @@ class Steps:
 
     Args:
         net: the transformer, in eval mode.
-        classes: (B,), see `TokenTransformer.forward`.
+        classes: class of each image, (B,). `NO_CLASS` means "no class".
         text: states of a text for each image.
     """
 
@@ -127,7 +128,7 @@ class Steps:
         return net.outputs[net.level_of(place)](net.norm(hidden[:, -1])).float()
 
     def _start(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the inputs of the first token's slot and of the text's slots before it."""
+        """Return the transformer's inputs for the first token: text first, then the class."""
         net = self.net
         hidden = net.embed_condition(len(self.classes), self.classes) + net.places.weight[:1]
         if self.text is None:
@@ -137,7 +138,7 @@ class Steps:
         return torch.cat([words, hidden], dim=1), mask, turns
 
     def _next(self, before: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the inputs of the next slot, after the token `before`."""
+        """Return the transformer's inputs for the next token, which comes after token `before`."""
         net, place = self.net, self._place
         hidden = net.tokens(before + net.offsets[place - 1]) + net.places.weight[place]
         mask = None
@@ -164,7 +165,7 @@ def draw(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
     probabilities = logits.softmax(dim=1)
 
     if options.top_p < 1:
-        # A code is kept if the more likely codes do not yet add up to top_p.
+        # A code is kept if the probabilities of all more likely codes add up to less than top_p.
         ordered, order = probabilities.sort(dim=1, descending=True)
         before = ordered.cumsum(dim=1) - ordered
         ordered = ordered.masked_fill(before >= options.top_p, 0.0)

@@ -46,7 +46,7 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
         encoders = AutoModelForTextEncoding._model_mapping
         kind: Any = AutoModelForTextEncoding if type(config) in encoders else AutoModel
         kind = CLIPTextModel if isinstance(config, CLIPConfig) else kind
-        # In float32, because pipelines load it so, whatever the type of the files is.
+        # Load in float32, as pipelines do, whatever the dtype in the files is.
         encoder = kind.from_pretrained(path, use_safetensors=True, **here).eval().float()
         tokenizer = AutoTokenizer.from_pretrained(path, use_safetensors=True, **here)
         encode_prompts(["a", "two words"], tokenizer, encoder)
@@ -80,7 +80,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text
 
 
 def longest_text(tokenizer: Any) -> int:
-    """Return the number of tokens after which a text is cut."""
+    """Return the largest number of tokens of a text. Longer texts are cut."""
     return min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
 
 
@@ -101,6 +101,6 @@ def join_texts(texts: Sequence[Text]) -> Text:
 
 
 def describe_encoder(encoder: nn.Module) -> str:
-    """Return the class and the size of a text encoder, for the plan of a run."""
+    """Return class and size of a text encoder as text, for the overview that a training prints."""
     size = sum(p.numel() for p in encoder.parameters())
     return f"{type(encoder).__name__}, {size / 1e6:.1f} M parameters"

@@ -63,7 +63,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Words:
-    """Texts split into numbered parts, the input of a text encoder that learns with the prior.
+    """Texts as numbers (such as bytes), the input of a text encoder that learns with the prior.
 
     Attributes:
         ids: (B, S), int64.
@@ -82,8 +82,8 @@ class TokenTransformer(ModelMixin, ConfigMixin):
 
     Args:
         num_codes: K, the number of codes of each level.
-        levels: (height, width) in tokens of each level, coarsest level first. A residual tokenizer
-            with L levels has the same size L times.
+        levels: (height, width) in tokens of each level (map of tokens), coarsest level first. For a
+            residual tokenizer with L levels, the same size is given L times.
         item_shape: shape in which the tokenizer takes the tokens of an image, such as (8, 8). The
             transformer itself does not use it. None means the size of the level if there is only
             one level, otherwise (T,).
@@ -141,7 +141,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         self.register_buffer("turns", turns, persistent=False)
         self.apply(initialise)
         for weight in self.outputs.parameters():
-            nn.init.zeros_(weight)  # so training starts at a loss of log K
+            nn.init.zeros_(weight)  # with zeros, training starts at a loss of log K
 
     @property
     def num_tokens(self) -> int:
@@ -149,7 +149,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         return len(self.offsets)
 
     def level_of(self, place: int) -> int:
-        """Return the level of token number `place` of an image."""
+        """Return the number of the level (map of tokens) that token number `place` belongs to."""
         return int(self.offsets[place]) // self.config["num_codes"]
 
     def forward(
@@ -184,7 +184,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
     def _inputs(
         self, indices: Tensor, classes: Tensor | None, text: Text | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the inputs (B, S + 1 + t, W) of all slots for t tokens, and the attention mask."""
+        """Return the inputs (B, S + 1 + t, W) for text, class and t tokens, and the mask."""
         start = self.embed_condition(len(indices), classes)
         before = self.tokens(indices + self.offsets[: indices.shape[1]])
         hidden = torch.cat([start, before], dim=1)
@@ -202,9 +202,9 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         return self.condition(torch.where(classes == NO_CLASS, none, classes))[:, None]
 
     def embed_text(self, text: Text, *, after: int) -> tuple[Tensor, Tensor]:
-        """Return the slots of a text (B, S, W), and a mask for these and `after` more slots.
+        """Return the inputs for a text (B, S, W), and a mask for these and `after` more inputs.
 
-        The mask (B, 1, S + after, S + after) is causal and hides padding. A slot always sees
+        The mask (B, 1, S + after, S + after) is causal and hides padding. An input always sees
         itself, so that no row of the mask is empty.
         """
         if self.text is None:
@@ -216,12 +216,12 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         return self.text(text.states.to(self.text.weight.dtype)), (causal & seen) | itself
 
     def _turns(self, slots: int) -> Tensor:
-        """Return the rotations (2, slots, D / 2) of all slots."""
+        """Return the rotations of the rotary embedding, (2, slots, D / 2), for all inputs."""
         return with_text(self.turns, slots - self.num_tokens)
 
 
 def with_text(turns: Tensor, slots: int) -> Tensor:
-    """Prepend rotations by angle 0, for `slots` slots of a text, to the tokens' rotations."""
+    """Prepend rotations by angle 0, for `slots` inputs of a text, to the tokens' rotations."""
     cos, sin = turns
     return torch.stack([F.pad(cos, (0, 0, slots, 0), value=1.0), F.pad(sin, (0, 0, slots, 0))])
 
@@ -247,10 +247,11 @@ class Block(nn.Module):
 
         Args:
             x: (B, T, W).
-            turns: rotations of the slots in `x`, (2, T, D / 2) for heads of D channels.
-            mask: (B, 1, T, keys), True where a slot may look. None is causal attention, or with a
-                cache attention to all slots so far.
-            cache: keys and values of earlier slots. The keys and values of `x` are appended.
+            turns: rotations of the rotary embedding for the T entries of `x`, (2, T, D / 2). D is
+                the number of channels of a head.
+            mask: (B, 1, T, keys), True where an entry may attend. None means causal attention. With
+                a cache, None means attention to all entries so far.
+            cache: keys and values of earlier entries. The keys and values of `x` are appended.
         """
         # attention
         pattern = "b t (three h d) -> three b h t d"
@@ -268,10 +269,10 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the slots that a block has seen, for sampling token by token.
+    """Keys and values of the inputs that a block has seen, for sampling token by token.
 
     Args:
-        slots: total number of slots, including those of the text.
+        slots: total number of inputs: class, tokens and text.
     """
 
     def __init__(self, slots: int) -> None:
@@ -280,7 +281,10 @@ class Cache:
         self._length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, heads, t, D) of new slots. Return the ones of all slots."""
+        """Add the keys and values (B, heads, t, D) of t new inputs.
+
+        Return those of all inputs so far.
+        """
         if self._kept is None:
             batch, heads, _, channels = keys.shape
             self._kept = keys.new_zeros(2, batch, heads, self.slots, channels)
@@ -291,7 +295,7 @@ class Cache:
 
 
 def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the place (row, column) of each token in the finest level, (T, 2).
+    """Return the place (row, column) of each token, (T, 2), measured in the finest level.
 
     Places are in units of the finest level, so that places of different levels are comparable. With
     levels of 8 x 8 and 16 x 16 tokens, the first coarse token has the place (0.5, 0.5).
@@ -305,6 +309,6 @@ def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw the weights of a linear layer or an embedding, for `nn.Module.apply`."""
+    """Draw random weights for a linear layer or an embedding, for `nn.Module.apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

@@ -26,10 +26,10 @@ def sample_vae_folder(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write `00000.png` and so on, and a grid, into `out`.
+    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
 
     Args:
-        model: an exported network, or a run that has finished.
+        model: folder of an exported network, or of a finished training.
         num: number of pictures.
         temperature: factor of the prior's standard deviations.
         class_name: name or number of the pictures' class, for a network with classes. By default, a

@@ -15,11 +15,11 @@ COLUMNS = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Result of a check: the condition, whether it holds, and what was found.
+    """Result of a check: what was checked, whether the check passed, and what was found.
 
     Attributes:
         name: what is checked, such as `weights`. Names are unique in a report.
-        passed: whether the check holds.
+        passed: whether the check passed.
         value: what was found: a number, a text, or a list or dict of these.
         expected: what should be found, in words.
         advice: what to do if the check fails.
@@ -53,7 +53,7 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check that the report can be written to this path. Without a path there is no report.
+    """Check that the report can be written to `path`. None means that no report is written.
 
     Raises:
         UserError: the path is a folder, or the file's folder does not exist.
@@ -70,9 +70,9 @@ def check_json_file(path: Path | None) -> None:
 
 
 def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
-    """Print how many checks hold, and write the report.
+    """Print how many checks passed, and write the report (the JSON file).
 
-    Return the exit code: 0 if all checks hold, 1 if one failed.
+    Return the exit code: 0 if all checks passed, 1 if a check failed.
     """
     assert checks and len({check.name for check in checks}) == len(checks)
     failed = [check.name for check in checks if not check.passed]
@@ -86,7 +86,7 @@ def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with NaN and infinities as text, because JSON has neither."""
+    """Return the value with NaN and infinities as text, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

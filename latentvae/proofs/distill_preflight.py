@@ -1,7 +1,7 @@
 """Check a distillation before it starts (`train_tiny.py --preflight`).
 
 The check makes a few updates with the user's teacher, images, precision and processes, and prints a
-line for each check. It neither reads nor writes the run's own folder.
+line for each check. It does not read or change the run's own folder.
 """
 
 from collections.abc import Iterator
@@ -28,19 +28,21 @@ from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.distill.task import DistillTask
 
 LOSS = "loss/total"
-LATENT_STD = 0.4, 2.5  # range of the standard deviation of scaled latents
-SCALE_TOLERANCE = 1e-4  # relative error of latents that were scaled and scaled back
+LATENT_STD = 0.4, 2.5  # allowed range of the standard deviation of scaled latents
+SCALE_TOLERANCE = 1e-4  # allowed relative error of latents that were scaled and scaled back
 
 
 def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this function.
+    """Check the first updates of a run, and print a line for each check.
+
+    All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the teacher or the images cannot be used.
@@ -49,7 +51,7 @@ def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. All ranks must take all of them."""
+    """Yield the checks in order. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="total loss")
     yield weights_check(rehearsal)
     yield items_check(rehearsal)
@@ -72,7 +74,7 @@ def _images(rehearsal: FirstUpdates) -> Tensor:
 
 
 def _teacher(rehearsal: FirstUpdates) -> Check:
-    """Check that the updates have changed nothing in the teacher."""
+    """Check that the updates have not changed the teacher."""
     task: DistillTask = rehearsal.task
     same = task.teacher.info()["weights_sha256"] == task.teacher_sha256
     learns = [p for p in task.teacher.net.parameters() if p.requires_grad or p.grad is not None]
@@ -88,7 +90,7 @@ def _teacher(rehearsal: FirstUpdates) -> Check:
 
 
 def _parts(rehearsal: FirstUpdates) -> Check:
-    """Check that the gradient of one micro-step reaches all weights that learn, and no others."""
+    """Check that the gradient of one batch reaches all weights that learn, and no other weights."""
     task: DistillTask = rehearsal.task
     batch = next(iter(task.batches(start_step=0)))
     task.micro_step(batch, 0)
@@ -109,9 +111,9 @@ def _parts(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _latents(rehearsal: FirstUpdates) -> Check:
-    """Check that the scaled latents are about as wide as a standard normal distribution.
+    """Check that the standard deviation of the teacher's scaled latents is about 1.
 
-    The latents that a pipeline holds are meant, whichever scale the student reads.
+    The latents are scaled as in diffusion pipelines, also if the student reads another scale.
     """
     task: DistillTask = rehearsal.task
     z = task.teacher.normalization.apply(calls.encode(task.teacher.net, _images(rehearsal)))
@@ -131,7 +133,7 @@ def _latents(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _scale(rehearsal: FirstUpdates) -> Check:
-    """Check that scaling to the student and back gives the teacher's latents again."""
+    """Check that latents stay the same when scaled from teacher to student and back."""
     task: DistillTask = rehearsal.task
     teacher, student = task.teacher.net, task.net
     z = calls.encode(teacher, _images(rehearsal))

@@ -2,8 +2,8 @@
 
     exit_code = run_checks(PriorTask, config, checks, json=None)
 
-This module has the checks that all such tasks share. `prior_preflight`, `flow_preflight` and
-`distill_preflight` add the checks of their own task.
+This module has the checks that are the same for all such tasks. `prior_preflight`, `flow_preflight`
+and `distill_preflight` add the checks of their own task.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ from latentvae.proofs.preflight.preflight import joined, temporary_folder
 from latentvae.proofs.preflight.rehearsal import fingerprints
 
 UPDATES = 3
-REPEATS = 8  # number of updates on the same items, in which the loss must fall
-LOSS_TOLERANCE = 1e-2  # relative difference of a repeated loss on a GPU
-DRAWS = 4096  # number of conditions that are drawn to measure the share of dropped conditions
+REPEATS = 8  # number of updates on the same data, in which the loss must fall
+LOSS_TOLERANCE = 1e-2  # allowed relative difference of a repeated loss on a GPU
+DRAWS = 4096  # number of classes or captions drawn to measure the share of dropped ones
 
 T = TypeVar("T", bound=Task)
 
@@ -48,10 +48,10 @@ class FirstUpdates:
     Attributes:
         task: the task, after its networks were built.
         training: the task's training, after the updates.
-        start: metrics of the validation before the first update.
+        start: metrics of a validation before the first update.
         results: result of each update.
         before, after: hashes of all tensors that an update changes, before and after the updates.
-        items: numbers of the items that this rank read first.
+        items: indices of the images, latents or token maps that this rank read first.
     """
 
     task: Any
@@ -74,7 +74,7 @@ def run_checks(
     *,
     json: Path | None,
 ) -> int:
-    """Make the first updates of a run and its checks, and print a line for each check.
+    """Make the first updates of a run, check them, and print a line for each check.
 
     All ranks must call this function.
 
@@ -82,10 +82,10 @@ def run_checks(
         task: class of the task.
         config: options of the run.
         checks: function that yields the checks. Every rank runs every check.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code on all ranks: 0 if all checks hold, 1 if one failed.
+        The exit code on all ranks: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the data cannot be used.
@@ -201,11 +201,13 @@ def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
 
 
 def dropped_check(dropped: Tensor, share: float) -> Check:
-    """Check that the share of dropped conditions is as asked, within four standard deviations.
+    """Check that the share of dropped conditions is near the requested share.
+
+    A condition is a class or a caption. Four standard deviations of difference are allowed.
 
     Args:
         dropped: for each of `DRAWS` images, whether its condition was dropped.
-        share: the share that the options ask for.
+        share: the share that the options request.
     """
     found = dropped.float().mean().item()
     return Check(
@@ -218,7 +220,7 @@ def dropped_check(dropped: Tensor, share: float) -> Check:
 
 
 def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
-    """Check that the training repeats its next update after a checkpoint is restored.
+    """Check that the next update is the same again after a checkpoint is restored.
 
     On a GPU, only the logged value `loss` is compared.
     """
@@ -233,14 +235,15 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
     first = Updates(training).make(iter(task.batches(start_step=micro_step)))
     expected = fingerprints(training)
 
-    # restore, and the same update again
+    # restore the checkpoint, and make the same update again
     for learner in task.learners.values():
         learner.optimizer.state.clear()  # as at the start of a resume
     restore(training, load_checkpoint(path))
     second = Updates(training).make(iter(task.batches(start_step=training.progress.micro_step)))
     found = fingerprints(training)
 
-    # to the bit on CPUs. Sums on GPUs have no fixed order, so only the loss is compared there.
+    # Compare all bits on CPUs. Sums on GPUs have no fixed order, so only the loss is compared
+    # there.
     exact = training.accelerator.device.type == "cpu"
     differs = [name for name, value in expected.items() if found[name] != value]
     if not exact:
@@ -256,7 +259,7 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
 
 
 def falls_check(rehearsal: FirstUpdates, *, loss: str, advice: str) -> Check:
-    """Check that the loss falls if the network sees the same items again and again.
+    """Check that the loss falls if the network learns from the same data again and again.
 
     Args:
         rehearsal: the first updates.

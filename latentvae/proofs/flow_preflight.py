@@ -1,7 +1,7 @@
 """Check the run of a flow matching model before it starts (`train_flow.py --preflight`).
 
 The check makes a few updates with the user's latents, precision and processes, and prints a line
-for each check. It neither reads nor writes the run's own folder.
+for each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -30,19 +30,21 @@ from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.task import FlowTask
 
 LOSS = "loss/flow"
-START_TOLERANCE = 0.05  # relative, of the loss
-ROUND_TRIP = 1e-4  # largest difference of latents that are normalised and brought back
+START_TOLERANCE = 0.05  # allowed relative difference of the loss
+ROUND_TRIP = 1e-4  # largest difference of latents that are normalised and then scaled back
 
 
 def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this function.
+    """Check the first updates of a run, and print a line for each check.
+
+    All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the latents cannot be used.
@@ -51,7 +53,7 @@ def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. All ranks must take all of them."""
+    """Yield the checks in order. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="squared error")
     yield weights_check(rehearsal)
     yield _scale(rehearsal)
@@ -74,7 +76,7 @@ def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor | list[str]]:
 
 
 def _scale(rehearsal: FirstUpdates) -> Check:
-    """Check that normalised latents have about unit variance, and can be brought back."""
+    """Check that normalised latents have about unit variance, and can be scaled back."""
     x, _ = _example(rehearsal)
     norm = rehearsal.task.data.normalization
     error = (norm.apply(norm.invert(x)) - x).abs().max().item()
@@ -108,7 +110,7 @@ def _start(rehearsal: FirstUpdates) -> Check:
 def _direction(rehearsal: FirstUpdates) -> Check:
     """Check with an exact velocity that sampling runs from noise to latents.
 
-    A network that returns noise - latent moves the noise onto the latent, whatever the solver does.
+    A network that returns the velocity noise - latent must move the noise exactly to the latent.
     """
     x, _ = _example(rehearsal)
     shift, errors = rehearsal.task.shift, []
@@ -164,7 +166,7 @@ def _condition(rehearsal: FirstUpdates) -> Check:
 
 
 def _dropped(rehearsal: FirstUpdates) -> Check:
-    """Check the share of dropped classes or captions, within four standard deviations."""
+    """Check that the share of dropped classes or captions is near the requested share."""
     task = rehearsal.task
     if task.condition == "text":
         texts = task.drop_condition(["a"] * DRAWS)

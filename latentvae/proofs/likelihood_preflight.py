@@ -1,7 +1,7 @@
 """Check the training of a variational autoencoder before it starts (`train_vae.py --preflight`).
 
 The check makes a few updates with the user's images, precision and processes, and prints a line for
-each check. It neither reads nor writes the run's own folder.
+each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -26,18 +26,20 @@ from latentvae.tasks.likelihood.config import LikelihoodConfig
 from latentvae.tasks.likelihood.task import LikelihoodTask
 
 LOSS = "loss/total"
-SAMPLES = 8  # latents per image for the comparison of the bounds
+SAMPLES = 8  # number of latents per image for the comparison of the bounds
 
 
 def likelihood_preflight(config: LikelihoodConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this function.
+    """Check the first updates of a run, and print a line for each check.
+
+    All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the images cannot be used.
@@ -46,7 +48,7 @@ def likelihood_preflight(config: LikelihoodConfig, *, json: Path | None = None) 
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. All ranks must take all of them."""
+    """Yield the checks in order. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="total loss")
     yield weights_check(rehearsal)
     yield items_check(rehearsal)
@@ -63,7 +65,7 @@ def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
 
 
 def _gradients(rehearsal: FirstUpdates) -> Check:
-    """Check that the gradient of one micro-step reaches all weights."""
+    """Check that the gradient of one batch reaches all weights."""
     task: LikelihoodTask = rehearsal.task
     task.micro_step(next(iter(task.batches(start_step=0))), 1)
     missing = [n for n, p in task.net.named_parameters() if p.requires_grad and p.grad is None]
@@ -78,7 +80,7 @@ def _gradients(rehearsal: FirstUpdates) -> Check:
 
 
 def _values(rehearsal: FirstUpdates) -> Check:
-    """Check that the images have only values that the likelihood has."""
+    """Check that the images have only pixel values that the likelihood allows."""
     task: LikelihoodTask = rehearsal.task
     images = task.prepared_images(next(iter(task.batches(start_step=0))))
     error = (images - task.net.pixels.rounded(images)).abs().max().item()
@@ -93,7 +95,7 @@ def _values(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _bounds(rehearsal: FirstUpdates) -> Check:
-    """Check that the ELBO of the same latents is not above the importance-weighted bound."""
+    """Check that the ELBO is not above the importance-weighted bound of the same latents."""
     task: LikelihoodTask = rehearsal.task
     images = task.prepared_images(next(iter(task.batches(start_step=0))))
     bound: Bound = task.net(images, samples=SAMPLES)

@@ -1,7 +1,7 @@
 """Check the run of a prior before it starts (`train_prior.py --preflight`).
 
 The check makes a few updates with the user's tokens, precision and processes, and prints a line for
-each check. It neither reads nor writes the run's own folder.
+each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -29,19 +29,21 @@ from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.task import PriorTask
 
 LOSS = "loss/bits_per_token"
-START_TOLERANCE = 0.05  # bits per token
+START_TOLERANCE = 0.05  # allowed difference in bits per token
 CACHE_TOLERANCE = 1e-4  # largest difference of logits
 
 
 def prior_preflight(config: PriorConfig, *, json: Path | None = None) -> int:
-    """Check a run, and print a line for each check. All ranks must call this function.
+    """Check the first updates of a run, and print a line for each check.
+
+    All ranks must call this function.
 
     Args:
         config: options of the run.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the tokens cannot be used.
@@ -50,7 +52,7 @@ def prior_preflight(config: PriorConfig, *, json: Path | None = None) -> int:
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. All ranks must take all of them."""
+    """Yield the checks in order. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="bits per token")
     yield weights_check(rehearsal)
     yield _start(rehearsal)
@@ -118,7 +120,7 @@ def _causal(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _cache(rehearsal: FirstUpdates) -> Check:
-    """Check that sampling token by token has the logits of one pass over all tokens."""
+    """Check that sampling token by token (with a cache) gives the same logits as a single pass."""
     net = rehearsal.task.net
     indices, classes, text = _example(rehearsal)
     classes = torch.full((1,), NO_CLASS, device=indices.device) if classes is None else classes
@@ -137,7 +139,7 @@ def _cache(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _condition(rehearsal: FirstUpdates) -> Check:
-    """Check that the condition changes the logits."""
+    """Check that the condition (class or caption) changes the logits."""
     net = rehearsal.task.net
     indices, classes, text = _example(rehearsal)
     difference = (net(indices, classes, text).logits - net(indices).logits).abs().max().item()
@@ -171,7 +173,7 @@ def _text_learns(rehearsal: FirstUpdates) -> Check:
 
 
 def _dropped(rehearsal: FirstUpdates) -> Check:
-    """Check the share of dropped conditions, within four standard deviations."""
+    """Check that the share of dropped classes or captions is near the requested share."""
     task, device = rehearsal.task, rehearsal.task.device
     share = task.config.prior.condition_dropout
     if task.condition == "class":

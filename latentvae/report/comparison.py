@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports from files or folders. Return the reports by their names in tables."""
+    """Read reports from files or folders. Return a dict from names for tables to reports."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -110,10 +110,11 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
 def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     """Return a row for each model, with the name to show.
 
-    If models of several reports have the same name, the name of the report is added to the
-    model's name. The linear code is shown once if its values are the same in all reports.
+    If models of several reports have the same name, the name of the report is added to the model's
+    name. The linear code (principal components of patches) is a baseline. It is shown once if its
+    values are the same in all reports.
     """
-    # models of each report, with each different linear code once
+    # models of each report. Each different linear code is listed once.
     shown: dict[str, list[str]] = {}
     linear: list[ModelReport] = []
     for name, report in reports.items():
@@ -160,8 +161,8 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
 def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
     """Return the rows with the best value of a column.
 
-    The list is empty for raw rates, and if no value is better than another. The linear code is
-    never among the best rows.
+    The list is empty for raw rates (size without entropy coding), and if no value is better than
+    another. The linear code, a baseline, is never among the best rows.
     """
     if column == "raw bpp":
         return []
@@ -180,7 +181,7 @@ def _best(rows: Sequence[_Row], column: str, part: str) -> list[_Row]:
 
 
 def _is_linear(model: ModelReport) -> bool:
-    """Return whether a model is the linear code, a baseline for the other models."""
+    """Return whether a model is the linear code (principal components of patches), a baseline."""
     return model.info.get("class") == "LinearCode"
 
 

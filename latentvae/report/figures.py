@@ -20,9 +20,9 @@ TICKS = (0.03, 0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8, 16)
 def rate_figure(report: Report, path: Path) -> None:
     """Draw PSNR and LPIPS against bits per pixel (log scale), with one panel for each metric.
 
-    A star shows a model at the raw rate of its latent. A dashed curve shows a model at the rates of
-    its coded files. A solid curve shows a codec at the rates of its files. All points of a panel
-    are means over the same images (`Point.curves`), except the stars.
+    A star shows a model at the raw rate of its latent, without entropy coding. A dashed curve shows
+    a model at the sizes of its encoded files. A solid curve shows a codec at the sizes of its
+    files. All points of a panel are means over the same images (`Point.curves`), except the stars.
     """
     # panels
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)

@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
+        """Whether 0 is outside the 95 % interval."""
         return self.low > 0 or self.high < 0
 
 
@@ -76,7 +76,7 @@ def paired_difference(first: Values, second: Values) -> Difference | None:
         return None
     differences = pairs[:, 1] - pairs[:, 0]
 
-    # resamples: each image counts Poisson(1) times
+    # In each resample of the bootstrap, an image counts Poisson(1) times.
     rng = np.random.default_rng(0)
     sums, weights = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
     for start in range(0, len(differences), CHUNK):

@@ -69,7 +69,7 @@ def write_page(folder: Path) -> Path:
 
 
 def _section(proof: dict[str, Any], name: str, folder: Path) -> str:
-    """Return the table, the checks and the pictures of one code."""
+    """Return the table, the checks and the pictures for one folder of latents or tokens."""
     floors, words = proof["floors"][name], proof["protocol"]["variants"][name]
     rows = {
         "real training pictures": floors["real"],

@@ -30,10 +30,10 @@ def summary(report: Report) -> Group:
 
 
 def models_table(report: Report) -> Table:
-    """Return a table of each model's raw rate and metrics.
+    """Return a table of each model's metrics and raw rate (bits without entropy coding).
 
-    A metric is a mean, with half the width of its interval. If a mean is over fewer images than the
-    title says, the number of images is shown.
+    A metric is shown as its mean, with half the width of its confidence interval. If a mean is over
+    fewer images than the table's title says, the number of images is added.
     """
     # columns
     title = f"Models, {report.data['num_images']} images ({report.protocol['size']})"
@@ -79,7 +79,7 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Return a table of rate and quality of coded latents and tokens, with their BD-rates."""
+    """Return a table of rate and quality of encoded latents and tokens, with their BD-rates."""
     title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
@@ -111,7 +111,7 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return a note on a mean: the number of images (if not all), and of exact copies."""
+    """Return a note on a mean: the number of images, if not all, and the number of exact copies."""
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []
@@ -119,7 +119,7 @@ def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
 
 
 def _point_cells(report: Report, point: Point) -> Iterator[str]:
-    """Yield the table cells of a point: bits per pixel, PSNR and LPIPS."""
+    """Yield the table cells for a point of a rate curve: bits per pixel, PSNR and LPIPS."""
     for column, digits in (("bpp", 3), ("psnr", 2), ("lpips_alex", 4)):
         value = getattr(point, column)
         note = images_note(report, point.images.get(column))
@@ -184,7 +184,7 @@ def _speed(point: dict[str, Any] | None) -> str:
 
 
 def _short_cell(report: Report, mean: Mean | None, digits: int) -> str:
-    """Return the table cell of a mean, without its interval."""
+    """Return the table cell of a mean, without its confidence interval."""
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):
@@ -193,7 +193,7 @@ def _short_cell(report: Report, mean: Mean | None, digits: int) -> str:
 
 
 def mean_cell(report: Report, mean: Mean | None, *, digits: int) -> str:
-    """Return the table cell of a mean, with half the width of its interval."""
+    """Return the table cell of a mean, with half the width of its confidence interval."""
     if mean is None:
         return ABSENT
     if math.isinf(mean.mean):

@@ -15,7 +15,7 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
     Args:
         rows: array or table of numbers, (N, F).
         likelihood: "bernoulli" needs values in [0, 1], and "gaussian" takes any finite values.
-        columns: number of columns F of the rows in `fit`. None while `fit` runs.
+        columns: expected number of columns F, as in `fit`. None means that any number is allowed.
 
     Raises:
         UserError: the rows are not numbers, have the wrong shape, or a value is out of range.
@@ -52,7 +52,7 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
 def checked_labels(
     labels: Any, *, count: int, classes: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sorted classes (K,), and the index of each row's class in them, (N,).
+    """Return the sorted classes (K,), and for each row the index of its class, (N,).
 
     The index is -1 for a row without a label.
 
@@ -62,7 +62,7 @@ def checked_labels(
         classes: all classes that must occur, or None.
 
     Raises:
-        UserError: a label is no whole number, there are fewer than two classes, or a class of
+        UserError: a label is not a whole number, there are fewer than two classes, or a class of
             `classes` has no labelled row.
     """
     values = np.asarray(labels)
@@ -126,7 +126,7 @@ def check_counts(**values: Any) -> None:
     """Check that options are whole numbers of at least 1.
 
     Raises:
-        UserError: an option is not such a number.
+        UserError: an option is not a whole number of at least 1.
     """
     for name, value in values.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Define the base of the semi-supervised classifiers: checks, and scikit-learn's methods.
+"""Define the base class of the semi-supervised classifiers: checks, and scikit-learn's methods.
 
     fit:      check rows and labels -> scale columns -> train
     predict:  check rows -> probabilities of the classes -> most probable class
@@ -28,10 +28,10 @@ from latentvae.semi_supervised.training import Schedule, own_randomness
 
 
 class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
-    """Base class of the classifiers that also learn from rows without a label.
+    """Base class of classifiers that learn from rows with a label and rows without a label.
 
     Attributes:
-        classes_: the labels in ascending order, (K,).
+        classes_: the labels of the classes in ascending order, (K,).
         n_features_in_: number of columns F.
     """
 
@@ -76,7 +76,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
 
     @torch.no_grad()
     def _by_batches(self, X: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """Return the results of a function of images."""
+        """Return the results of a function on rows as images, called in batches."""
         check_is_fitted(self, "classes_")
         rows = checked_rows(X, likelihood=self.likelihood, columns=self.n_features_in_)
         parts = torch.from_numpy(rows).split(READ_ROWS)
@@ -94,24 +94,24 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         check_above("learning_rate", self.learning_rate, low=0.0)
 
     def _image_shape(self) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) that the first network takes, with C H W = F."""
+        """Return the image shape (C, H, W) that the first network takes, with C H W = F columns."""
         return (1, 1, self.n_features_in_)
 
     def _schedule(self) -> Schedule:
         return Schedule(self.epochs, self.batch_size, self.learning_rate, bf16=self.bf16)
 
     def _train(self, rows: Tensor, places: Tensor) -> None:
-        """Train on rows (N, F) and places of their classes (N,), with torch's generator seeded."""
-        raise NotImplementedError  # Each classifier defines its own.
+        """Train on rows (N, F) and class indices (N,). torch's generator is already seeded."""
+        raise NotImplementedError  # Each classifier defines its own method.
 
     def _probabilities(self, images: Tensor) -> Tensor:
         """Return the probabilities (B, K) of images."""
-        raise NotImplementedError  # Each classifier defines its own.
+        raise NotImplementedError  # Each classifier defines its own method.
 
     def _learned(self) -> dict[str, Tensor]:
-        """Return what training learned, besides a network of `vae`."""
-        raise NotImplementedError  # Each classifier defines its own.
+        """Return the tensors that training learned, without those of a VAE given as `vae`."""
+        raise NotImplementedError  # Each classifier defines its own method.
 
     def _relearn(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of `_learned`."""
-        raise NotImplementedError  # Each classifier defines its own.
+        """Restore the learned tensors, which `_learned` returned."""
+        raise NotImplementedError  # Each classifier defines its own method.

@@ -20,7 +20,7 @@ from latentvae.semi_supervised.checks import UNLABELLED
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Images as rows, and their classes.
+    """Images as rows of numbers, and their classes.
 
     Attributes:
         rows: pixels in [0, 1], (N, C H W), float32.
@@ -70,7 +70,7 @@ def read_images(
 
 
 def _without_unlabelled(labels: np.ndarray, classes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Turn the class of unlabelled images into -1, and number the other classes again."""
+    """Replace the class of unlabelled images by -1, and number the other classes from 0."""
     place = classes.index(UNLABELLED_FOLDER)
     numbered = np.where(labels > place, labels - 1, labels)
     others = [name for name in classes if name != UNLABELLED_FOLDER]

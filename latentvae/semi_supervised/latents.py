@@ -1,4 +1,4 @@
-"""Train or load the VAE whose latents the classifiers M1 and M1+M2 use (arXiv:1406.5298).
+"""Train or load the VAE whose latents are classified by M1 and M1+M2 (arXiv:1406.5298).
 
 Symbols: `N` rows, `F` columns, `U` latent units.
 """
@@ -17,11 +17,11 @@ from latentvae.models.likelihood_models import load_likelihood_net
 from latentvae.semi_supervised.rows import READ_ROWS, RowImages, row_distribution
 from latentvae.semi_supervised.training import Schedule, train_vae
 
-ACTIVE = 0.1  # smallest standard deviation over rows of an active unit's posterior mean
+ACTIVE = 0.1  # smallest std of an active unit's posterior mean, over rows
 
 
 def new_vae(columns: int, *, likelihood: str, units: int, hidden: int, layers: int) -> VectorVAE:
-    """Return an untrained VAE of dense layers for rows of F = `columns` columns."""
+    """Return an untrained VAE of dense layers for rows with `columns` columns."""
     net = VectorVAE(
         image_channels=1,
         image_height=1,
@@ -82,7 +82,7 @@ def check_columns(net: VectorVAE, columns: int) -> None:
 def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
     """Return the posteriors q(z|x) of rows (N, F), with moments (N, U).
 
-    Grey values are used directly. Only training replaces them by random values 0 or 1.
+    Grey values are used directly. Only training replaces grey values by random values 0 or 1.
     """
     found = [net.posterior(images.images(part)) for part in rows.split(READ_ROWS)]
     return Gaussian(torch.cat([q.mean for q in found]), torch.cat([q.logvar for q in found]))

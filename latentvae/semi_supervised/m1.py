@@ -1,4 +1,4 @@
-"""Classify the latents of a VAE that was trained on all rows (M1, arXiv:1406.5298)."""
+"""Classify rows by the latents of a VAE that was trained on all rows (M1, arXiv:1406.5298)."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class LatentModel(SemiSupervisedClassifier):
     """Base class of `M1Classifier` and `M1M2Classifier`, which train or load a VAE first.
 
     Attributes:
-        vae_: the VAE.
+        vae_: the VAE whose latents are used.
         units_: indices of the active latent units, whose posterior mean differs between rows.
     """
 
@@ -38,7 +38,7 @@ class LatentModel(SemiSupervisedClassifier):
     units_: Tensor
 
     def _vae_size(self) -> tuple[int, int, int, Schedule]:
-        """Return latent units, hidden units, hidden layers and schedule of a new VAE."""
+        """Return the sizes of a new VAE (latent units, hidden units, layers) and its schedule."""
         raise NotImplementedError
 
     def _image_shape(self) -> tuple[int, int, int]:
@@ -70,29 +70,30 @@ class LatentModel(SemiSupervisedClassifier):
 
 
 class M1Classifier(LatentModel):
-    """A VAE trained on all rows, and a simple classifier trained on latents of labelled rows.
+    """A VAE trained on all rows, and a simple classifier of the latents of labelled rows.
 
         model = M1Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
-            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
-            probability v, else by 0.
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values. With
+            "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
+            value v by 1 with probability v, else by 0.
         classifier: "logistic" (logistic regression) or "neighbours" (nearest neighbours).
         neighbours: number of neighbours, at most the number of labelled rows.
-        vae: folder of a VAE that `latentvae train-vae` exported. None trains a new VAE.
+        vae: folder of a VAE that `latentvae train-vae` exported. With None, a new VAE is trained.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of encoder and decoder.
         epochs: number of passes over the rows.
-        batch_size: rows per update.
+        batch_size: number of rows in an update.
         learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
-        random_state: seed. The same seed gives the same result.
+        classes: all classes, each of which must have a labelled row. With None, the classes are
+            those in `y`.
+        random_state: seed of the training. The same seed gives the same result.
 
     Attributes:
-        vae_: the VAE.
+        vae_: the VAE whose latents are used.
     """
 
     def __init__(

@@ -18,33 +18,34 @@ from latentvae.semi_supervised.training import Schedule
 class M1M2Classifier(ClassModel, LatentModel):
     """A VAE trained on all rows, and M2 (a VAE with a class variable) trained on its latents.
 
-    Each update of M2 draws new latents from the first VAE's posteriors.
+    Each update of M2 draws new latents from the posteriors of the first VAE.
 
         model = M1M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
-            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
-            probability v, else by 0.
-        vae: folder of a VAE that `latentvae train-vae` exported. None trains a new VAE.
-        vae_epochs: number of passes over the rows for the VAE.
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values. With
+            "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
+            value v by 1 with probability v, else by 0.
+        vae: folder of a VAE that `latentvae train-vae` exported. With None, a new VAE is trained.
+        vae_epochs: number of passes of the VAE's training over all rows.
         vae_layers: number of dense layers of the VAE's encoder and decoder.
         vae_units: size of the VAE's latent vector.
         alpha, skip_below, warmup: see `M2Classifier`.
         latent_units: size of M2's latent vector.
-        hidden_units: width of the dense layers of both stages.
+        hidden_units: width of the dense layers, in the VAE and in M2.
         hidden_layers: number of dense layers in each network of M2.
-        epochs: number of passes over the rows without a label for M2.
-        batch_size: rows per update, in both stages.
-        learning_rate: first learning rate of Adam in each stage. The rate falls to 0 along half a
-            cosine.
+        epochs: number of passes of M2's training over the rows without a label.
+        batch_size: number of rows in an update, for the VAE and for M2.
+        learning_rate: first learning rate of Adam, for the VAE and for M2. The rate falls to 0
+            along half a cosine.
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
-        random_state: seed. The same seed gives the same result.
+        classes: all classes, each of which must have a labelled row. With None, the classes are
+            those in `y`.
+        random_state: seed of the training. The same seed gives the same result.
 
     Attributes:
-        vae_: the VAE.
+        vae_: the VAE whose latents M2 models.
         network_: the trained `ClassVAE`, which models the VAE's latents.
     """
 

@@ -16,7 +16,7 @@ from latentvae.semi_supervised.training import own_randomness, train_classes
 
 
 class ClassModel(SemiSupervisedClassifier):
-    """Base class of `M2Classifier` and `M1M2Classifier`, with their common options and checks."""
+    """Base class of `M2Classifier` and `M1M2Classifier`, with the options and checks of both."""
 
     alpha: float
     skip_below: float
@@ -57,30 +57,31 @@ class ClassModel(SemiSupervisedClassifier):
 
 
 class M2Classifier(ClassModel):
-    """A VAE with a class beside its latent vector, trained on rows with and without a label.
+    """A VAE with a latent vector and a class variable, trained on rows with and without a label.
 
         model = M2Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)
 
     Args:
-        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values, whose columns
-            are standardised. With "bernoulli", each update replaces a grey value v by 1 with
-            probability v, else by 0.
+        likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values. With
+            "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
+            value v by 1 with probability v, else by 0.
         alpha: weight of the labels' cross entropy, divided by the number of rows N. The paper uses
             0.1.
         skip_below: for a row without a label, an update leaves out each class whose probability is
             below skip_below / K, where K is the number of classes. 0 uses all classes, as in the
             paper, and takes much longer.
-        warmup: number of passes over the labelled rows alone, before all rows are used. 0 means no
-            warm-up.
+        warmup: number of passes over the labelled rows alone, before the rows without a label are
+            used too. 0 means no warm-up.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of each network.
         epochs: number of passes over the rows without a label.
-        batch_size: rows per update.
+        batch_size: number of rows in an update.
         learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
-        classes: all classes that must have a labelled row. None takes the classes that `y` holds.
-        random_state: seed. The same seed gives the same result.
+        classes: all classes, each of which must have a labelled row. With None, the classes are
+            those in `y`.
+        random_state: seed of the training. The same seed gives the same result.
 
     Attributes:
         network_: the trained `ClassVAE`.
@@ -126,7 +127,7 @@ class M2Classifier(ClassModel):
 
         Args:
             labels: N labels, each one of `classes_`.
-            random_state: seed, NumPy RandomState, or None for a new seed.
+            random_state: seed, NumPy RandomState, or None for a new seed in each call.
 
         Raises:
             UserError: a label is unknown.

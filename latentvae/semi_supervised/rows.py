@@ -12,17 +12,17 @@ from latentvae.likelihoods import PixelDistribution, pixel_distribution
 from latentvae.likelihoods.real import RealGaussian
 
 LIKELIHOODS = ("bernoulli", "gaussian")
-READ_ROWS = 4096  # rows per batch of a computation without gradients
+READ_ROWS = 4096  # number of rows per batch of a computation without gradients
 
 
 def row_distribution(likelihood: str) -> PixelDistribution:
-    """Return the distribution of a row's values: binary values -1 and 1, or real values."""
+    """Return the decoder's distribution of a row's values: binary (-1 and 1) or real values."""
     return RealGaussian() if likelihood == "gaussian" else pixel_distribution("bernoulli")
 
 
 @dataclass(frozen=True)
 class RowImages:
-    """Rows as images of shape (B, C, H, W).
+    """Scales rows, and turns them into images of shape (B, C, H, W).
 
     Attributes:
         likelihood: "bernoulli" (values in [0, 1] become [-1, 1]) or "gaussian" (columns are
@@ -38,7 +38,10 @@ class RowImages:
 
     @classmethod
     def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
-        """Return the scaling for training rows (N, F). A constant column has scale 1."""
+        """Return the object with the scaling of training rows (N, F).
+
+        A constant column has scale 1.
+        """
         if likelihood == "bernoulli":
             half = torch.full(rows.shape[1:], 0.5)
             return cls(likelihood, shape, half, half.clone())
@@ -51,7 +54,7 @@ class RowImages:
         return ((rows - self.shift) / self.scale).unflatten(1, self.shape)
 
     def drawn(self, rows: Tensor) -> Tensor:
-        """Return rows (B, F) as images for one update.
+        """Return rows (B, F) as images for one update of the training.
 
         With `bernoulli`, a value v becomes 1 with probability v, else 0.
         """

@@ -32,7 +32,7 @@ CLASSIFIERS: dict[str, type[SemiSupervisedClassifier]] = {
 
 
 def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) -> None:
-    """Write a fitted classifier.
+    """Write a fitted classifier as files in a folder.
 
     Args:
         classifier: the fitted classifier. A `random_state` that is not a number is not stored.
@@ -59,7 +59,7 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
 
 
 def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
-    """Load a classifier that `save_classifier` wrote. It predicts exactly the same as before.
+    """Load a classifier that `save_classifier` wrote. The loaded classifier predicts the same.
 
     Raises:
         UserError: a file is missing, damaged or of another format.
@@ -101,7 +101,7 @@ def _restored(
 
 
 def _plain(value: Any) -> Any:
-    """Return an option as JSON can hold it."""
+    """Return an option as a value that JSON can store."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

@@ -29,7 +29,7 @@ class Schedule:
 
     Attributes:
         epochs: number of passes over the rows.
-        batch_size: rows per update.
+        batch_size: number of rows in an update.
         learning_rate: first learning rate of Adam. The rate falls to 0 along half a cosine.
         bf16: multiply in bfloat16. Densities stay in float32.
     """
@@ -75,12 +75,12 @@ def train_classes(
     warmup: int,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Train M2 (arXiv:1406.5298) on rows with and without labels.
+    """Train M2, a VAE that also models the class, on rows with and without labels.
 
     The loss is the sum of the negative bound of ln p over all N rows, and of the cross entropy of
-    the labelled rows. It equals the paper's objective (equation 9), negated and divided by N. In
-    the paper, the weight of the mean cross entropy is alpha N. After the division, the weight is
-    `alpha`.
+    the labelled rows. The loss equals the objective of arXiv:1406.5298 (equation 9), negated and
+    divided by N. In the paper, the weight of the mean cross entropy is alpha N. After the division,
+    the weight is `alpha`.
 
     Args:
         net: the network, changed in place. The network ends in eval mode.
@@ -88,9 +88,10 @@ def train_classes(
         classes: class of each row, -1 without a label, (N,), int64.
         schedule: epochs, batch size, learning rate and precision.
         alpha: weight of the cross entropy. The weight is 1 if all rows have a label.
-        least: see `ClassVAE.unlabelled_bound`.
-        warmup: number of passes over the labelled rows alone, at the start. These passes give each
-            class its meaning before the rows without a label are sorted into classes.
+        least: for a row without a label, classes with a smaller probability are left out, see
+            `ClassVAE.unlabelled_bound`.
+        warmup: number of passes over the labelled rows alone, at the start. In these passes the
+            network learns the classes, before it also learns from rows without a label.
         after_epoch: function that is called with the number of each finished epoch, from 1.
     """
     labelled = (classes >= 0).nonzero().squeeze(1)
@@ -128,7 +129,7 @@ def run(
     schedule: Schedule,
     after_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Minimise by Adam a loss that is a function of row indices (B,).
+    """Minimise a loss by Adam. The loss is a function of row indices (B,).
 
     Args:
         net: the network, changed in place. The network ends in eval mode.

@@ -1,6 +1,7 @@
-"""Define what the tasks of generators share: batches of a table in memory, classes, and the export.
+"""Define what all tasks that train a generator share: batches, classes, and the export.
 
-A generator learns latents or tokens (`tasks.shards`). See `tasks.prior` and `tasks.flow`.
+A generator learns from a table of latents or tokens in memory (`tasks.shards`). See `tasks.prior`
+and `tasks.flow`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,9 @@ MAX_ROWS = 10  # largest number of classes or captions in a picture of samples
 
 
 class SampleRows(NamedTuple):
-    """Conditions of sampled images. Each row of the picture has several images of one condition.
+    """Conditions of the images in a picture of samples. A row shows images of one condition.
+
+    A condition is a class or a caption.
 
     Attributes:
         classes: class of each image, `NO_CLASS` without classes.
@@ -35,10 +38,10 @@ class SampleRows(NamedTuple):
 
 
 class GeneratorTask(Task):
-    """Base class of a task that trains a generator on the items of a table.
+    """Base class of a task that trains a generator on latents or tokens in memory.
 
     Attributes:
-        data: items to train on and to validate on, with their `content`.
+        data: latents or tokens to train on and to validate on, with facts about them (`content`).
         condition: the condition that the model gets with an image: "class", "text" or "none".
     """
 
@@ -51,7 +54,7 @@ class GeneratorTask(Task):
         """Return the number of class names or, without names, of classes in the training images.
 
         Raises:
-            UserError: a validation image has another class.
+            UserError: a validation image has a class that the training images do not have.
         """
         names, data = self.data.content.class_names, self.data
         count = int(data.train.classes.max()) + 1 if names is None else len(names)
@@ -86,14 +89,14 @@ class GeneratorTask(Task):
 
     @cached_property
     def other_captions(self) -> dict[str, str]:
-        """A wrong caption for each validation caption, taken from half the sorted list away."""
+        """Dict from each validation caption to a wrong one, which is half the sorted list away."""
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 
     def sample_rows(self, num_classes: int) -> SampleRows:
-        """Return the conditions of the sampled images of a picture.
+        """Return the classes or captions of the images in a picture of samples.
 
-        Classes and captions are spread over all classes and all captions of validation images.
+        They are evenly spread over all classes, or over all captions of validation images.
 
         Args:
             num_classes: number of classes of the model.

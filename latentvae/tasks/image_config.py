@@ -1,4 +1,4 @@
-"""Define the options that every run on images has: the section `data`, and image sizes."""
+"""Define options that every training on images has: the section `data`, and image sizes."""
 
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ class ImageJobConfig(JobConfig):
 
     @property
     def bucket_multiple(self) -> int:
-        """Number that divides the height and width of every aspect-ratio bucket, in pixels."""
-        raise NotImplementedError  # Each task knows from its own options what divides its images.
+        """Number of pixels that divides the height and the width of every aspect-ratio bucket."""
+        raise NotImplementedError  # Each subclass computes this number from its own options.
 
     @property
     def batch_multiple(self) -> int:

@@ -23,7 +23,8 @@ from latentvae.tasks.autoencoder.validate import readable_images
 class ImageTask(Task):
     """Base class of a task on images.
 
-    A subclass calls `open_images` in `open`, `begin_images` in `build`, and `saw` in `micro_step`.
+    A subclass calls `open_images` in its method `open`, `begin_images` in `build`, and `saw` in
+    `micro_step`.
 
     Attributes:
         train_images: opened source of training images.
@@ -94,7 +95,7 @@ class ImageTask(Task):
     # an update
 
     def saw(self, batch: Batch) -> None:
-        """Remember the unreadable files of a micro-step's batch."""
+        """Remember the unreadable files of a batch."""
         self._unnamed += batch.bad
         self._micro_steps += 1
 

@@ -28,9 +28,9 @@ Folder = TypeVar("Folder", TokenDataset, LatentDataset)
 
 @dataclass(frozen=True)
 class ItemTable:
-    """The latents or tokens of images, in memory. A subclass adds them as tensors (n, ...).
+    """The latents or tokens of images, in memory, with classes, names and captions.
 
-    A tensor may be None.
+    A subclass adds the latents or tokens as tensors (n, ...). A tensor that is not needed is None.
 
     Attributes:
         classes: (n,), int64, `NO_CLASS` for an image without a class.
@@ -46,7 +46,7 @@ class ItemTable:
         return len(self.names)
 
     def some(self, numbers: Sequence[int]) -> Self:
-        """Return a table with only the images with these numbers."""
+        """Return a table with only the images with these indices."""
         chosen = torch.as_tensor(numbers, dtype=torch.int64)
 
         def part(values: Any) -> Any:
@@ -58,7 +58,7 @@ class ItemTable:
         return type(self)(**parts)
 
     def split(self, *, share: float, seed: int) -> tuple[Self, Self]:
-        """Return a table to train on and a table of held-out images, by a hash of the names."""
+        """Return a table to train on and a table of held-out images. Hashes of the names decide."""
         chosen = held_out(self.names, share=share, seed=seed)
         train, held = ([i for i, h in enumerate(chosen) if h is part] for part in (False, True))
         return self.some(train), self.some(held)
@@ -105,7 +105,8 @@ def open_split(
     Args:
         kind: class that opens a folder.
         joined: function that returns the items of several folders as one table.
-        same: fields of `Content` that must be equal in all folders, with their names in messages.
+        same: fields of `Content` that must be equal in all folders, mapped to their names in error
+            messages.
         option: name of the option with the folders, for messages: tokens or latents.
         folders: folders to train on.
         validation: folder to validate on. None holds out a share of the images.
@@ -117,7 +118,7 @@ def open_split(
         The first folder, the items to train on, and the items to validate on.
 
     Raises:
-        UserError: a folder holds something else or is damaged, or the folders do not fit together.
+        UserError: a folder holds no items or is damaged, or the folders do not fit together.
     """
     if not folders:
         raise UserError(
@@ -145,7 +146,7 @@ def open_split(
 
 
 def check_alike(first: Folder, other: Folder, same: Mapping[str, str]) -> None:
-    """Raise UserError unless two folders hold items of one model, size and set of classes."""
+    """Raise UserError unless the items of two folders have the same model, size and classes."""
     for name, words in same.items():
         ours, theirs = getattr(first.content, name), getattr(other.content, name)
         if ours != theirs:
@@ -194,7 +195,7 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def with_captions(data: Data, path: str) -> Data:
-    """Return the data with the captions of a file (`read_captions`) in place of its own captions.
+    """Return the data with its captions replaced by the captions of a file (`read_captions`).
 
     Args:
         data: a dataclass whose fields `train` and `validation` are tables.

@@ -1,6 +1,8 @@
 """Encode and decode large images strip by strip, with exact results.
 
-The module `strip_network` encodes and decodes. The module `price` predicts the time and memory.
+A strip is several rows of an image or of a feature map. Only a few strips are computed at a time,
+which saves memory. The module `strip_network` encodes and decodes. The module `price` predicts the
+time and memory.
 """
 
 from latentvae.compute.strips.maps import Strips

@@ -4,8 +4,8 @@
     rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
 Rows are stored one after the other with channels last. So a strip is one contiguous piece of memory
-or of a file. Variances are computed about each strip's own mean, so a large mean costs no
-precision.
+or of a file. Variances are computed from deviations from each strip's own mean, so they are precise
+even if the mean is large.
 
 `C` channels, `H W` space.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 from latentvae.errors import UserError
 from latentvae.moments import RunningMoments
 
-CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # Bytes of a strip. A GPU gets more.
-SMALL_MAP = 16 * 2**20  # Feature maps of at most so many bytes stay in memory.
+CPU_STRIP, GPU_STRIP = 4 * 2**20, 64 * 2**20  # Bytes of a strip on a CPU and on a GPU.
+SMALL_MAP = 16 * 2**20  # Feature maps of at most this many bytes stay in memory.
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Strips:
         rows: number of rows of a feature map in a strip. None takes as many rows as fit into 4 MiB
             (64 MiB on a GPU).
         storage: where feature maps above 16 MiB are kept. With `"memory"`, two maps are in memory
-            at a time. With `"disk"`, memory use stays nearly constant. None means the disk for a
-            network on the CPU, and memory on other devices.
-        folder: folder of the feature maps' files. These files have no name and vanish with the
-            process. None means the folder of temporary files (TMPDIR). The folder should be on a
-            disk, not in memory.
+            at a time. With `"disk"`, memory use hardly grows with the size of the image. None means
+            the disk for a network on the CPU, and memory on other devices.
+        folder: folder of the feature maps' files. These files have no name, and are deleted at the
+            end of the process. None means the folder of temporary files (TMPDIR). The folder should
+            be on a disk, not in memory.
     """
 
     rows: int | None = None
@@ -57,9 +57,9 @@ class Strips:
 
 
 def moments_of_rows(rows: Tensor) -> RunningMoments:
-    """Return the moments of each channel over rows (n, W, C).
+    """Return mean and variance of each of C channels over n rows, (n, W, C).
 
-    The moments stay accurate for float32 rows whose mean is thousands of times their standard
+    They are accurate even for float32 rows whose mean is thousands of times their standard
     deviation. The computation needs no copy of the rows in float64.
     """
     values = rows.flatten(0, 1)
@@ -67,7 +67,7 @@ def moments_of_rows(rows: Tensor) -> RunningMoments:
         values = values.float()
     near = values.mean(0)
     deviations = values - near
-    rest = deviations.mean(0).cpu().double()  # corrects the rounding of `near`
+    rest = deviations.mean(0).cpu().double()  # mean minus `near`, which is a rounded mean
     squares = deviations.square_().sum(0).cpu().double() - len(values) * rest.square()
     return RunningMoments.known(len(values), near.cpu().double() + rest, squares)
 
@@ -84,14 +84,18 @@ class FeatureMap(ABC):
         self.statistics = RunningMoments(channels)
 
     def read(self, top: int, bottom: int) -> Tensor:
-        """Return rows (1, C, bottom - top, W) in channels-last order. Do not change these rows."""
+        """Return rows `top` to `bottom - 1`, (1, C, bottom - top, W), in channels-last order.
+
+        Do not change these rows in place.
+        """
         return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
     def fill(self, strips: Iterable[tuple[int, Tensor]], *, measure: bool = True) -> None:
         """Write strips from top to bottom.
 
-        A strip is written only after the next strip has been computed. So a map may be filled with
-        strips computed from itself, if each strip reads at most one row above its own rows.
+        A strip is written only after the next strip has been computed. So the strips may be
+        computed from the same map that is filled. Each strip may then read at most one row above
+        its own rows.
 
         Args:
             strips: pairs of the number of a strip's first row and the strip (1, C, rows, W).
@@ -125,7 +129,7 @@ class MemoryMap(FeatureMap):
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(*values.shape)
-        self._rows = rearrange(values, "c h w -> h w c")  # a view
+        self._rows = rearrange(values, "c h w -> h w c")  # a view of `values`, not a copy
 
     def _load(self, top: int, bottom: int) -> Tensor:
         return self._rows[top:bottom]
@@ -135,10 +139,10 @@ class MemoryMap(FeatureMap):
 
 
 class FileMap(FeatureMap):
-    """A feature map in an unnamed temporary file, written to disk if memory is short.
+    """A feature map in an unnamed temporary file, which the system may keep in its cache.
 
     Raises:
-        UserError: the folder's disk has not enough room.
+        UserError: the disk of the folder has not enough free space.
     """
 
     def __init__(
@@ -176,6 +180,7 @@ class Workspace:
     """Creates the feature maps of one call, and divides their rows into strips.
 
     Args:
+        strips: options of the strips.
         like: a tensor of the network's device and dtype.
     """
 
@@ -190,12 +195,17 @@ class Workspace:
         if self.on_disk and size > SMALL_MAP:
             folder = self._strips.folder
             return FileMap(channels, height, width, like=self._like, folder=folder)
-        # The order is channels last, because `MemoryMap` needs each row in one contiguous piece.
+        # Channels are the last axis, because each row of a `MemoryMap` must be contiguous.
         rows = self._like.new_empty(height, width, channels)
         return MemoryMap(rearrange(rows, "h w c -> c h w"))
 
     def slices(self, height: int, row_elements: int) -> Iterator[tuple[int, int]]:
-        """Yield each strip's first row and its last row + 1. A row has `row_elements` elements."""
+        """Yield for each strip the number of its first row and of the row after its last row.
+
+        Args:
+            height: number of rows of the feature map.
+            row_elements: number of elements in a row, which limits the height of a strip.
+        """
         fitting = self.strip_bytes // (row_elements * self._like.element_size())
         rows = self._strips.rows or max(fitting, 1)
         for top in range(0, height, rows):

@@ -1,11 +1,11 @@
 """Predict the time and memory of computing an image in strips.
 
 To predict the time, a band of the image is computed in strips. The band is as wide as the image and
-four latent positions high. For f = 8 and an image of 1,024 x 1,024 pixels, the band is 3 % of the
-image. The prediction is the band's time, multiplied by the work of the whole image and divided by
-the work of the band. The work is the number of floating-point operations. torch counts them on
-tensors without storage. The count includes attention, which grows with the square of the number of
-positions.
+four latent positions high. With downsampling factor 8 and an image of 1,024 x 1,024 pixels, the
+band is 3 % of the image. The prediction is the time of the band, multiplied by the work of the
+whole image and divided by the work of the band. The work is the number of floating-point
+operations, which torch counts on tensors without storage. It includes attention, whose work grows
+with the square of the number of positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -33,9 +33,10 @@ class Price:
     """The predicted time and memory of one call.
 
     Args:
-        seconds: estimated time in seconds. On the CPU, other work on the machine makes it longer.
-        map_bytes: largest total size in bytes of the two feature maps that exist at the same time.
-        on_disk: whether these maps are on the disk.
+        seconds: estimated time in seconds. Other programs that run on the CPU make it longer.
+        map_bytes: largest size in bytes of the feature maps that exist at the same time. There are
+            at most two of them.
+        on_disk: whether these feature maps are on the disk.
     """
 
     seconds: float
@@ -69,10 +70,10 @@ def price_in_strips(
         call: the function whose time and memory are predicted.
         size: (H, W) of the images, in pixels.
         strips: options of the strips.
-        batch: number of images B.
+        batch: number of images.
 
     Raises:
-        ValueError: the network has a block that strips cannot compute.
+        ValueError: the network has a block that cannot be computed in strips.
     """
     # A band of the image
     strips = strips or Strips()
@@ -107,7 +108,7 @@ def _input_shape(net: Any, call: str, size: tuple[int, int], f: int) -> tuple[in
 
 
 def _work(part: Any, size: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Return a forward pass's FLOPs, and the bytes of input and output of its largest block."""
+    """Return the FLOPs of a forward pass, and the bytes of the largest block's input and output."""
     largest = 0
 
     def record(block: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:

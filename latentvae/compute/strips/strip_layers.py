@@ -1,13 +1,14 @@
-"""Compute diffusers' blocks strip by strip, on feature maps that are never whole in memory.
+"""Compute diffusers' blocks strip by strip (several rows at a time) on large feature maps.
 
-A 3 x 3 convolution needs one row above and one row below its strip. A group norm needs the
-statistics of the whole map, which are summed while the map is written. So a residual block has two
+The maps may be in a file, and only strips of them are in memory. A 3 x 3 convolution needs one row
+above and one row below its strip. A group norm needs the statistics of the whole map, which are
+summed while the map is written. So a residual block with input map x and inner map h has two
 passes:
 
     norm1 -> activation -> conv1 -> h       reads x
     norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if channels differ)
 
-At most two maps, x and h, exist at a time.
+At most two maps, x and h, exist at the same time.
 
 `C` channels, `H W` space, `N` positions, `n` positions of a strip.
 """
@@ -27,9 +28,9 @@ Prepare = Callable[[Tensor], Tensor]
 
 
 def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None = None) -> Prepare:
-    """Return a function that applies the norm and the activation to strips of `x`.
+    """Return a function that applies a group norm and an activation to strips of `x`.
 
-    The norm uses the statistics that `x` has when `normalizer` is called.
+    The norm uses the statistics that the whole map `x` has when `normalizer` is called.
     """
     groups = x.statistics.pooled(norm.num_groups)
     mean, variance = groups.mean, groups.variance(correction=0)
@@ -56,14 +57,17 @@ def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None =
 def convolved(
     x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield strips of a 3 x 3 convolution of `x`, each after the number of its first row."""
+    """Yield pairs of a first row's number and a strip of the 3 x 3 convolution of `x`.
+
+    The function `prepare`, such as a norm and an activation, is applied to strips of `x` first.
+    """
     for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
         strip = _with_halo(x, top, bottom, prepare)
         yield top, F.conv2d(strip, conv.weight, conv.bias, padding=(0, 1))
 
 
 def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = None) -> Tensor:
-    """Return a strip with one more row above and below. Rows outside of the image are 0."""
+    """Return rows `top - 1` to `bottom` of a map. Rows outside of the map are 0."""
     strip = x.read(max(top - 1, 0), min(bottom + 1, x.height))
     if prepare is not None:
         strip = prepare(strip)
@@ -72,7 +76,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Return the output of a `ResnetBlock2D`. `x` may change, so do not use it afterwards."""
+    """Return the output of a `ResnetBlock2D`. The map `x` may be overwritten."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))
@@ -128,8 +132,8 @@ def _doubled(x: FeatureMap, conv: Any, space: Workspace) -> Iterator[tuple[int, 
     kernel = fold_kernel(conv.weight)
     for top, bottom in space.slices(x.height, 4 * conv.out_channels * x.width):
         strip = _with_halo(x, top, bottom)
-        # The padding of rows is 1, as in `upsample_conv`, plus 2. The 2 drop the two output rows of
-        # each extra input row.
+        # The padding of rows is 3: 1 as in `upsample_conv`, and 2 to leave out the two output rows
+        # of each extra input row.
         yield 2 * top, F.conv_transpose2d(strip, kernel, conv.bias, stride=2, padding=(3, 1))
 
 
@@ -144,7 +148,7 @@ def attend(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
 def _keys_and_values(
     block: Any, x: FeatureMap, prepare: Prepare, space: Workspace
 ) -> tuple[Tensor, Tensor]:
-    """Return keys and values of all positions, (1, heads, N, C / heads) each."""
+    """Return keys and values of all N positions, each (1, heads, N, C / heads)."""
     keys: Any = None
     values: Any = None
     for top, bottom in space.slices(x.height, x.channels * x.width):
@@ -160,7 +164,7 @@ def _keys_and_values(
 def _attended(
     block: Any, x: FeatureMap, prepare: Prepare, keys: Tensor, values: Tensor, space: Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    # Some kernels keep all attention scores of a strip of queries in memory.
+    # Choose strips for which all attention scores fit into memory, because some kernels keep them.
     scores = x.width * block.heads * keys.shape[2]  # for one row of queries
     for top, bottom in space.slices(x.height, max(scores, x.channels * x.width)):
         strip = x.read(top, bottom)
@@ -174,10 +178,10 @@ def _attended(
 
 
 def _tokens(strip: Tensor) -> Tensor:
-    """Return tokens (n, C) of a strip (1, C, rows, W)."""
+    """Return the n positions of a strip (1, C, rows, W) as tokens (n, C)."""
     return rearrange(strip, "1 c h w -> (h w) c")
 
 
 def _heads(tokens: Tensor, block: Any) -> Tensor:
-    """Return tokens (n, C) divided among attention heads, as (1, heads, n, C / heads)."""
+    """Return n tokens, (n, C), divided among attention heads, as (1, heads, n, C / heads)."""
     return rearrange(tokens, "n (heads c) -> 1 heads n c", heads=block.heads)

@@ -1,13 +1,13 @@
 """Compute diffusers' convolutional encoder and decoder strip by strip, on images of any size.
 
-Supported classes are `AutoencoderKL`, `VQModel` and other classes with the same blocks. Strips
-change the result only by rounding.
+A strip is several rows of an image or feature map. Supported classes are `AutoencoderKL`, `VQModel`
+and other classes with the same blocks. Strips change the result only by rounding.
 
     posterior = encode_in_strips(net, images).latent_dist    # as net.encode(images)
     recon = decode_in_strips(net, posterior.mean).sample     # as net.decode(z)
 
-Nothing is approximated, so there are no seams (see `strip_layers`). The images of a batch are
-computed one after the other, without gradients.
+Nothing is approximated, so no borders between strips are visible (see `strip_layers`). The images
+of a batch are computed one after the other, without gradients.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -51,15 +51,21 @@ from latentvae.compute.strips.strip_layers import (
 from latentvae.compute.upsampling import FoldedUpsample2D
 from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 
-CPU_SCORES = 2**24  # number of distances to a stock VQModel's codes in memory at a time
+CPU_SCORES = 2**24  # number of distances to the codes of a VQModel in memory at a time
 
 
 @torch.no_grad()
 def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> Any:
-    """Return the output of `net.encode(images)`, for images (B, C, H, W) in the network's range.
+    """Return the output of `net.encode(images)`, computed strip by strip.
+
+    Args:
+        net: the network.
+        images: (B, C, H, W), in the value range that the network takes.
+        strips: options of the strips.
 
     Raises:
-        ValueError: the network has a block that strips cannot compute, see `check_supported`.
+        ValueError: the network has a block that cannot be computed in strips, see
+            `check_supported`.
     """
     check_supported(net)
     features = _run(net.encoder, images, _encoder_steps(net.encoder), strips or Strips())
@@ -74,7 +80,7 @@ def encode_in_strips(net: Any, images: Tensor, strips: Strips | None = None) -> 
 def decode_in_strips(
     net: Any, z: Tensor, strips: Strips | None = None, *, force_not_quantize: bool = False
 ) -> DecoderOutput:
-    """Return the output of `net.decode(z)`, for latents (B, d, h, w).
+    """Return the output of `net.decode(z)`, computed strip by strip.
 
     Args:
         net: the network.
@@ -83,7 +89,8 @@ def decode_in_strips(
         force_not_quantize: do not quantise `z`, because it already consists of a tokenizer's codes.
 
     Raises:
-        ValueError: the network has a block that strips cannot compute, see `check_supported`.
+        ValueError: the network has a block that cannot be computed in strips, see
+            `check_supported`.
     """
     check_supported(net)
     if isinstance(net, VQModel | DiscreteAutoencoder) and not force_not_quantize:
@@ -99,7 +106,7 @@ def decode_in_strips(
 def _quantize(net: Any, z: Tensor) -> Tensor:
     """Return the codes of features, a few rows at a time to save memory.
 
-    A stock `VQModel` would keep the distances of all positions in memory at once.
+    diffusers' `VQModel` itself would keep the distances of all positions to all codes in memory.
     """
     if isinstance(net, DiscreteAutoencoder):
         return net.quantize(z).z.to(net.dtype)
@@ -112,7 +119,7 @@ class StripComputation:
     """Encodes and decodes in strips. Functions of `models.calls` take this object as `computation`.
 
     Args:
-        strips: height of the strips, and where feature maps are kept.
+        strips: options: the height of the strips, and where feature maps are kept.
     """
 
     strips: Strips
@@ -137,7 +144,7 @@ def _run(part: Any, inputs: Tensor, steps: Sequence[Step], strips: Strips) -> Te
         for (
             step,
             block,
-        ) in steps:  # a flat loop, so that no caller keeps a used map in memory
+        ) in steps:  # a loop without calls around it, which would keep old maps in memory
             x = step(block, x, space)
         if outputs is None:
             shape = (len(inputs), part.conv_out.out_channels, x.height, x.width)
@@ -184,10 +191,10 @@ def _middle(middle: Any) -> Iterator[Step]:
 
 
 def check_supported(net: Any) -> None:
-    """Check that strips can compute every block of the encoder and the decoder.
+    """Check that every block of the encoder and the decoder can be computed in strips.
 
     Raises:
-        ValueError: strips cannot compute a block. The message gives the block's name and type.
+        ValueError: a block cannot be computed in strips. The message has its name and type.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
         module: Any = getattr(net, part, None)

@@ -1,7 +1,7 @@
-"""Compute convolutions with Winograd's algorithms where these are faster, in float32 on the CPU.
+"""Compute convolutions in float32 on the CPU by Winograd's algorithms where they are faster.
 
-The choice of the algorithm depends only on shapes and the kind of processor, so repeated runs on
-one machine give equal numbers.
+There are two algorithms, in the modules `nnpack` and `tiles`. The choice depends only on shapes and
+the kind of processor, so repeated computations on one machine give equal numbers.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from latentvae.compute.winograd.nnpack import has_winograd, nnpack_conv
 from latentvae.compute.winograd.tiles import SIDE, tiled_conv, tiled_gradients
 
-# Training uses NNPACK for feature maps with at least so many positions. NNPACK computes one image
-# at a time, while a plain convolution computes the whole batch.
+# Training uses NNPACK for feature maps with at least this many positions. For small maps NNPACK is
+# slower, because it computes one image at a time.
 TRAINING_POSITIONS = 64 * 64
 
 
@@ -26,11 +26,11 @@ class Limits:
 
     Attributes:
         channels: smallest number of channels of the input and of the output.
-        positions: at inference, NNPACK computes only feature maps with at least this many
-            positions (height times width).
-        tiled: smallest number of channels for the algorithm in `tiles`. The key `one` applies if
-            the algorithm computes only the output, or only the gradient of x. The key `both`
-            applies if it computes the gradients of x and of the weight together.
+        positions: smallest number of positions (height times width) of a feature map for NNPACK, at
+            inference.
+        tiled: smallest number of channels for the algorithm in `tiles`. The key "one" is for the
+            output alone, or the gradient of the input alone. The key "both" is for the gradients of
+            input and weight together.
     """
 
     channels: int
@@ -39,7 +39,9 @@ class Limits:
 
 
 def limits_of(capability: str) -> Limits:
-    """Return the limits for a set of vector instructions, as measured with AVX-512 and AVX2.
+    """Return the sizes from which Winograd's algorithms are faster, for a kind of processor.
+
+    They were measured with the vector instructions AVX-512 and AVX2.
 
     Args:
         capability: the result of `torch.backends.cpu.get_cpu_capability()`, such as "AVX512".
@@ -53,10 +55,10 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A Winograd convolution for inference.
+    """A convolution for inference that uses Winograd's algorithm.
 
-    torch's own convolution computes small feature maps, inputs that are not float32 on the CPU, and
-    inputs under autocast or `torch.compile`.
+    It uses torch's own convolution for small feature maps, for inputs that are not float32 on the
+    CPU, and under autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -66,10 +68,10 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A Winograd convolution with gradients.
+    """A convolution with gradients that uses Winograd's algorithms.
 
-    torch's own convolution computes inputs that are not float32 on the CPU, and inputs under
-    autocast or `torch.compile`.
+    It uses torch's own convolution for inputs that are not float32 on the CPU, and under autocast
+    or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,14 +81,17 @@ class TrainedWinogradConv2d(nn.Conv2d):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Return whether to use torch's layer: `x` is not float32 on the CPU, or autocast is on."""
+    """Return whether torch's own convolution must be used for `x`.
+
+    This is so if `x` is not float32 on the CPU, or under autocast or `torch.compile`.
+    """
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
     # torch.compile does not support NNPACK, and has its own kernels for plain convolutions.
     return not known or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
 class _Convolution(torch.autograd.Function):
-    """The function `conv2d(x, weight, bias, padding=1)`, differentiable once."""
+    """The function `conv2d(x, weight, bias, padding=1)`, without second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,7 +131,13 @@ def _fits_nnpack(x: Tensor) -> bool:
 
 
 def _fits_tiles(x: Tensor, weight: Tensor, asked: str) -> bool:
-    """Return whether the algorithm in `tiles` is faster: with enough channels and enough tiles."""
+    """Return whether there are so many channels and tiles that the algorithm in `tiles` is faster.
+
+    Args:
+        x: input of the convolution.
+        weight: kernel of the convolution.
+        asked: key of `Limits.tiled`.
+    """
     tiles = len(x) * x.shape[2] * x.shape[3] // SIDE**2
     narrow, wide = sorted(weight.shape[:2])
     return narrow >= LIMITS.tiled[asked] and 4 * tiles >= wide
@@ -151,7 +162,7 @@ def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
 
 
 def restore_convolutions(part: nn.Module) -> None:
-    """Undo `swap_convolutions`, so that the layers are stock again."""
+    """Undo `swap_convolutions`, so that the layers have torch's class again."""
     for module in part.modules():
         if type(module) in (WinogradConv2d, TrainedWinogradConv2d):
             module.__class__ = nn.Conv2d

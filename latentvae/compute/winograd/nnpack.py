@@ -1,9 +1,9 @@
 """Compute 3 x 3 convolutions with NNPACK, which is part of torch, in float32 on the CPU.
 
-NNPACK computes Winograd's F(6 x 6, 3 x 3): 64 products for 36 outputs instead of 324 (Lavin and
-Gray 2015, arXiv:1509.09308). The rounding error is 3e-6 to 5e-6 of the output's standard deviation
-(root mean square, up to 7e-5 for single values). The error is ten times the error of a plain
-convolution, and a thousandth of the error of bfloat16.
+NNPACK computes Winograd's F(6 x 6, 3 x 3), which needs 64 products for 36 outputs instead of 324
+(Lavin and Gray 2015, arXiv:1509.09308). The root mean square of the rounding error is 3e-6 to 5e-6
+of the output's standard deviation, and the error of single values is up to 7e-5. This is ten times
+the error of a plain convolution, and a thousandth of the error of bfloat16.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 6  # Rows and columns of outputs that are computed together.
-WORKSPACE = 256 << 20  # Bytes for the tiles of one call. Each call copies its input and output.
+WORKSPACE = 256 << 20  # Largest number of bytes for the tiles of one call of NNPACK.
 
 
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `conv2d(x, weight, bias, padding=1)` for a 3 x 3 kernel.
 
-    Each image is computed alone. For a batch, NNPACK uses another algorithm, so an image's result
-    would depend on the number of images. A large map is computed in several calls, because NNPACK
-    keeps all tiles of a call in memory. The tiles take almost twice the memory of the input and
-    output.
+    Each image is computed alone. For a batch, NNPACK uses another algorithm, so the result for an
+    image would depend on the number of images. A large map is computed in several calls of NNPACK,
+    because NNPACK keeps all tiles of a call in memory. The tiles need almost twice the memory of
+    the input and output.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     rows = _rows(x, outputs=len(weight))
@@ -35,7 +35,8 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _rows(x: Tensor, *, outputs: int) -> int:
     """Return the number of rows that NNPACK computes in one call.
 
-    The tiles of a call then fit into `WORKSPACE` bytes, and all calls have about equal sizes.
+    With this number, the tiles of a call fit into `WORKSPACE` bytes, and all calls have about the
+    same number of rows.
     """
     height, width = x.shape[2:]
     tiles = -(-height // TILE)
@@ -62,7 +63,7 @@ def _convolve_by_rows(x: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Ten
 
 @lru_cache(maxsize=1)
 def has_winograd() -> bool:
-    """Return whether torch has an NNPACK that supports this processor and computes correctly."""
+    """Return whether the NNPACK in torch supports this processor and computes correctly."""
     # `_nnpack_available` also initialises NNPACK. Without this initialisation, all other calls of
     # NNPACK fail.
     if not (hasattr(torch, "_nnpack_available") and torch._nnpack_available()):

@@ -5,17 +5,18 @@ arXiv:1509.09308):
 
     Y = A [sum_i (G w G') * (B X B')] A'    for a tile Y of 4 x 4, which reads X of 6 x 6
 
-A, B and G are constant matrices, `'` is the transpose, and `*` multiplies elements. The sums over
-channels are 36 matrix products. One more matrix product transforms rows and columns at once, with a
-Kronecker square of A, B or G (`A2`, `B2`, `G2`). The gradients follow from the formula:
+The input tile is X, the kernel is w, and i is an input channel. A, B and G are constant matrices,
+`'` is the transpose, and `*` multiplies elements. The sums over channels are 36 matrix products.
+One more matrix product transforms rows and columns together, with the Kronecker product of A, B or
+G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula, with o for an output
+channel:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
 Where tiles of X overlap, their gradients dX are added. The rounding error in float32 is 2e-6 to
-4e-6 of the result's standard deviation, ten times the error of a plain convolution.
+4e-6 of the result's standard deviation. This is ten times the error of a plain convolution.
 
-Functions that are called for every part of the tiles use view and permute, because einops costs
-10 us per call.
+Functions that are called many times use view and permute, because einops takes 10 us per call.
 
 `N` images, `I O` channels in and out, `H W` space, `T` tiles.
 """
@@ -31,7 +32,7 @@ from einops import rearrange
 from torch import Tensor
 
 SIDE = 4  # Side of an output tile in positions. An input tile is larger by 2.
-CHUNK_BYTES = 8 << 20  # Bytes of the tiles that are computed at once. They fit into the cache.
+CHUNK_BYTES = 8 << 20  # Bytes of the tiles that are computed at a time. They fit into the cache.
 
 
 def _square(rows: list[list[float]], *, divide_by: int = 1) -> Tensor:
@@ -56,7 +57,13 @@ G2 = _square(
 
 
 def tiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return float32 `conv2d(x, weight, bias, padding=1)`, x (N, I, H, W), weight (O, I, 3, 3)."""
+    """Return `conv2d(x, weight, bias, padding=1)` in float32.
+
+    Args:
+        x: N images of I channels, (N, I, H, W).
+        weight: kernel for O output channels, (O, I, 3, 3).
+        bias: (O,), or None.
+    """
     tiling, outputs = Tiling.of(x), len(weight)
     seen, kernel = tiling.split(x, side=SIDE + 2, before=1), _transform_kernel(weight)
     out = x.new_empty(tiling.images, tiling.size[0], SIDE, tiling.size[1], SIDE, outputs)
@@ -75,7 +82,7 @@ def tiled_gradients(
     """Return the gradients of `x` and `weight` of `tiled_conv`, or None if not requested.
 
     Args:
-        gradient: gradient of the output of `tiled_conv`, (N, O, H, W).
+        gradient: gradient of the output of `tiled_conv`, (N, O, H, W) for N images of O channels.
         x: input of `tiled_conv`.
         weight: kernel of `tiled_conv`.
         of_x: compute the gradient of `x`.
@@ -104,30 +111,45 @@ def tiled_gradients(
 
 
 def _transform_kernel(weight: Tensor) -> Tensor:
-    """Return the transformed kernel (36, O, I)."""
+    """Return the kernel after Winograd's transform, (36, output channels, input channels)."""
     return (G2 @ weight.reshape(-1, 9).t()).view(36, *weight.shape[:2])
 
 
 def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """Return transformed tiles (36, T, C) of tiles (n, h, w, C, side, side)."""
+    """Return T = n h w tiles after Winograd's transform, (36, T, C).
+
+    Args:
+        matrix: one of `A2.t()` and `B2`.
+        tiles: h x w tiles of C channels for each of n images, (n, h, w, C, side, side).
+    """
     columns = tiles.permute(4, 5, 0, 1, 2, 3).reshape(matrix.shape[1], -1)
     return (matrix @ columns).view(36, -1, tiles.shape[3])
 
 
 def _inverse(matrix: Tensor, products: Tensor, *, like: Tensor) -> Tensor:
-    """Return tiles (n, h, w, C, side, side) of products (36, T, C), with n, h, w as in `like`."""
+    """Return tiles (n, h, w, C, side, side) after the inverse transform of `products`.
+
+    Args:
+        matrix: one of `A2` and `B2.t()`.
+        products: transformed T = n h w tiles, (36, T, C).
+        like: tensor whose first axes have the sizes n, h and w.
+    """
     side = math.isqrt(len(matrix))
     tiles = (matrix @ products.flatten(1)).view(side, side, *like.shape[:3], -1)
     return tiles.permute(2, 3, 4, 5, 0, 1)
 
 
 def _tiles(maps: Tensor, side: int) -> Tensor:
-    """Return the tiles of maps (N, H, W, C) as a view (N, h, w, C, side, side)."""
+    """Return h x w overlapping tiles of maps (N, H, W, C), as a view (N, h, w, C, side, side)."""
     return maps.unfold(1, side, SIDE).unfold(2, side, SIDE)
 
 
 def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
-    """Add `added` to a view of overlapping tiles, in four steps whose tiles do not overlap."""
+    """Add `added` to a view of overlapping tiles.
+
+    Each tile is divided into four parts. In each of four steps, the parts that are added do not
+    overlap each other.
+    """
     parts = (slice(0, SIDE), slice(SIDE, None))
     for rows, columns in itertools.product(parts, parts):
         tiles[..., rows, columns] += added[..., rows, columns]
@@ -138,9 +160,9 @@ class Tiling:
     """The division of feature maps into tiles.
 
     Attributes:
-        images: number of feature maps.
-        size: number of tiles in a column and in a row of a map.
-        map_size: number of positions in a column and in a row.
+        images: number of images. Each has one feature map.
+        size: number of tiles in a column and in a row of a feature map.
+        map_size: height and width of a feature map.
     """
 
     images: int
@@ -153,11 +175,11 @@ class Tiling:
         return cls(len(x), (-(-height // SIDE), -(-width // SIDE)), (height, width))
 
     def split(self, x: Tensor, *, side: int, before: int) -> Tensor:
-        """Return tiles (N, h, w, C, side, side) of maps (N, C, H, W), padded with zeros.
+        """Return h x w tiles of maps (N, C, H, W) padded with zeros, (N, h, w, C, side, side).
 
         Each row and column gets `before` zeros at its start, and at least one zero at its end.
-        Without the zero at the end, the copy would read and write at multiples of a memory page,
-        which is slow.
+        Without the zero at the end, the distances in memory would be multiples of a memory page,
+        which makes the copy slow.
         """
         rows, columns = (SIDE * n - m + 1 for n, m in zip(self.size, self.map_size, strict=True))
         padded = F.pad(x, (before, columns, before, rows))
@@ -165,9 +187,10 @@ class Tiling:
         return _tiles(innermost.view(len(x), *padded.shape[2:], -1), side)
 
     def parts(self, *, channels: int) -> Iterator[tuple[slice, slice]]:
-        """Yield slices of images and of tile rows to compute at once.
+        """Yield slices of images and of rows of tiles, to compute one part at a time.
 
-        A part has some complete images, or some tile rows of one image.
+        A part has some complete images, or some rows of tiles of one image. `channels` is the
+        number of channels of all tensors that a part needs.
         """
         rows = max(1, CHUNK_BYTES // (36 * 4 * channels * self.size[1]))
         images, rows = max(1, rows // self.size[0]), min(rows, self.size[0])
@@ -176,6 +199,6 @@ class Tiling:
                 yield slice(i, i + images), slice(row, row + rows)
 
     def crop(self, maps: Tensor) -> Tensor:
-        """Return maps (N, C, H, W) cropped from maps (N, at least H, at least W, C)."""
+        """Return the first H rows and W columns of maps with channels last, as (N, C, H, W)."""
         height, width = self.map_size
         return rearrange(maps[:, :height, :width], "n h w c -> n c h w").contiguous()

@@ -20,8 +20,8 @@ Some tokenizers have levels of several sizes. `Content.levels` lists the sizes, 
 
 Shard s starts at item s * shard_items of the data and takes `shard_items` items. Items that cannot
 be read are left out. Every file is written under a temporary name, synced and renamed, so a file
-that exists is complete. A shard's header says to which encoding the shard belongs. The bytes depend
-only on the content.
+that exists is complete. A shard's header says to which encoding the shard belongs. The bytes of all
+files depend only on the `Content` of the manifest.
 
 Symbols: `n` items, `L` codes per position, `d` latent channels, `h w` latent positions,
 `K` codes.
@@ -72,7 +72,8 @@ class _Strict(BaseModel):
 class Normalization(_Strict):
     """The normalisation of latents for a diffusion model: (z - mean) * scale.
 
-    Before, `fold` x `fold` positions are folded into channels. See `models.normalization`.
+    Before this, each square of `fold` x `fold` positions is folded into channels, see
+    `models.normalization`.
     """
 
     mean: list[float]
@@ -81,10 +82,11 @@ class Normalization(_Strict):
 
 
 class Content(_Strict):
-    """Everything that determines the bytes of the shards.
+    """Everything that determines the bytes of the shards (files of encoded images).
 
     Attributes:
-        item_shape: (h, w) or (L, h, w) of tokens, (d, h, w) of latents.
+        item_shape: (h, w) for tokens, (L, h, w) for L levels of tokens, or (d, h, w) for latents
+            with d channels.
         order: the meaning of the dimensions, in words.
         num_codes: number of codes K, for tokens. With `levels`, each level has its own K codes.
         levels: (h, w) of each level, coarsest first, for tokens of levels of several sizes. The
@@ -149,7 +151,7 @@ class Content(_Strict):
         return range(start, min(start + self.shard_items, self.num_source_items))
 
     def differences(self, other: "Content") -> list[str]:
-        """Return the names of the fields in which two contents differ."""
+        """Return the names of the fields in which this content and another one differ."""
         return [name for name, value in self if getattr(other, name) != value]
 
 

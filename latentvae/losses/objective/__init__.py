@@ -7,7 +7,8 @@ The source is Rombach et al. 2022, arXiv:2112.10752, appendix G.
     nll = mean(error) / exp(output_logvar) + output_logvar
     loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
 
-Each term has a name and a weight. Its policy says how the weight changes during training:
+`rec` is the pixel error, and `kl` is the KL of the latents. Each term has a name and a weight. The
+policy of a term is the rule by which its weight changes during training:
 
     term            weight                                  policy
     rec             1                                       constant
@@ -26,10 +27,10 @@ Each term has a name and a weight. Its policy says how the weight changes during
     adversarial_weight.py   ramp and balance of the adversarial term
     build_objective.py      build the objective from the options
 
-Reductions: pixel terms are means over image elements. The KL is its sum over latent elements
-divided by the number of image elements. So every term is Stable Diffusion's sum divided by C*H*W.
-Stable Diffusion's KL weight 1e-6 keeps its meaning, and no weight depends on the resolution or the
-batch size.
+Pixel terms are means over image elements. The KL is summed over latent elements, and the sum is
+divided by the number of image elements C*H*W. In Stable Diffusion, the same terms are sums. All
+terms are divided by the same number, so Stable Diffusion's KL weight 1e-6 has the same effect here.
+No weight depends on the resolution or the batch size.
 """
 
 from latentvae.losses.objective.loss_values import Loss

@@ -1,6 +1,6 @@
-"""Compute the weight of the adversarial loss, which grows along a ramp over updates.
+"""Compute the weight of the adversarial loss, which grows linearly over some updates.
 
-The module also computes the largest value of VQGAN's adaptive weight, a ratio of gradients.
+The module also computes the upper limit of VQGAN's adaptive weight, which is a ratio of gradients.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ class AdversarialWeight:
     """Computes when the discriminator learns, and the weight of the model's adversarial loss.
 
     Args:
-        scale: weight at the end of the ramp. 0 leaves the term out.
-        warmup_updates: number of updates after the start in which only the discriminator learns.
-        ramp_updates: number of updates after the warm-up in which the weight grows from 0.
+        scale: final weight. 0 leaves the adversarial loss out.
+        warmup_updates: number of updates in which only the discriminator learns, counted from the
+            first update that uses the discriminator.
+        ramp_updates: number of updates after `warmup_updates` in which the weight grows from 0.
         adaptive: multiply the weight by a ratio of gradients, see `adversarial.adaptive_weight`.
-        cap: largest ratio of gradients.
-        cap_on_sums: whether the cap was chosen for losses that are sums over image elements instead
-            of means.
+        cap: upper limit of the ratio of gradients.
+        cap_on_sums: whether `cap` is meant for a pixel loss that is a sum over image elements
+            instead of a mean.
     """
 
     scale: float = 0.0
@@ -30,20 +31,24 @@ class AdversarialWeight:
     cap_on_sums: bool = False
 
     def cap_at(self, elements: int) -> float:
-        """Return the largest ratio for images with this number of ``elements`` (C x H x W).
+        """Return the upper limit of the ratio of gradients, for this training's pixel loss.
 
-        Our pixel loss is a mean over elements. If it were a sum, the ratio would be ``elements``
-        times as large.
+        The pixel loss is a mean over image elements. With a sum, the ratio would be ``elements``
+        times as large. So a limit for sums is divided by ``elements``.
+
+        Args:
+            elements: number of elements of an image (C x H x W).
         """
         return self.cap / elements if self.cap_on_sums else self.cap
 
     def factor(self, update: int, *, start: int) -> float | None:
-        """Return the weight in update ``update`` (from 0), not multiplied by the adaptive weight.
+        """Return the weight of the adversarial loss in update ``update``, counted from 0.
 
-        The weight is None before ``start``, when the discriminator is not used at all. After
-        ``start``, the discriminator learns in every update. For `warmup_updates` it learns alone,
-        and the weight is 0. Then the weight grows linearly from 0 to `scale`, so that an untrained
-        discriminator has little effect on the model.
+        The weight is not yet multiplied by the adaptive weight. It is None before update ``start``,
+        when the discriminator is not used at all. From ``start`` on, the discriminator learns in
+        every update. In the first `warmup_updates` of these updates, the weight is 0. After them,
+        the weight grows linearly from 0 to `scale`, so that an untrained discriminator has little
+        effect on the model.
         """
         if self.scale == 0 or update < start:
             return None
@@ -54,7 +59,12 @@ class AdversarialWeight:
         return self.scale * min(ramp, 1.0)
 
     def learns_alone(self, update: int, *, start: int) -> bool:
-        """Return whether only the discriminator learns in update ``update`` (from 0)."""
+        """Return whether the discriminator learns but the model does not yet use it.
+
+        Args:
+            update: number of the update, from 0.
+            start: first update that uses the discriminator.
+        """
         return self.scale > 0 and start <= update < start + self.warmup_updates
 
 

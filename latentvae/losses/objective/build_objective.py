@@ -24,15 +24,15 @@ def build_objective(
     likelihood: Likelihood | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> Objective:
-    """Return the objective: the terms of the loss with their weights, as the options ask.
+    """Return the model's loss (the objective) with the terms and weights that the options choose.
 
     Args:
         options: options of the model's loss.
         discriminator: options of the adversarial term.
-        perceptual: LPIPS. It is not used if `perceptual_scale` is 0.
+        perceptual: LPIPS. It is not used if the option `perceptual_scale` is 0.
         latent_weights: weights of the bottleneck's losses by name, see `Latent.losses`.
-        features: the frozen network of `feature_loss`, if it is used.
-        has_kl: whether the network's latents have a KL.
+        features: the frozen network for the option `feature_loss`, if this option is used.
+        has_kl: whether the network's latents have a KL to a prior.
         likelihood: the network's own likelihood, if it has one.
         autocast_dtype: see `Objective`.
     """

@@ -2,8 +2,9 @@
 
 Each of these KL terms is in nats per image. The options are in bits per latent element, like the
 logged value `latent/kl_bits_per_element`. So the options do not depend on the resolution. Free bits
-and capacity are piecewise linear in the KL. The mean KL over all ranks decides which piece applies.
-So several ranks give the same result as one rank with the images of all ranks.
+and capacity compare the KL with a limit, and the gradient depends on the side of the limit. The
+mean KL over all ranks is compared. So several ranks give the same result as one rank with the
+images of all ranks.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -24,13 +25,16 @@ class KLForm(Protocol):
     """A function that computes the KL term of the loss, such as the KL with free bits.
 
     Attributes:
-        name: log name of the term.
+        name: name of the term in the log.
     """
 
     name: str
 
     def __call__(self, out: AutoencoderOutput, *, update: int) -> Tensor:
-        """Return the KL term in nats per image, with its graph: (B,), or a mean over the batch."""
+        """Return the KL term in nats per image, with its graph.
+
+        The result has one value per image, (B,), or is the mean over the batch.
+        """
         ...
 
 
@@ -53,12 +57,12 @@ class PlainKL:
 
 @dataclass(frozen=True)
 class FreeBits:
-    """A KL loss that does not push the KL of a channel below a floor, see `free_bits_kl`.
+    """A KL loss that does not push the KL of a channel below a limit, see `free_bits_kl`.
 
     If the KL is not known for each channel, the whole latent counts as one channel.
 
     Args:
-        bits: floor, in bits per latent element.
+        bits: the limit, in bits per latent element.
     """
 
     bits: float
@@ -77,11 +81,11 @@ class FreeBits:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A KL loss that pulls the KL to a capacity from both sides, see `capacity_kl`.
+    """A KL loss that pulls the KL up or down to a capacity, see `capacity_kl`.
 
     Args:
-        bits: capacity at the end, in bits per latent element.
-        growth_updates: updates over which the capacity grows from 0.
+        bits: final capacity, in bits per latent element.
+        growth_updates: number of updates in which the capacity grows from 0.
     """
 
     bits: float
@@ -109,7 +113,7 @@ class WarmUp:
 
 
 def kl_form(options: ObjectiveConfig) -> KLForm:
-    """Return the KL term that the options choose. Free bits and capacity exclude each other."""
+    """Return the KL term that the options choose: plain, with free bits, or with a capacity."""
     if options.free_bits:
         return FreeBits(options.free_bits)
     if options.kl_capacity:
@@ -120,17 +124,17 @@ def kl_form(options: ObjectiveConfig) -> KLForm:
 def kl_warmup(update: int, warmup_updates: int) -> float:
     """Return the factor on the KL's weight in update ``update`` (from 0).
 
-    The factor grows linearly from 0 to 1 at ``warmup_updates`` (Sonderby et al. 2016,
-    arXiv:1602.02282).
+    The factor grows linearly from 0 to 1, and reaches 1 at update ``warmup_updates`` (Sonderby et
+    al. 2016, arXiv:1602.02282).
     """
     return min(update / warmup_updates, 1.0) if warmup_updates else 1.0
 
 
 def capacity(update: int, *, target: float, growth_updates: int) -> float:
-    """Return the capacity C in update ``update`` (from 0).
+    """Return the capacity, to which the KL is pulled, in update ``update`` (from 0).
 
-    The capacity grows linearly from 0 to ``target`` at ``growth_updates`` (Burgess et al. 2018,
-    arXiv:1804.03599).
+    The capacity grows linearly from 0 to ``target``, and reaches it at update ``growth_updates``
+    (Burgess et al. 2018, arXiv:1804.03599).
     """
     return target * kl_warmup(update, growth_updates)
 
@@ -138,15 +142,16 @@ def capacity(update: int, *, target: float, growth_updates: int) -> float:
 def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
     """Return sum_j max(lambda, E[KL_j]) over channels j (arXiv:1606.04934, eq. 15).
 
-    A channel below lambda has no gradient, so it is not pushed further down.
+    E[KL_j] is the mean KL of channel j over the images of one micro-step on all ranks. A channel
+    whose mean KL is below lambda has no gradient, so its KL is not reduced further.
 
     Args:
-        kl_per_channel: (B, d), nats, summed over positions.
+        kl_per_channel: KL of each of d channels in nats, summed over positions, (B, d).
         bits: lambda, in bits per latent element.
-        positions: h * w.
+        positions: number of latent positions h * w.
 
     Returns:
-        Scalar, nats per image. E is the mean over one micro-step on all ranks.
+        A scalar in nats per image.
     """
     floor = bits * math.log(2.0) * positions
     local = kl_per_channel.float().mean(0)  # (d,)
@@ -155,15 +160,15 @@ def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tens
 
 
 def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
-    """Return |E[KL] - C|, which pulls the KL to C from both sides (arXiv:1804.03599, eq. 8).
+    """Return |E[KL] - C|, which pulls the mean KL up or down to C (arXiv:1804.03599, eq. 8).
 
     Args:
-        kl: (B,), nats per image.
+        kl: KL of each image in nats, (B,).
         bits: capacity C in this update, in bits per latent element.
-        elements: d * h * w.
+        elements: number of elements of a latent, d * h * w.
 
     Returns:
-        Scalar, nats per image. The mean of these scalars over ranks is the value for the images of
+        A scalar in nats per image. The mean of the ranks' scalars is the value for the images of
         all ranks together.
     """
     target = bits * math.log(2.0) * elements

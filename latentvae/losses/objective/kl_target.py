@@ -6,20 +6,21 @@ arXiv:2004.05988).
     bits:   e = clip(log(bits / target), -1, 1)       log w += rate * e + damping * (e - last e)
     error:  e = clip(4 * log(target / error), -1, 1)  log w += rate * e
 
-The weight is `kl_scale` times a factor w, which starts at 1. The `bits` of the KL per latent
-element and the reconstruction `error` are means over micro-steps and ranks. Their units depend
-neither on the resolution nor on the channels. The error e is relative, so one rate fits all
-targets.
+The weight of the KL is `kl_scale` times a factor w, which starts at 1. After each update, the first
+formula changes w if the target is a KL, and the second one if the target is a pixel loss. The
+`bits` of the KL per latent element and the pixel loss `error` are means over micro-steps and ranks.
+Their units depend neither on the resolution nor on the number of channels. The deviation e from the
+target is relative, so the same rate fits all targets.
 
 A network reacts late to the weight, so the term `rate * e` alone would make the bits oscillate
-around their target. The term with `damping` damps these oscillations. This term is ControlVAE's
-proportional term, applied to the logarithm of the weight as in GECO. A reconstruction error is
-noisy from batch to batch and reacts little to the weight. So its e grows four times as fast, and
-there is no damping.
+around their target. The term with `damping` damps these oscillations. It is ControlVAE's
+proportional term, applied to the logarithm of the weight as in GECO. A pixel loss is noisy from
+batch to batch and reacts little to the weight. So the second formula has the factor 4 and no
+damping.
 
-As long as the network has not learned enough, a reconstruction error stays above its target with
-any weight. The weight then falls, but not below a tenth of its initial value, because the weight
-must grow back later.
+At the start of training, the pixel loss stays above its target with any weight, because the network
+has not learned enough. The weight then falls, but not below a tenth of its initial value. Otherwise
+it would need many updates to grow back.
 """
 
 import math
@@ -35,21 +36,21 @@ class KLTarget:
     """A controller of the KL's weight, which changes a factor on `kl_scale` once per update.
 
     Args:
-        target: the value to hold, in the unit of the value logged as `target_name`.
-        kl_scale: weight at the start.
+        target: the value to reach, in the unit of the value that is logged as `target_name`.
+        kl_scale: weight of the KL at the start.
         rate: how much one update changes the logarithm of the weight when the value is far from the
             target.
 
     Attributes:
-        target_name: log name of the value that has the target.
+        target_name: name in the log of the value that must reach the target.
         unit: a format string that prints the target with its unit.
         sign: 1 if a larger weight lowers the value, -1 if it raises the value.
         steepness: factor on the logarithm of (value / target).
         damping: factor on the change of the error since the last update.
-        lowest: smallest factor. The weight also never falls below the smallest weight of
+        lowest: smallest factor on `kl_scale`. The weight also never falls below the lower limit in
             `KL_WEIGHTS`.
-        log_factor: logarithm of the factor in this update, 0 at the start.
-        error: relative error of the last update, 0 at the start.
+        log_factor: logarithm of the factor on `kl_scale` in this update, 0 at the start.
+        error: relative deviation from the target in the last update, 0 at the start.
     """
 
     target_name: str
@@ -72,7 +73,7 @@ class KLTarget:
         return math.exp(self.log_factor)
 
     def measured(self, logged: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        """Return the value that has the target, averaged over micro-steps, (1,).
+        """Return the value that must reach the target, averaged over micro-steps, (1,).
 
         Args:
             logged: values that each micro-step logged on this rank. Without micro-steps the result
@@ -85,10 +86,10 @@ class KLTarget:
         )
 
     def follow(self, found: float) -> None:
-        """Change the KL's weight so that the value moves towards the target.
+        """Change the KL's weight so that the measured value moves towards the target.
 
         Args:
-            found: the mean of `measured` over all ranks.
+            found: the mean of the results of `measured` over all ranks.
         """
         error = self.sign * _clipped_log(found / self.target, times=self.steepness)
         moved = self.rate * error + self.damping * (error - self.error)
@@ -114,15 +115,15 @@ class KLTarget:
 
 
 class BitsTarget(KLTarget):
-    """A controller that holds the KL at a target in bits per latent element."""
+    """A controller that brings the KL to a target in bits per latent element."""
 
     target_name = "latent/kl_bits_per_element"
     unit = "{:g} bits per latent element"
-    damping = 2.0  # a new error of 10% changes the weight by 20% at once
+    damping = 2.0  # if the error rises by 10%, the weight changes by about 20% at once
 
 
 class ErrorTarget(KLTarget):
-    """A controller that holds the pixel loss of images in [-1, 1] at a target."""
+    """A controller that brings the pixel loss of images in [-1, 1] to a target."""
 
     target_name = "loss/rec"
     unit = "a pixel loss of {:g}"
@@ -132,7 +133,7 @@ class ErrorTarget(KLTarget):
 
 
 def kl_target(options: ObjectiveConfig) -> KLTarget | None:
-    """Return the controller for the target in the options, or None without a target."""
+    """Return the controller for the target in the options, or None if no target is set."""
     for kind, target in ((BitsTarget, options.kl_target), (ErrorTarget, options.rec_target)):
         if target:
             return kind(target, kl_scale=options.kl_scale, rate=options.kl_target_rate)
@@ -142,6 +143,6 @@ def kl_target(options: ObjectiveConfig) -> KLTarget | None:
 def _clipped_log(ratio: float, *, times: float) -> float:
     """Return times * log(ratio), clipped to [-1, 1].
 
-    Rounding can make a ratio 0 or negative. The result is then -1.
+    If rounding has made the ratio 0 or negative, the result is -1.
     """
     return min(max(times * math.log(ratio), -1.0), 1.0) if ratio > 0 else -1.0

@@ -9,12 +9,14 @@ from torch import Tensor
 class Loss:
     """A loss or a part of a loss, with its named terms. ``+`` adds two parts.
 
+    The keys of all dicts are names in the log.
+
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.
-        values: unweighted value of each term by log name, scalars with their graph.
-        weights: weight of each term in this update, by log name.
-        log: values for the log by log name, scalars without graph. The log always has the plain
-            KL, also if the loss has another form of the KL.
+        values: unweighted value of each term, scalars with their graph.
+        weights: weight of each term in this update.
+        log: values for the log, scalars without graph. The log always has the plain KL, even if the
+            loss has another form of the KL, such as free bits.
     """
 
     total: Tensor

@@ -1,4 +1,4 @@
-"""Compute the terms of the model's loss and their sum. The package's docstring has the formula.
+"""Compute the terms of the model's loss and their sum. `losses.objective` has the formula.
 
 `B` batch, `C` image channels, `H W` image size.
 """
@@ -21,7 +21,7 @@ from latentvae.losses.objective.kl_target import KLTarget
 from latentvae.losses.objective.loss_values import Loss
 from latentvae.outputs import AutoencoderOutput
 
-ADVERSARIAL = "discriminator/adversarial"  # log name of the adversarial term
+ADVERSARIAL = "discriminator/adversarial"  # name of the adversarial term in the log
 _PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -39,16 +39,16 @@ class Objective(nn.Module):
         loss = objective(images, out, update=update)
         loss.total.backward()
 
-    The call returns the complete loss. A training step calls the parts one by one instead, so that
-    one backward pass through the decoder is enough. The training step calls `reconstruction` and
+    The call returns the complete loss. The training loop computes the parts of the loss separately
+    instead, so that one backward pass through the decoder is enough. It calls `reconstruction` and
     `adversarial_value` on a detached reconstruction. Then it calls `adversarial_part` for the
-    current weight, and `latent`, whose result has a graph.
+    current weight, and `latent` for the losses of the latents.
 
     Args:
-        rec_loss: "l1" or "l2".
-        perceptual: LPIPS (images, recon) -> (B,), frozen. None leaves the term out.
-        perceptual_scale: weight of LPIPS. The pixel term has weight 1.
-        features: `FeatureLoss` (images, recon) -> (B,), frozen. None leaves the term out.
+        rec_loss: pixel loss, "l1" or "l2".
+        perceptual: LPIPS, a frozen network (images, recon) -> (B,). None leaves LPIPS out.
+        perceptual_scale: weight of LPIPS. The pixel loss has weight 1.
+        features: `FeatureLoss`, a frozen network (images, recon) -> (B,). None leaves it out.
         feature_scale: weight of the distance that `features` returns.
         logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the term out.
         kl_scale: weight of the KL. None if the latent has no KL.
@@ -57,12 +57,12 @@ class Objective(nn.Module):
         kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
         adversarial: weight of the adversarial term.
         likelihood: likelihood that replaces the pixel loss if the decoder returns its parameters.
-            LPIPS and the discriminator see the likelihood's `mean`.
-        autocast_dtype: dtype of the networks of LPIPS and of the features. The distances stay
-            float32. Default: float32.
+            LPIPS and the discriminator get the likelihood's `mean` as the image.
+        autocast_dtype: dtype of the networks of LPIPS and of the features. The distances are always
+            float32. The default is float32.
 
     Attributes:
-        weights: constant weights by name of the term, without schedules and targets.
+        weights: constant weight of each term, by name. A warm-up or target multiplies it.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Objective(nn.Module):
 
     @property
     def kl_target(self) -> KLTarget | None:
-        """The controller of the KL's weight, or None without a target."""
+        """The controller that changes the KL's weight to reach a target, or None."""
         return self.kl_factor if isinstance(self.kl_factor, KLTarget) else None
 
     def forward(
@@ -117,9 +117,9 @@ class Objective(nn.Module):
         last_layer: Tensor | None = None,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """Return the complete loss with its graph, for one plain `.backward()`.
+        """Return the complete loss with its graph, for one call of `.backward()`.
 
-        With an adversary, this backward pass also leaves gradients on the discriminator.
+        With an adversary, this backward pass also adds gradients to the discriminator's weights.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -128,7 +128,7 @@ class Objective(nn.Module):
             adversary: the discriminator. None leaves out the adversarial term.
             last_layer: weight of the decoder's last layer. Only an adaptive adversarial weight
                 needs it.
-            background: what LPIPS and the discriminator see behind transparent pixels. Both see RGB
+            background: colour that replaces transparent pixels before LPIPS and the discriminator
                 (`losses.colors`).
         """
         loss = self.reconstruction(images, out.recon, out.output_logvar, background=background)
@@ -161,9 +161,9 @@ class Objective(nn.Module):
         *,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """Return the negative log-likelihood of ``recon``.
+        """Return the part of the loss that depends on ``recon`` alone, a negative log-likelihood.
 
-        The sum contains the pixel terms, LPIPS, the distance of features and the log-variance.
+        It contains the pixel losses, LPIPS, the distance of features and the output's log-variance.
         """
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
@@ -180,10 +180,10 @@ class Objective(nn.Module):
     def reconstruction_terms(
         self, images: Tensor, recon: Tensor, *, background: Tensor | float = MID_GREY
     ) -> dict[str, Tensor]:
-        """Return the unweighted terms that depend on ``recon``, each (B,).
+        """Return the unweighted terms that depend on ``recon``: one value per image, (B,).
 
         `rec` and `logit_laplace` are means over image elements of all channels. Terms that are not
-        used are absent.
+        used are left out.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
@@ -209,7 +209,10 @@ class Objective(nn.Module):
         return terms
 
     def picture(self, recon: Tensor) -> Tensor:
-        """Return the image (B, C, H, W): the decoder's output, or the mean of its likelihood."""
+        """Return the image (B, C, H, W) that the decoder's output describes.
+
+        If the decoder returns parameters of a likelihood, the image is the likelihood's mean.
+        """
         return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
@@ -240,10 +243,11 @@ class Objective(nn.Module):
 
         Args:
             value: the result of `adversarial_value`.
-            factor: weight before the adaptive weight, see `AdversarialWeight.factor`.
+            factor: weight without the adaptive weight, see `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
-            last_layer: weight of the layer that made ``recon``. The gradients are compared there.
-            nll_grad, adversarial_grad: gradients of both losses at ``recon``.
+            last_layer: weight of the decoder's last layer, which the adaptive weight needs.
+            nll_grad, adversarial_grad: gradients with respect to ``recon`` of the reconstruction
+                loss and of the adversarial loss.
 
         Raises:
             ValueError: the weight is adaptive, but ``last_layer`` is None.
@@ -272,9 +276,9 @@ class Objective(nn.Module):
     # Terms of the latents
 
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
-        """Return the bottleneck's losses and the KL.
+        """Return the losses of the latents: the bottleneck's own losses and the KL.
 
-        If the network has neither bottleneck losses nor a KL, the total is 0 and has no graph.
+        If the network has neither of them, the total is 0 and has no graph.
         """
         elements = images[0].numel()
         values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
@@ -299,13 +303,12 @@ class Objective(nn.Module):
             raise ValueError(f"The objective has no weight for the term {name} (it has {listed}).")
         return self.weights[name]
 
-    # Other views
+    # Other functions of the objective
 
     def only(self, *names: str) -> "Objective":
-        """Return a copy in which only the terms ``names`` have a weight.
+        """Return a copy of the objective in which all terms but ``names`` have the weight 0.
 
-        The copy has constant weights and the plain KL. The copy shares its frozen networks with the
-        original.
+        The copy has constant weights and the plain KL. The frozen networks are not copied.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}
@@ -313,7 +316,7 @@ class Objective(nn.Module):
         return other
 
     def formula(self, *, rec: str, lpips: str) -> str:
-        """Return the objective in words, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
+        """Return the objective as text, such as "l1 + 1 LPIPS-vgg + 1e-06 KL".
 
         The adversarial term is left out.
 

@@ -33,10 +33,10 @@ def check_codes(codes: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def check_categorical(categorical: Collection[int], num_factors: int) -> set[int]:
-    """Return the numbers of the categorical factors as a set.
+    """Return the set of indices of the categorical factors, whose values have no order.
 
     Raises:
-        UserError: there is no factor with such a number.
+        UserError: there is no factor with such an index.
     """
     wrong = [number for number in categorical if not 0 <= number < num_factors]
     if wrong:
@@ -47,7 +47,7 @@ def check_categorical(categorical: Collection[int], num_factors: int) -> set[int
 
 
 def split_rows(count: int, *, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the rows for learning and of the rows for testing, drawn at random.
+    """Return the indices of the rows for learning and of the rows for testing, drawn at random.
 
     Raises:
         UserError: one of the two sets would be empty.
@@ -63,7 +63,10 @@ def split_rows(count: int, *, test_share: float, seed: int) -> tuple[np.ndarray,
 
 
 def standardised(codes: np.ndarray) -> np.ndarray:
-    """Return codes with mean 0 and standard deviation 1 in each dimension. Constants become 0."""
+    """Return codes with mean 0 and standard deviation 1 in each dimension.
+
+    Constant dimensions become 0.
+    """
     std = codes.std(0)
     return (codes - codes.mean(0)) / np.where(std > 0, std, 1.0)
 

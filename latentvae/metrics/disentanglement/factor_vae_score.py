@@ -1,9 +1,9 @@
 """Compute the FactorVAE score of a code (Kim and Mnih 2018, arXiv:1802.05983, section 4).
 
-For a vote, L images are drawn in which one factor is fixed and all other factors are random. The
-dimension whose variance shrinks most should tell which factor was fixed. The vote is this pair of
-dimension and factor. The classifier predicts for each dimension the factor that had most of the
-dimension's votes. The score is the classifier's accuracy.
+For a vote, L images are drawn in which one factor is fixed and all other factors are random. In the
+codes of these images, the dimension whose variance shrinks most should tell which factor was fixed.
+The vote is this pair of dimension and factor. The classifier predicts for each dimension the factor
+that had most of the dimension's votes. The score is the classifier's accuracy.
 
 `N` images, `D` dimensions of the code, `F` factors, `L` images of a vote.
 """
@@ -22,6 +22,9 @@ CHUNK = 2048  # number of images whose codes are computed at once
 @dataclass(frozen=True)
 class FactorVAEScore:
     """The result of `factor_vae_score`.
+
+    A vote is the pair of the factor that was fixed in some images and of the dimension that varied
+    least in their codes. The classifier predicts the factor from the dimension.
 
     Attributes:
         score: accuracy on votes that the classifier has not seen, from 0 to 1. Guessing gives 1/F.
@@ -48,7 +51,10 @@ def factor_vae_score(
     min_std: float = 0.05,
     seed: int = 0,
 ) -> FactorVAEScore:
-    """Return the accuracy with which the fixed factor is found from the code.
+    """Return how well the codes of images with one fixed factor tell which factor is fixed.
+
+    Each group of images gives a vote: its fixed factor, and the dimension of the code that varies
+    least. A classifier predicts the factor from the dimension.
 
     The library disentanglement_lib (arXiv:1811.12359) makes 10,000 votes for the classifier and
     5,000 for the test. With 800 test votes, the standard error of a score is at most 0.018. By
@@ -61,7 +67,7 @@ def factor_vae_score(
         num_train: number of votes for the classifier.
         num_test: number of votes for the test. By default, training and test need 1,600 votes of 64
             images, which are 102,400 images.
-        images_per_vote: L, at least 2.
+        images_per_vote: number of images L of a vote, at least 2.
         num_variance: number of images from which the variance of each dimension is measured.
         min_std: dimensions with a smaller standard deviation of their codes count as collapsed to
             the prior, and are pruned.

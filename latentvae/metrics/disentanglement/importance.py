@@ -22,9 +22,9 @@ class DCI:
     """The three scores of `dci`, each from 0 to 1, and what they are computed from.
 
     Attributes:
-        disentanglement: whether each dimension is important for one factor only.
-        completeness: whether each factor needs one dimension only.
-        informativeness: how well the factors can be predicted from the code, on test rows.
+        disentanglement: high if each dimension is important for only one factor.
+        completeness: high if only one dimension is important for each factor.
+        informativeness: how well the factors of test rows can be predicted from the code.
         importance: (D, F), importance of each dimension for each factor. Each column sums to 1, or
             to 0 if a factor could not be predicted.
         informativeness_per_factor: (F,), accuracy of categorical factors and R^2 of all other
@@ -54,17 +54,17 @@ def dci(
     Args:
         codes: (N, D), one code per image, D at least 2.
         factors: (N, F), integers, the true factors of the images, F at least 2.
-        categorical: the factors whose values have no order, by their numbers. Trees classify them,
-            and their score is the accuracy. All other factors are predicted by regression trees,
-            and their score is R^2. The library disentanglement_lib treats all factors as
-            categorical (`range(F)`). That takes much longer, because each value of a factor then
-            needs trees of its own.
+        categorical: indices of the factors whose values have no order. Classification trees predict
+            these factors, and the score is the accuracy. All other factors are predicted by
+            regression trees, and the score is R^2. The library disentanglement_lib treats all
+            factors as categorical (`range(F)`). That takes much longer, because each value of a
+            factor then needs trees of its own.
         test_share: share of the rows on which informativeness is measured.
         seed: seed of the split and of the trees.
 
     Raises:
-        UserError: see `check_codes`, there is only one dimension or one factor, or a number in
-            `categorical` is wrong.
+        UserError: codes or factors are invalid (see `check_codes`), there is only one dimension or
+            one factor, or an index in `categorical` is wrong.
     """
     codes, factors = check_codes(codes, factors)
     if codes.shape[1] < 2 or factors.shape[1] < 2:

@@ -28,7 +28,7 @@ def mig(codes: np.ndarray, factors: np.ndarray, *, bins: int = 20) -> float:
             dimension.
 
     Raises:
-        UserError: see `check_codes`.
+        UserError: codes or factors are invalid, see `check_codes`.
     """
     codes, factors = check_codes(codes, factors)
     entropies = np.array([_entropy(np.unique(f, return_counts=True)[1]) for f in factors.T])

@@ -1,8 +1,8 @@
 """Compute the separated attribute predictability of a code (SAP, Kumar et al. 2017).
 
 Paper: https://arxiv.org/abs/1711.00848. Each dimension alone predicts each factor by a linear
-model. For each factor, the gap between the two dimensions that predict it best is taken. The score
-is the mean gap.
+model. For each factor, the score of the second best dimension is subtracted from the score of the
+best dimension. The mean of these gaps over factors is the result.
 
 `N` images, `D` dimensions of the code, `F` factors.
 """
@@ -36,16 +36,17 @@ def sap(
     Args:
         codes: (N, D), one code per image.
         factors: (N, F), integers, the true factors of the images.
-        categorical: the factors whose values have no order, by their numbers. A linear support
-            vector machine predicts them, and its accuracy on test rows counts. All other factors
-            are predicted by linear regression, and R^2 counts. The study of disentanglement_lib
-            treats all factors as categorical (`range(F)`). One line cannot separate many ordered
-            values, so the scores are then low even for a perfect code.
+        categorical: indices of the factors whose values have no order. A linear support vector
+            machine predicts these factors, and the score is its accuracy on test rows. All other
+            factors are predicted by linear regression, and the score is R^2. The study of
+            disentanglement_lib treats all factors as categorical (`range(F)`). One line cannot
+            separate many ordered values, so the scores are then low even for a perfect code.
         test_share: share of the rows on which the support vector machines are tested.
         seed: seed of the split.
 
     Raises:
-        UserError: see `check_codes`, or a number in `categorical` is wrong.
+        UserError: codes or factors are invalid (see `check_codes`), or an index in `categorical` is
+            wrong.
     """
     scores = predictability(
         codes, factors, categorical=categorical, test_share=test_share, seed=seed
@@ -62,7 +63,9 @@ def predictability(
     test_share: float = 1 / 3,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return the score with which each dimension alone predicts each factor, (D, F), see `sap`.
+    """Return how well each dimension alone predicts each factor, (D, F).
+
+    For the arguments, see `sap`.
 
     The support vector machines see standardised codes, so that the scale of a code does not change
     the score. The library disentanglement_lib does not standardise the codes.

@@ -1,1 +1,1 @@
-"""Convolutional networks: AutoencoderKL and similar classes, and VQGAN with any quantiser."""
+"""Convolutional autoencoders: AutoencoderKL, similar classes, and VQGAN with any quantiser."""

@@ -5,6 +5,8 @@ arXiv:2306.04632).
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/8, W/8) -> z (B, d, H/8, W/8) -> decoder ->
 recon (B, C, H, W)
+
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,24 +29,28 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile, PosteriorConfig):
     """Options of the network: diffusers' AsymmetricAutoencoderKL.
 
     The network has Stable Diffusion's encoder and a decoder of another size. Fine-tuning starts
-    from such a network, or from the encoder of an AutoencoderKL.
+    from an AsymmetricAutoencoderKL, or from the encoder of an AutoencoderKL.
     """
 
     architecture: Literal["asymmetric"] = "asymmetric"
     up_block_out_channels: Widths = Field(
         default=(192, 384, 768, 768),
         description=(
-            "Number of channels of each decoder level, from full resolution down. The four "
-            "levels must have w, 2 w, 4 w and 4 w channels, where w can be any number."
+            "Number of channels of each decoder level, from full resolution down. The four numbers "
+            "must be w, 2 * w, 4 * w and 4 * w, where you choose w."
         ),
     )
     layers_per_up_block: Positive = Field(
-        default=3, description="Number of residual blocks per level of the decoder, minus one."
+        default=3,
+        description=(
+            "Number of residual blocks per level of the decoder, minus one. The default 3 "
+            "gives 4 blocks."
+        ),
     )
 
     @property
     def draws_noise(self) -> bool:
-        return True  # random masks
+        return True  # training draws random masks
 
     @model_validator(mode="after")
     def _check_decoder(self) -> "AsymmetricModelConfig":
@@ -82,12 +88,13 @@ def build_asymmetric_kl(
     """Return a freshly initialised `AsymmetricAutoencoderKL`.
 
     Args:
-        block_out_channels, layers_per_block: widths and layers of the encoder.
-        up_block_out_channels, layers_per_up_block: widths and layers of the decoder. The widths,
-            from full resolution down, must be w, 2 w, 4 w, 4 w, because diffusers' encoder of the
-            known picture has these widths. With these four levels, the downsampling factor f is 8.
-        sample_size: side of the training images in pixels, from which diffusers takes its tile
-            size.
+        block_out_channels, layers_per_block: width of each level of the encoder, and number of
+            residual blocks per level.
+        up_block_out_channels, layers_per_up_block: the same numbers for the decoder. The widths,
+            from full resolution down, must be w, 2 w, 4 w, 4 w for some number w. The reason is a
+            part of diffusers' decoder with these widths, which reads the known picture. Four levels
+            give the downsampling factor 8.
+        sample_size: side of the training images in pixels. diffusers uses it as the tile size.
     """
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
@@ -110,22 +117,22 @@ def build_asymmetric_kl(
 class AsymmetricTrainingWrapper(KLTrainingWrapper):
     """Training wrapper that encodes, samples the posterior, and decodes with a random mask.
 
-    About half of the images are decoded from their latents alone. For the other images the decoder
-    also sees the picture outside a random box, as in inpainting pipelines.
+    About half of the images are decoded from their latents alone. For the other images, the decoder
+    also reads the pixels outside a random box, as in inpainting pipelines.
     """
 
     def decode(self, z: Tensor, images: Tensor) -> Tensor:
-        # DDP needs a forward pass that uses every weight. So the picture is always given, and a
-        # mask of ones hides it completely.
+        # DDP needs a forward pass that uses every weight. So the decoder always gets the image. A
+        # mask of ones hides the whole image.
         return self.net.decode(z, image=images, mask=random_masks(images)).sample
 
 
 def random_masks(images: Tensor) -> Tensor:
     """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
 
-    About half of the masks are 1 everywhere. The other masks are 1 only in a box. The sides of the
-    box are from a quarter to the whole of the image's sides. The random numbers come from the
-    global generator.
+    About half of the masks are 1 everywhere. The other masks are 1 only in a box. Each side of the
+    box is 1/4 to 1 times the side of the image. The random numbers come from torch's global
+    generator.
     """
     B, _, H, W = images.shape
     whole, height, width, top, left = torch.rand(5, B, 1, 1, device=images.device)
@@ -138,7 +145,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(PosteriorFamily):
-    """Methods for `AsymmetricAutoencoderKL`. It can start from an `AutoencoderKL`'s encoder."""
+    """Methods for `AsymmetricAutoencoderKL`, which can start from an `AutoencoderKL`'s encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig
@@ -184,7 +191,7 @@ def _with_larger_decoder(
         set(config["down_block_types"]) == {"DownEncoderBlock2D"} and config["act_fn"] == "silu"
     )
     if net.quant_conv is None or not is_stock or not config["mid_block_add_attention"]:
-        return None  # AsymmetricAutoencoderKL cannot have such an encoder
+        return None  # AsymmetricAutoencoderKL cannot have the encoder of `net`
     own = {name: config[name] for name in ENCODER} | {"image_channels": config["in_channels"]}
     larger = build_asymmetric_kl(**{**options, **own})
     for name in ("encoder", "quant_conv"):

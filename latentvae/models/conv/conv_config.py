@@ -19,7 +19,7 @@ class ConvolutionalConfig(LevelsConfig):
         default=2,
         description=(
             "Number of residual blocks per level of the encoder. Each level of the decoder has one "
-            "block more."
+            "more residual block than this number."
         ),
     )
     norm_num_groups: Positive = Field(
@@ -47,19 +47,20 @@ class AttentionConfig(ConvolutionalConfig):
     init: Annotated[Literal["random", "linear", "auto"], OfTheRun()] = Field(
         default="random",
         description=(
-            "Initial weights of a new network. With `linear`, the new network computes a linear "
-            "code: the latent holds the principal components of patches of training images. With "
-            "this start, the network needs fewer updates to reach the same quality. `random` draws "
-            "random weights. `auto` means `linear` for every new network that supports it, else "
-            "`random`."
+            "Initial weights of a new network. With `linear`, the new network first computes a "
+            "PCA: its latents are the principal components of patches of training images. From "
+            "these initial weights, training needs fewer updates to reach the same quality. "
+            "`random` draws random weights. `auto` means `linear` if the network is new and "
+            "supports `linear`, else `random`."
         ),
     )
 
     attention_levels: tuple[Count, ...] = Field(
         default=(),
         description=(
-            "Levels of the network that have self-attention after each residual block. Level 0 has "
-            "the full resolution."
+            "Numbers of the levels of the network that have self-attention after each residual "
+            "block. Level 0 has the full resolution, and each further level has half the "
+            "resolution of the level before."
         ),
     )
     mid_block_add_attention: bool = Field(
@@ -90,7 +91,7 @@ class AttentionConfig(ConvolutionalConfig):
 
     @property
     def why_no_linear_start(self) -> str:
-        """Why the network cannot start as a linear code, with advice. "" means that it can."""
+        """The reason why the initial network cannot be a linear code, with advice, or ""."""
         if self.pretrained_model_name_or_path is not None:
             return (
                 "is for new networks, but pretrained_model_name_or_path gives the weights. Leave "
@@ -109,9 +110,10 @@ class AttentionConfig(ConvolutionalConfig):
 
 
 def norm_capacity(channels: int, groups: int) -> int:
-    """Return how many numbers can pass through a GroupNorm and SiLU as pairs (x, -x).
+    """Return how many numbers x can pass through a GroupNorm and SiLU as channels x and -x.
 
-    Each group with pairs also needs two constant channels, see `linear_start`.
+    A pair passes because silu(x) - silu(-x) = x. Each group of channels with such pairs also needs
+    two constant channels, see `linear_start`.
     """
     return max((channels // groups - 2) // 2, 0) * groups
 

@@ -5,8 +5,8 @@ The source is Esser et al. 2020, arXiv:2012.09841.
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
 H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 
-The modules have the same names as in diffusers' `VQModel`. `conv.stock_vq` converts each of the two
-classes into the other.
+The modules have the same names as in diffusers' `VQModel`. `conv.stock_vq` converts a `VQModel` to
+a `DiscreteAutoencoder` and back.
 
 `B` batch, `C` image channels, `c` feature channels, `D` code width, `f` downsampling factor.
 """
@@ -14,7 +14,7 @@ classes into the other.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines look for it in this module
+from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines need it in this module
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from latentvae.errors import UserError
 from latentvae.models.conv.conv_config import block_types
 from latentvae.models.tokenizer import LIKELIHOODS, Tokenizer
 
-# This quantiser and the class's default widths are from taming-transformers'
+# This quantiser and the default widths of `DiscreteAutoencoder` are from taming-transformers'
 # configs/imagenet_vqgan.yaml.
 _QUANTIZER = {"type": "vq", "num_codes": 1024, "code_channels": 256}
 
@@ -37,12 +37,13 @@ class DiscreteAutoencoder(Tokenizer):
         recon = net.decode_indices(indices).sample
 
     Args:
-        block_out_channels: width of each level, from full resolution down. f = 2 ** (levels - 1).
+        block_out_channels: width of each level, from full resolution down. The downsampling factor
+            is 2 ** (number of levels - 1).
         latent_channels: number of channels between the encoder and `quant_conv`.
         attention_levels: levels (0 = full resolution) with self-attention.
         quantizer: the quantiser's `type` (see `bottlenecks.QUANTIZERS`) and arguments.
         likelihood: None, or "logit_laplace". With "logit_laplace", the decoder returns the
-            parameters of this likelihood (2 C maps) instead of images.
+            parameters of this likelihood (2 maps for each image channel) instead of images.
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
     """

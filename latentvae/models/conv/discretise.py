@@ -6,10 +6,11 @@ other layers around the quantiser.
     KL autoencoder  encoder -> quant_conv -> posterior mean -> post_quant_conv -> y -> decoder
     tokenizer       encoder -> y -> quant_conv -> quantize -> post_quant_conv -> y -> decoder
 
-The two convolutions of the KL autoencoder are folded into the last convolution of the encoder. So
-`y` is the decoder's input for the posterior mean, and `quant_conv` and `post_quant_conv` of the
-tokenizer are only the adapter of the quantiser. The decoder is the same as before. Without the
-quantiser, the tokenizer reconstructs images as the KL autoencoder does with the posterior mean.
+`quant_conv` and `post_quant_conv` of the KL autoencoder are folded into the last convolution of the
+encoder. So the tokenizer's encoder returns `y`, the input that the decoder gets for the posterior
+mean. The tokenizer has new convolutions with the same names, which only adapt `y` to the quantiser.
+The decoder does not change. If these convolutions are each other's inverse, the tokenizer without
+its quantiser reconstructs images as the KL autoencoder does.
 
 `B` batch, `d` latent channels, `C` channels of the quantiser's features, `D` code width, `N`
 positions.
@@ -28,16 +29,19 @@ from latentvae.models.conv.discrete_autoencoder import DiscreteAutoencoder
 from latentvae.models.conv.stock_vq import SHARED, attention_levels
 
 CHUNK_PIXELS = 2**16  # about this many pixels are encoded or decoded at a time
-PROBED_PIXELS = 2**18  # the number for the decoder's Jacobian, which takes the most time
+# About this many pixels are used to measure the decoder's Jacobian, which takes the most time.
+PROBED_PIXELS = 2**18
 
-# Smallest variance or importance, as a share of the largest.
+# Smaller variances, and smaller eigenvalues of the importance matrix, are raised to this share of
+# the largest.
 LEAST_SHARE = 1e-6
 
-# Directions of the codes whose singular value is below this share of the largest count as empty.
+# A direction in the space of the codes is ignored if its singular value is below this share of the
+# largest.
 LEAST_SINGULAR = 1e-4
 
-# Value of the constant channel, in root mean squares of the length of the other channels. With 2,
-# the PSNR at the start is 0.14 dB lower than with 4 (docs/experiments/discretise.md).
+# Value of the constant channel, divided by the root mean square length of the other channels. With
+# 2, the PSNR at the start is 0.14 dB lower than with 4 (docs/experiments/discretise.md).
 SPHERE_RADIUS = 4.0
 
 
@@ -47,8 +51,8 @@ def from_autoencoder_kl(
 ) -> DiscreteAutoencoder | None:
     """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
 
-    The convolutions `quant_conv` and `post_quant_conv` copy as many channels as input and output
-    both have. `start_adapter` sets better weights.
+    The new convolutions `quant_conv` and `post_quant_conv` copy input channel i to output channel
+    i, as far as both exist. `start_adapter` sets better weights.
 
     Args:
         net: the KL autoencoder, in float32.
@@ -58,7 +62,7 @@ def from_autoencoder_kl(
         The tokenizer. None if `DiscreteAutoencoder` cannot have the blocks of `net`.
 
     Raises:
-        UserError: the quantiser reads logits.
+        UserError: the quantiser reads logits instead of features of its codes' width.
     """
     config = net.config
     attention = attention_levels(config)
@@ -102,23 +106,26 @@ def start_adapter(
 ) -> None:
     """Set `quant_conv` so that features close to each other decode to similar images.
 
-    The nearest code should give the nearest image, not the nearest latent. So the features are
-    measured in pixels: J is the decoder's Jacobian at one position, and M = E[J' J] is the mean
-    squared change of the pixels for a change of `y`. The features are principal components of
-    sqrt(M) y. The first C components reconstruct the pixels with the least squared error.
+    The nearest code should give the nearest image, not the nearest latent. So distances between
+    latents `y` are measured by the change of the pixels. J is the decoder's Jacobian at one latent
+    position, and M is the mean of J' J. The squared change of the pixels for a small change v of
+    `y` is then about v' M v. The features are the first C principal components of sqrt(M) y, for a
+    quantiser of C channels. No other C linear features reconstruct the pixels better.
 
-    - If C is larger than d, a random rotation spreads the components over all channels. Quantisers
-      that round each channel separately (FSQ, LFQ) can then use every channel. Without `whiten`,
-      the rotation keeps the distances between features.
+    - If C is larger than the number of latent channels, a random rotation spreads the components
+      over all channels. Quantisers that round each channel separately (FSQ, LFQ) can then use every
+      channel. Without `whiten`, the rotation keeps the distances between features.
     - `whiten` gives every channel the variance 1, because FSQ and LFQ expect channels of equal
       scale. Otherwise the mean variance of the components is 1.
-    - A quantiser `on_sphere` divides features by their length, and the length would be lost. So the
-      last channel is a large constant. The sphere is almost flat near this channel's axis, so
-      distances between features stay about the same.
+    - With `on_sphere`, the quantiser divides each feature vector by its length, so the length would
+      be lost. To keep it, the last channel is a large constant. The sphere is almost flat near the
+      axis of this channel, so distances between features stay about the same.
 
     Args:
-        net: the tokenizer of `from_autoencoder_kl`.
+        net: the tokenizer that `from_autoencoder_kl` returns.
         images: (B, 3, H, W) in [-1, 1].
+        whiten: give every channel the variance 1.
+        on_sphere: the quantiser divides feature vectors by their length.
         generator: random generator on the CPU.
 
     Raises:
@@ -159,10 +166,10 @@ def start_adapter(
 
 @torch.no_grad()
 def fit_decoder_side(net: Any, images: Tensor) -> None:
-    """Set `post_quant_conv` by least squares: it predicts the decoder's input from the codes.
+    """Set `post_quant_conv` by least squares, to predict the decoder's input from the codes.
 
-    Call this function after the codes are set. Without quantisation, the result is the inverse of
-    `quant_conv`.
+    Call this function after the codes are set. If the quantiser returned its input unchanged,
+    `post_quant_conv` would become the inverse of `quant_conv`.
     """
     codes, latents = [], []
     for part in _chunks(net, images):
@@ -171,7 +178,7 @@ def fit_decoder_side(net: Any, images: Tensor) -> None:
         latents.append(_rows(y))
     z, y = torch.cat(codes), torch.cat(latents)
 
-    # codes may lie in a subspace, so take the smallest solution
+    # codes may lie in a subspace, where many solutions fit: take the smallest
     centre = z.mean(0)
     solution = torch.linalg.lstsq(
         z - centre, y - y.mean(0), rcond=LEAST_SINGULAR, driver="gelsd"
@@ -180,9 +187,10 @@ def fit_decoder_side(net: Any, images: Tensor) -> None:
 
 
 def _measured(net: Any, images: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return latents y (N, d), and the importance M (d, d) of their channels for the pixels.
+    """Return latents y (N, d) at N positions, and the importance M (d, d) of the d latent channels.
 
-    For random pixels u of variance 1, g = J' u has E[g g'] = J' J.
+    M is the mean of J' J, where J is the decoder's Jacobian. J is never computed. For random values
+    u of variance 1 in place of pixels, the backward pass gives g = J' u, and E[g g'] = J' J.
     """
     latents = [net.encoder(part) for part in _chunks(net, images)]
     gradients = []
@@ -207,7 +215,7 @@ def _chunks(net: Any, images: Tensor) -> Iterator[Tensor]:
 
 
 def _rows(values: Tensor) -> Tensor:
-    """Return maps (B, c, h, w) as rows (N, c) in float64 on the CPU."""
+    """Return maps (B, c, h, w) as rows (B * h * w, c) in float64 on the CPU."""
     return rearrange(values, "B c h w -> (B h w) c").double().cpu()
 
 

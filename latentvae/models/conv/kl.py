@@ -4,6 +4,8 @@ The source is Rombach et al. 2022, arXiv:2112.10752.
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
 recon (B, C, H, W)
+
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `f` downsampling factor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,8 +41,8 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
     initial_posterior_logvar: float = Field(
         default=0.0,
         description=(
-            "Log-variance of the posterior at the start of training. With a value below 0, the "
-            "decoder sees less noise at first and learns sooner."
+            "Log-variance of the posterior at the start of training. With a value below 0, samples "
+            "of the posterior have less noise in the first updates, so the decoder learns sooner."
         ),
     )
 
@@ -48,8 +50,8 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         default=0,
         description=(
             "Rank of the adapters (LoRA) that fine-tuning trains in place of the decoder's "
-            "weights. All other weights are frozen. The export contains the network with the "
-            "adapters merged into its weights. The folder `lora` in the export holds the adapters "
+            "weights. All other weights are frozen. In the exported model, the adapters are merged "
+            "into the weights. The exported folder also has a folder `lora` with the adapters "
             "alone, in the format of the library PEFT. 0 trains the decoder's weights themselves."
         ),
     )
@@ -92,19 +94,19 @@ def build_autoencoder_kl(
     initial_posterior_logvar: float = 0.0,
     sample_size: int = 256,
 ) -> AutoencoderKL:
-    """Return a freshly initialised `AutoencoderKL` with f = 2 ** (len(block_out_channels) - 1).
+    """Return a freshly initialised `AutoencoderKL`.
 
     Args:
-        block_out_channels: width of each level, from full resolution down.
-        image_channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
+        block_out_channels: width of each level, from full resolution down. The downsampling factor
+            is 2 ** (number of levels - 1).
+        image_channels: number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
         use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has these
             convolutions, SD3 and FLUX do not.
-        initial_posterior_logvar: value added to the bias of the log-variance. At 0 the posterior
-            starts as wide as the prior, and at first the decoder sees mostly noise.
-        sample_size: side of the training images in pixels, from which diffusers takes its tile
-            size.
+        initial_posterior_logvar: value added to the bias of the log-variance. At 0, the posterior
+            starts with about the variance of the prior, so the decoder first sees mostly noise.
+        sample_size: side of the training images in pixels. diffusers uses it as the tile size.
     """
     widths: Any = tuple(block_out_channels)  # diffusers' type hints ask for one-element tuples
     down, up = block_types(len(widths), attention_levels)
@@ -131,7 +133,7 @@ def build_autoencoder_kl(
 
 
 def downsampling_factor(net: Network) -> int:
-    """Return f, the number of image pixels on a side of one latent position."""
+    """Return the downsampling factor f. A latent position stands for f x f pixels."""
     return 2 ** (len(net.config["block_out_channels"]) - 1)
 
 

@@ -5,13 +5,13 @@ the strided and upsampling convolutions, the 1x1 shortcuts and the last convolut
 can compute a linear code:
 
 - Encoder: each strided convolution joins 2 x 2 positions and keeps their principal components. The
-  last strided convolution yields the code of `LinearCode`: the principal components of patches
-  of f x f pixels.
+  output of the last strided convolution is the linear code: the principal components of patches of
+  f x f pixels (`LinearCode`).
 - Decoder: each upsampling convolution predicts the principal components of patches half as large,
   by least squares on images. The last upsampling convolution predicts pixels.
-- The last GroupNorm and SiLU of encoder and decoder pass a channel x as the pair x, -x, because
-  silu(x) - silu(-x) = x. Constant channels in the same group keep the statistics of the GroupNorm
-  almost the same for all images.
+- The last GroupNorm and SiLU of encoder and decoder must not change a number x of the code. So x is
+  stored in two channels, as x and -x, because silu(x) - silu(-x) = x. Constant channels in the same
+  group keep the statistics of the GroupNorm almost the same for all images.
 
 Channels that the linear code does not need keep their random weights.
 
@@ -39,22 +39,23 @@ from latentvae.models.conv.conv_config import norm_capacity
 # GroupNorm hardly depend on the image.
 ENCODER_SCALE, DECODER_SCALE, CONSTANT = 0.3, 0.3, 3.0
 
-# Least squares: the ridge relative to the features' mean square, the largest number of feature
-# channels, and about the number of positions in all images together.
+# Settings of the least squares fits: the ridge penalty relative to the features' mean square, the
+# largest number of feature channels, and about the number of positions in all images together.
 RIDGE, MAX_FEATURES, MAX_ROWS = 1e-4, 128, 2**16
 
-LEAST_VARIANCE = 1e-6  # relative to the first component: smaller variances are not raised to 1
+# Whitening gives variance 1 only to components whose variance is above this share of the first.
+LEAST_VARIANCE = 1e-6
 CHUNK = 16  # images at a time
 
 
 def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
     """Return a linear code for each patch side of 1, 2, 4, ..., 2 ** levels pixels.
 
-    Each linear code has all its principal components.
+    A linear code is a set of principal components of patches. None of them is left out here.
 
     Args:
-        images: (N, C, H, W). H and W are multiples of 2 ** levels.
-        levels: number of strided convolutions L.
+        images: N images (N, C, H, W). H and W are multiples of 2 ** levels.
+        levels: number of strided convolutions.
     """
     channels, codes = images.shape[1], []
     for level in range(levels + 1):
@@ -73,15 +74,15 @@ def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
 def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool) -> None:
     """Set the encoder's weights so that it computes the linear code with `d` numbers per patch.
 
-    The log-variance then depends only on its bias, not on the image.
+    If the network has a posterior, its initial log-variance does not depend on the image.
 
     Args:
         net: a network with diffusers' `Encoder`, and with or without `quant_conv`.
         codes: see `patch_codes`.
         d: number of latent channels.
-        whiten: give each latent channel the variance 1. Otherwise only the first channel has
-            variance 1, and the squared error of the latent is proportional to the squared error of
-            the pixels.
+        whiten: give each latent channel the variance 1. Otherwise all channels have the same scale
+            factor, which gives the first channel the variance 1. The squared error of the latent is
+            then proportional to the squared error of the pixels.
 
     Raises:
         UserError: the network has too few channels.
@@ -92,7 +93,7 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
     for channel in range(codes[0].basis.shape[0]):
         encoder.conv_in.weight[channel, channel, 1, 1] = 1.0
 
-    # the layer before the last norm makes the pairs
+    # the layer before the last norm outputs each number x as two channels, x and -x
     blocks = list(encoder.down_blocks)
     shortcut = blocks[-1].resnets[0].conv_shortcut
     joins = [block.downsamplers[0].conv for block in blocks[:-1]]
@@ -123,11 +124,11 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
         weight = torch.eye(count_d, kept)[:, :, None, None] * scales[:, None, None, None]
         layout.fill(shortcut, weight, torch.zeros(count_d), ENCODER_SCALE)
 
-    # the norm lets the numbers pass, and the last layers read them
+    # the norm passes the numbers of the code on, and the last layers read them
     layout.pass_through(variances * scales.square(), ENCODER_SCALE)
     quant_conv = getattr(net, "quant_conv", None)
     last = encoder.conv_out if quant_conv is None else quant_conv
-    logvar = last.bias[d:].clone()  # decides the first log-variance of a posterior
+    logvar = last.bias[d:].clone()  # the initial log-variance of a posterior
     layout.read(encoder.conv_out, ENCODER_SCALE)
     if quant_conv is not None:
         _clear_rows(quant_conv, len(quant_conv.weight))
@@ -193,9 +194,11 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
 
 
 class _Layout:
-    """Choice of the channels before a GroupNorm that hold each number x as a pair (x, -x).
+    """Choice of the channels before a GroupNorm and SiLU in which the numbers of a code are stored.
 
-    A group of channels with pairs also has at least two constant channels of opposite sign.
+    Each number x has two channels, x and -x, because silu(x) - silu(-x) = x. A group with such
+    pairs also has at least two constant channels of opposite sign, which make its statistics almost
+    independent of the image.
 
     Args:
         norm: the GroupNorm.
@@ -228,7 +231,13 @@ class _Layout:
         return [pair for pairs, _ in self.groups for pair in pairs]
 
     def fill(self, conv: Any, weight: Tensor, bias: Tensor, scale: float) -> None:
-        """Set the weights of `conv` so that its output channels are the pairs and constants."""
+        """Set the weights of `conv` so that it outputs x and -x for each number x, and constants.
+
+        Args:
+            conv: the convolution before the norm.
+            weight, bias: weights with which a convolution would output the numbers x.
+            scale: factor on x.
+        """
         size = self.norm.num_channels // self.norm.num_groups
         _clear_rows(conv, len(self.groups) * size)
         for (plus, minus), row, offset in zip(self.pairs, weight, bias, strict=True):
@@ -240,7 +249,12 @@ class _Layout:
                 conv.bias[channel] = CONSTANT if i % 2 == 0 else -CONSTANT
 
     def pass_through(self, variances: Tensor, scale: float) -> None:
-        """Set the norm's weights so that numbers with mean squares `variances` keep their size."""
+        """Set the norm's weights so that the numbers of the code pass through it unchanged.
+
+        Args:
+            variances: mean square of each number.
+            scale: factor on the numbers before the norm.
+        """
         size = self.norm.num_channels // self.norm.num_groups
         first = 0
         for number, (pairs, constants) in enumerate(self.groups):
@@ -252,9 +266,9 @@ class _Layout:
             first += len(pairs)
 
     def read(self, conv: Any, scale: float) -> None:
-        """Set the convolution after the norm so that its first output channels are the numbers.
+        """Set the convolution after the norm so that its first channels are the code's numbers.
 
-        The other output channels are 0.
+        The other output channels are 0. `scale` is the factor on the numbers before the norm.
         """
         _clear_rows(conv, len(conv.weight))
         for number, (plus, minus) in enumerate(self.pairs):
@@ -285,8 +299,13 @@ def _joining(
 ) -> tuple[Tensor, Tensor]:
     """Return weight (count, kept, 2, 2) and bias that turn codes of 2 x 2 patches into one code.
 
-    The code belongs to the large patch that the 2 x 2 small patches form. Each small patch is
-    about the mean small patch plus its code times the basis.
+    The resulting code describes the large patch that the 2 x 2 small patches form. A small patch
+    is approximated by the mean small patch plus its code times the basis.
+
+    Args:
+        small, large: linear codes of the small and of the large patches.
+        kept: number of values in the code of a small patch.
+        count: number of values in the resulting code.
     """
     basis = small.basis[:kept]
     parts = rearrange(large.basis[:count], "n c (a y) (b x) -> n a b c y x", a=2, b=2)
@@ -296,9 +315,9 @@ def _joining(
 
 
 def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
-    """Set the decoder's first convolution, and return its features (N, n, h, w).
+    """Set the decoder's first convolution, and return its output features (N, n, h, w).
 
-    The features are principal components of 3 x 3 latent positions.
+    The n features are principal components of 3 x 3 latent positions, for N latents `z`.
     """
     d = z.shape[1]
     count = min(9 * d, len(conv.weight), MAX_FEATURES)
@@ -312,7 +331,7 @@ def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
 
 
 def _through_shortcut(block: Any, features: Tensor) -> Tensor:
-    """Set the first 1x1 shortcut of a block to the identity. Return the features that it keeps."""
+    """Set the first 1x1 shortcut of a block to the identity. Return the features that pass it."""
     shortcut = block.resnets[0].conv_shortcut
     if shortcut is None:
         return features
@@ -322,13 +341,15 @@ def _through_shortcut(block: Any, features: Tensor) -> Tensor:
 
 
 def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight (n, c, 3, 3) and bias of the convolution that best predicts the images' code.
+    """Return the weight and bias of a 3 x 3 convolution that best predicts the code of images.
 
     The fit uses only the positions in one window of each image. The window's place is random.
 
     Args:
-        features: (N, c, h, w). This function upsamples them to (N, c, 2 h, 2 w).
-        code: linear code of patches that are as large as one upsampled position.
+        features: features of N images with c channels, (N, c, h, w). This function upsamples them
+            to (N, c, 2 h, 2 w).
+        code: linear code of n principal components. Its patches are as large as one upsampled
+            position. The weight is (n, c, 3, 3).
         images: (N, C, H, W).
     """
     size = features.shape[1] * 9 + 1
@@ -362,10 +383,12 @@ def _window(
     """Return the slices (rows, columns) of a random window and of its inner part.
 
     The inner part has the upsampled positions whose 3 x 3 neighbours all lie in the window. Where
-    the window touches the border of the image, the inner part reaches this border too.
+    the window touches the border of the image, the inner part also reaches this border.
 
     Args:
-        total: number of images. All windows together have about `MAX_ROWS` upsampled positions.
+        features: features of some of the images, (B, c, h, w).
+        total: number of all images. Their windows have about `MAX_ROWS` upsampled positions in all.
+        generator: random generator that draws the window's place.
     """
     side = max(4, math.ceil(math.sqrt(MAX_ROWS / (4 * total))))
     window, inside = [], []
@@ -388,8 +411,8 @@ def _apply(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _set_rows(conv: Any, weight: Tensor, bias: Tensor) -> None:
     """Replace weights and biases of a convolution's first output channels.
 
-    If `weight` has a smaller kernel than the convolution, its corner (0, 0) stays in the corner.
-    The rest of the kernel is 0.
+    If the kernel of `weight` is smaller than the convolution's kernel, it is written into the top
+    left corner. The rest of the convolution's kernel is set to 0.
     """
     _clear_rows(conv, len(weight))
     for row, values in enumerate(weight):

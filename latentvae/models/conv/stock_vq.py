@@ -1,6 +1,7 @@
 """Use and convert diffusers' tokenizer `VQModel`, the class of MoVQ and aMUSEd.
 
-This module converts `VQModel` to and from `DiscreteAutoencoder`, whose modules have the same names.
+This module converts a `VQModel` to a `DiscreteAutoencoder` and back. The modules of both classes
+have the same names.
 
 `B` batch, `h w` latent positions, `K` codes, `D` code width.
 """
@@ -21,7 +22,7 @@ from latentvae.models.family import Codes, Family, LatentShape, Usage
 from latentvae.models.model_config import levels_with
 from latentvae.models.network import Computation, Network
 
-# Options that both classes have, and diffusers' `AutoencoderKL` too.
+# Options that `VQModel`, `DiscreteAutoencoder` and diffusers' `AutoencoderKL` have.
 SHARED = (
     "in_channels out_channels block_out_channels layers_per_block latent_channels norm_num_groups "
     "mid_block_add_attention sample_size"
@@ -31,8 +32,8 @@ SHARED = (
 class StockVQFamily(Family):
     """Methods for `VQModel`, whose quantiser chooses the nearest code from a list of codes.
 
-    aMUSEd's model looks codes up by index (`lookup_from_codebook`). The pixels of that model are in
-    [0, 1], because aMUSEd's pipeline does not normalise images (diffusers,
+    The `VQModel` of aMUSEd looks codes up by index (`lookup_from_codebook`). Its pixels are in
+    [0, 1], because aMUSEd's pipeline does not convert images to [-1, 1] (diffusers,
     pipeline_amused_img2img.py).
     """
 
@@ -66,7 +67,7 @@ class StockVQFamily(Family):
         module: Any = net
         if not net.config["lookup_from_codebook"]:
             return module.decode(_codes_of(net, indices), force_not_quantize=True).sample
-        # aMUSEd's pipelines also pass indices and a shape.
+        # Pass indices and a shape, as aMUSEd's pipelines do.
         shape = (*indices.shape, net.config["latent_channels"])
         sample = module.decode(indices, force_not_quantize=True, shape=shape).sample
         return self.from_own_range(net, sample)
@@ -100,9 +101,9 @@ def _code_channels(net: Network) -> int:
 
 
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
-    """Look up the codes (B, D, h, w) of indices (B, h, w).
+    """Look up the codes of indices (B, h, w), as a tensor (B, D, h, w) of codes of width D.
 
-    If the codes are quantised again, they do not change.
+    If `VQModel` quantises these codes again, they do not change.
     """
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()
@@ -113,8 +114,8 @@ def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
     Returns:
         The levels (0 = full resolution). None if `DiscreteAutoencoder` cannot have the network's
-        blocks: an activation other than SiLU, or attention at different levels of encoder and
-        decoder.
+        blocks. The reason is an activation other than SiLU, or attention at different levels of
+        encoder and decoder.
     """
     levels = levels_with("Attn", config["down_block_types"])
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
@@ -123,15 +124,16 @@ def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
-    """Convert a stock `VQModel` to a `DiscreteAutoencoder`, which has this package's quantiser.
+    """Convert diffusers' `VQModel` to a `DiscreteAutoencoder`, with this package's quantiser.
 
-    Weights, codes and indices are the same. The quantiser adds its commitment and codebook losses.
-    If all codes have length 1 (exports of l2-normalised quantisers), training keeps this length.
+    Weights, codes and indices do not change. This package's quantiser also computes the commitment
+    loss and the codebook loss. If all codes have length 1, as in exports of l2-normalised
+    quantisers, further training keeps this length.
 
     Returns:
-        The converted network. None if `DiscreteAutoencoder` cannot have its blocks (spatial norms,
-        an activation other than SiLU, attention at different levels of encoder and decoder), or if
-        its pixels are in [0, 1] (aMUSEd).
+        The converted network. None if `DiscreteAutoencoder` cannot have the blocks of `net`
+        (spatial norms, an activation other than SiLU, attention at different levels of encoder and
+        decoder), or if the pixels of `net` are in [0, 1] (aMUSEd).
     """
     config = net.config
 
@@ -162,7 +164,7 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
 
 
 def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str:
-    """Return a clause that says why no stock `VQModel` can give the same codes, or "".
+    """Return a clause that says why no `VQModel` of diffusers can give the same codes, or "".
 
     Args:
         quantizer, likelihood: arguments with which the `DiscreteAutoencoder` was built.
@@ -175,17 +177,18 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 
 @torch.no_grad()
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
-    """Convert a tokenizer to a stock `VQModel` that returns the same indices.
+    """Convert a tokenizer to a `VQModel` of diffusers that returns the same indices.
 
     `why_no_vq_model` must return "" for the tokenizer. Codes of length 1 keep this length.
-    For such codes, the nearest code by Euclidean distance is also the nearest by cosine, for
-    features of any length.
+    `VQModel` searches by Euclidean distance. For codes of length 1, the result is the same as in a
+    search by cosine similarity.
 
     Args:
         net: the tokenizer, in float32 on the CPU.
         unit_range: use pixels in [0, 1] for input and output, and look codes up by index, as aMUSEd
-            does. The first convolution then pads with black, but training padded with grey. Codes
-            are padded with zeros to the width `latent_channels`, which aMUSEd's pipelines expect.
+            does. Zero padding in the first convolution then means black, but it meant grey in
+            training. Zeros are appended to codes up to the width `latent_channels`, which aMUSEd's
+            pipelines expect.
     """
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
@@ -216,10 +219,9 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
 def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     """Scale the features of `stock` in place to about the length of its codes.
 
-    The scaling is possible only if all codes have the same length. Otherwise the factor is 1.
-
     If the features are much longer than the codes, float32 distances lose the digits that
-    distinguish codes. Scaling by a power of two causes no rounding.
+    distinguish codes. Scaling by a power of two causes no rounding. The nearest code stays the same
+    only if all codes have the same length. Otherwise the features are not scaled.
 
     Args:
         net: the trained network.
@@ -227,14 +229,14 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
         images: (B, C, H, W) in [-1, 1], to measure the length of the features.
 
     Returns:
-        The factor, a power of two.
+        The factor on the features, a power of two. It is 1 if they are not scaled.
     """
     lengths = stock.quantize.embedding.weight.norm(dim=1)
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
         return 1.0
 
     features = net.encode(images).latents
-    length = features.norm(dim=1).mean().clamp(min=1e-6)  # 0 for a dead encoder
+    length = features.norm(dim=1).mean().clamp(min=1e-6)  # not 0, even if all features are 0
     factor = 2.0 ** round(math.log2(lengths[0] / length))
     for parameter in stock.quant_conv.parameters():
         parameter.mul_(factor)
@@ -242,9 +244,9 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
 
 
 def _fold_unit_range(weights: dict[str, Tensor]) -> None:
-    """Fold 2 x - 1 into the first layer and (y + 1) / 2 into the last layer.
+    """Change the first and the last layer so that the network takes and returns pixels in [0, 1].
 
-    The network then takes and returns pixels in [0, 1].
+    The map 2 x - 1 is folded into the first layer, and (y + 1) / 2 into the last layer.
     """
     first = weights["encoder.conv_in.weight"]
     weights["encoder.conv_in.bias"] -= first.sum(dim=(1, 2, 3))

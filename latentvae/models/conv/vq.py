@@ -41,18 +41,19 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
         default=0,
         description=(
             "Number of updates at the start in which only the new quantiser and the 1x1 "
-            "convolutions beside it learn. After these updates, the decoder learns too. This "
-            "option applies if pretrained_model_name_or_path is a KL autoencoder. Set this option "
-            "if the quality falls in the first updates. A value below 1 is a share of "
-            "max_train_steps. If this number equals max_train_steps, the decoder never learns."
+            "convolutions before and after it learn. After these updates, the decoder learns too. "
+            "This option is only for a training that starts from a KL autoencoder (see "
+            "pretrained_model_name_or_path). Set this option if the quality of the images falls in "
+            "the first updates. A value between 0 and 1 is a fraction of the whole training "
+            "(max_train_steps). If this number equals max_train_steps, the decoder never learns."
         ),
     )
     train_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
-            "Also train the encoder, from the same update as the decoder, when "
-            "pretrained_model_name_or_path is a KL autoencoder. By default, the encoder keeps the "
-            "weights of the KL autoencoder."
+            "Also train the encoder, if pretrained_model_name_or_path is a KL autoencoder. The "
+            "encoder then starts to learn in the same update as the decoder. By default, the "
+            "encoder keeps the weights of the KL autoencoder."
         ),
     )
 
@@ -64,7 +65,7 @@ def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoen
 
 
 class VQFamily(TokenizerFamily):
-    """Methods for `DiscreteAutoencoder`. If possible, its export is an equivalent `VQModel`."""
+    """Methods for `DiscreteAutoencoder`. If possible, it is exported as an equivalent `VQModel`."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig

@@ -1,8 +1,10 @@
-"""SANA's autoencoder: a stock `AutoencoderDC`, with downsampling factor f >= 32, no posterior.
+"""SANA's autoencoder without a posterior: diffusers' `AutoencoderDC`, unchanged.
 
-The source is Chen et al. 2024, arXiv:2410.10733.
+The source is Chen et al. 2024, arXiv:2410.10733. The downsampling factor f is usually 32 or more.
 
 images (B, C, H, W) -> encoder -> z (B, d, H/f, W/f) -> decoder -> recon (B, C, H, W)
+
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,15 +31,19 @@ class DCModelConfig(LevelsConfig):
 
     architecture: Literal["dc"] = "dc"
     encoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(2, 2, 2, 3), description="Number of blocks in each level of the encoder."
+        default=(2, 2, 2, 3),
+        description="Number of blocks in each level of the encoder, from full resolution down.",
     )
     decoder_layers_per_block: tuple[Count, ...] = Field(
-        default=(3, 3, 3, 3), description="Number of blocks in each level of the decoder."
+        default=(3, 3, 3, 3),
+        description="Number of blocks in each level of the decoder, from full resolution down.",
     )
     attention_levels: tuple[Count, ...] = Field(
         default=(),
         description=(
-            "Levels of the network that have EfficientViT blocks. Level 0 has the full resolution."
+            "Numbers of the levels of the network that have EfficientViT blocks (blocks with "
+            "linear attention). Level 0 has the full resolution, and each further level has half "
+            "the resolution."
         ),
     )
     attention_head_dim: Positive = Field(
@@ -72,13 +78,14 @@ def build_autoencoder_dc(
     attention_levels: Sequence[int] = (),
     attention_head_dim: int = 32,
 ) -> AutoencoderDC:
-    """Return a freshly initialised `AutoencoderDC` with f = 2 ** (len(block_out_channels) - 1).
+    """Return a freshly initialised `AutoencoderDC`.
 
     Args:
+        block_out_channels: width of each level, from full resolution down. The downsampling factor
+            is 2 ** (number of levels - 1).
         encoder_layers_per_block, decoder_layers_per_block: number of blocks in each level.
-        attention_levels: levels with EfficientViT blocks (multi-scale linear attention, kernel
-            size 5).
-            The other levels have residual blocks.
+        attention_levels: levels (0 = full resolution) with EfficientViT blocks (multi-scale linear
+            attention, kernel size 5). The other levels have residual blocks.
         attention_head_dim: width of an attention head. It must divide the width of each level with
             attention.
     """
@@ -123,7 +130,7 @@ class DCTrainingWrapper(TrainingWrapper):
 class DCFamily(TrainableFamily):
     """Methods for `AutoencoderDC`, whose latents have a mean near zero.
 
-    SANA's pipeline multiplies these latents by 1 / (their root mean square).
+    SANA's pipeline divides these latents by their root mean square and subtracts no mean.
     """
 
     network = AutoencoderDC

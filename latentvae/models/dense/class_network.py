@@ -1,4 +1,4 @@
-"""A variational autoencoder with a class beside its latent vector (M2).
+"""A variational autoencoder whose latents are a class and a vector (M2).
 
     images -> q(y|x)                       images, class -> q(z|x,y) -> z
     class, z -> p(x|y,z)                   p(y) is uniform, p(z) is N(0, I)
@@ -31,7 +31,7 @@ from latentvae.models.dense.trunks import ACTIVATIONS, DenseDecoder, DenseEncode
 
 
 class ClassVAE(ModelMixin, ConfigMixin):
-    """Model M2: a `LikelihoodNet` with two groups of latents, the class y and the vector z.
+    """Model M2 (arXiv:1406.5298): a VAE with two groups of latents, the class y and the vector z.
 
         net = ClassVAE(num_classes=10)
         bound = net(images)                        # parts of U(x), with drawn classes
@@ -83,7 +83,8 @@ class ClassVAE(ModelMixin, ConfigMixin):
             DenseEncoder(self.image_shape, hidden, activation), nn.Linear(hidden_units, num_classes)
         )
 
-        # q(z|x,y): the first layer is a sum, so that its large part is computed once per image
+        # q(z|x,y): the first layer adds a part for x and a part for y. The part for x is the more
+        # expensive one. It is computed once per image, not once per class.
         self.from_image = nn.Linear(math.prod(self.image_shape), hidden_units)
         self.from_class = nn.Embedding(num_classes, hidden_units)
         self.moments = nn.Sequential(
@@ -99,23 +100,34 @@ class ClassVAE(ModelMixin, ConfigMixin):
     # bounds
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the logits of the class probabilities q(y|x), (B, K), float32."""
+        """Return the logits of q(y|x) for B images and K classes, (B, K), float32."""
         return self.classifier(images).float()
 
     def pixel_parameters(self, z: Tensor, classes: Tensor) -> Tensor:
-        """Return the pixel parameters of p(x|y,z), (P, M, H, W), for P pairs of z and class."""
+        """Return the parameters of p(x|y,z) for P pairs of z and class y.
+
+        The result has M maps of parameters, (P, M, H, W).
+        """
         return self.decoder(torch.cat([z, self._one_hot(classes).to(z.dtype)], dim=-1))
 
     def _one_hot(self, classes: Tensor) -> Tensor:
         return F.one_hot(classes, self.num_classes).float()
 
     def posterior(self, images: Tensor, rows: Tensor, classes: Tensor) -> Gaussian:
-        """Return the Gaussian q(z|x,y), (P, U), for P pairs (x, y) = (images[rows], classes)."""
+        """Return the Gaussian q(z|x,y) of U units for P pairs of an image x and a class y.
+
+        Args:
+            images: (B, C, H, W).
+            rows: index of the image of each pair, (P,), int64.
+            classes: class of each pair, (P,), int64.
+        """
         first = self.from_image((images.flatten(1) + 1.0) / 2.0)
         return Gaussian.from_moments(self.moments(first[rows] + self.from_class(classes)))
 
     def pair_bound(self, images: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
-        """Return the lower bound of ln p(x, y) of P pairs, each with one drawn z, (P,), in nats.
+        """Return the lower bound of ln p(x, y) for P pairs of an image x and a class y, (P,).
+
+        The bound is in nats, and is estimated with one drawn z for each pair.
 
         Args:
             images: (B, C, H, W).
@@ -136,10 +148,10 @@ class ClassVAE(ModelMixin, ConfigMixin):
 
         Args:
             images: (B, C, H, W).
-            least: smallest probability q(y|x) of a class that is used, from 0 to 1 / K. Other
-                classes are left out, and q is normalised over the used classes. The result is still
-                a lower bound. The computation becomes much faster once the classifier is sure of
-                most images.
+            least: smallest probability q(y|x) of a class that is used, from 0 to 1 / (number of
+                classes). Other classes are left out, and q is normalised over the used classes. The
+                result is still a lower bound. If the classifier is sure of most images, few classes
+                are used, and the computation is much faster.
         """
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         kept = log_q.detach().exp() >= least
@@ -160,14 +172,14 @@ class ClassVAE(ModelMixin, ConfigMixin):
         if detach_posterior:
             raise UserError("bound dreg needs latents without classes. Use bound elbo instead.")
 
-        # y, and its exact KL to the uniform prior
+        # the class y, and the exact KL of q(y|x) to the uniform prior
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         surprise = log_q + math.log(self.num_classes)
         class_kl = (log_q.exp() * surprise).sum(-1)
         classes = torch.multinomial(log_q.exp(), samples, replacement=True).T  # (S, B)
         class_ratio = surprise.T.gather(0, classes)
 
-        # z
+        # the vector z
         rows = torch.arange(len(images), device=images.device).repeat(samples)
         posterior = self.posterior(images, rows, classes.flatten())
         prior, z = Gaussian.standard(posterior.mean), posterior.sample()
@@ -199,7 +211,10 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the most probable class as K one-hot values, then the latents z, (B, K + U)."""
+        """Return the most probable class (K one-hot values) and z (U values), joined: (B, K + U).
+
+        See `LikelihoodNet.encode_vector`.
+        """
         classes = self.logits(images).argmax(-1)
         rows = torch.arange(len(images), device=images.device)
         posterior = self.posterior(images, rows, classes)
@@ -210,21 +225,21 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return torch.cat([self._one_hot(classes), z], dim=1)
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode vectors (B, K + U) from `encode_vector` to pixel means (B, C, H, W)."""
+        """Decode vectors from `encode_vector` to pixel means (B, C, H, W) in [-1, 1]."""
         one_hot, z = vector.split([self.num_classes, self.latent_units], dim=1)
         return self.pixels.mean(self.decoder(torch.cat([z, one_hot], dim=1)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the most probable class as K one-hot values, then the mean of z, (B, K + U)."""
+        """Return the most probable class (K one-hot values) and z's mean (U values), (B, K + U)."""
         return self.encode_vector(images)
 
     def decode(self, vector: Tensor) -> Tensor:
-        """Decode vectors (B, K + U) from `encode` to pixel means (B, C, H, W) in [-1, 1]."""
+        """Decode vectors from `encode` to pixel means (B, C, H, W) in [-1, 1]."""
         return self.decode_vector(vector)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode images, and decode the most probable class and the mean of z, (B, C, H, W)."""
+        """Reconstruct images (B, C, H, W) from their most probable class and the mean of z."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
@@ -237,7 +252,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         mean: bool = True,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Draw images of the given classes (num,), or of random classes. See `LikelihoodNet`."""
+        """Draw `num` images of the given classes, or of random classes. See `LikelihoodNet`."""
         device = self.device
         if classes is None:
             classes = torch.randint(0, self.num_classes, (num,), generator=generator, device=device)

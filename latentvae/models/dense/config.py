@@ -18,15 +18,15 @@ class VectorVAEConfig(VAEConfig):
         default=(50,),
         description=(
             "Number of units of each latent vector, starting with the vector that is nearest to "
-            "the image. Two numbers give two layers of latents."
+            "the image. With two numbers, the VAE has two layers of latents."
         ),
     )
     hidden_channels: tuple[Positive, ...] = Field(
         default=(200,),
         description=(
-            "Width of the dense layers between the image and the first latent vector, then between "
-            "the first and the second vector, and so on. There must be one number for each latent "
-            "vector."
+            "Width of the dense layers. The first number is for the layers between the image and "
+            "the first latent vector. The second number is for the layers between the first and "
+            "the second latent vector, and so on. There must be one number for each latent vector."
         ),
     )
     activation: Literal["tanh", "elu", "silu"] = Field(
@@ -35,9 +35,9 @@ class VectorVAEConfig(VAEConfig):
     posterior_flow: FlowName = Field(
         default="none",
         description=(
-            "Flow that makes the posterior more flexible than a Gaussian: planar (Rezende and "
-            "Mohamed), realnvp, or iaf (inverse autoregressive flow). A flow needs a network with "
-            "a single latent vector. `none` keeps the Gaussian."
+            "Normalising flow that makes the posterior more flexible than a Gaussian: planar "
+            "(Rezende and Mohamed), realnvp, or iaf (inverse autoregressive flow). A flow needs a "
+            "network with a single latent vector. With `none`, the posterior is a Gaussian."
         ),
     )
     flow_layers: Positive = Field(
@@ -71,7 +71,7 @@ class VectorVAEConfig(VAEConfig):
         return "" if self.posterior_flow == "none" else "posterior_flow none"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `VectorVAE`, without the shape of the images."""
+        """Return the arguments of `VectorVAE`, except the shape of the images."""
         return self.model_dump(exclude={"architecture"})
 
     def build(self, image_shape: tuple[int, int, int]) -> VectorVAE:
@@ -103,8 +103,9 @@ class ConvVAEConfig(VectorVAEConfig):
     hidden_channels: tuple[Positive, ...] = Field(
         default=(450,),
         description=(
-            "Width of the dense layers between the convolutions and the first latent vector, then "
-            "between the first and the second vector, and so on. There must be one number for each "
+            "Width of the dense layers. The first number is for the layers between the "
+            "convolutions and the first latent vector. The second number is for the layers between "
+            "the first and the second latent vector, and so on. There must be one number for each "
             "latent vector."
         ),
     )

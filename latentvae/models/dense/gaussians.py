@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent Gaussians of U units.
+    """Independent Gaussians of the U units of a latent vector.
 
     Attributes:
         mean: (..., U), float32.
@@ -24,7 +24,11 @@ class Gaussian:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> "Gaussian":
-        """Return the Gaussian with mean and log-variance from the two halves of (..., 2 U)."""
+        """Return the Gaussian whose mean and log-variance are the two halves of `moments`.
+
+        Args:
+            moments: (..., 2 U) for U latent units.
+        """
         mean, logvar = moments.float().chunk(2, dim=-1)
         return cls(mean, logvar)
 
@@ -38,18 +42,21 @@ class Gaussian:
         return Gaussian(self.mean.detach(), self.logvar.detach())
 
     def sample(self, *, count: int | None = None) -> Tensor:
-        """Draw latents with the global generator: (count, ..., U), or (..., U) without `count`."""
+        """Draw latents with torch's global generator.
+
+        The result is (count, ..., U), or (..., U) without `count`, for U latent units.
+        """
         shape = self.mean.shape if count is None else (count, *self.mean.shape)
         noise = torch.randn(shape, device=self.mean.device)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Return the log-density of latents (..., U), summed over units, (...,), in nats."""
+        """Return the log-density of latents (..., U), summed over the U units, in nats."""
         square = (z - self.mean).square() * (-self.logvar).exp()
         return -0.5 * (square + self.logvar + math.log(2.0 * math.pi)).sum(-1)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Return the KL divergence from this Gaussian to `other` per unit, (..., U), in nats."""
+        """Return the KL divergence from this Gaussian to `other` of each unit, in nats."""
         ratio = self.logvar - other.logvar
         distance = (self.mean - other.mean).square() * (-other.logvar).exp()
         return 0.5 * (ratio.exp() + distance - 1.0 - ratio)

@@ -7,7 +7,8 @@ the second network of Burda et al. (IWAE, arXiv:1509.00519). A flow may follow t
 single vector (arXiv:1505.05770, arXiv:1606.04934).
 
 Symbols: `B` batch, `S` samples per image, `C` image channels, `H W` image size, `U` units of a
-latent, `L` latent vectors. z_1 is nearest to the image. Groups are listed from z_L to z_1.
+latent vector, `L` number of latent vectors. z_1 is nearest to the image. In a `Bound`, each latent
+vector is one group, and the groups are listed from z_L to z_1.
 """
 
 from collections.abc import Sequence
@@ -44,10 +45,10 @@ class VectorVAE(ModelMixin, ConfigMixin):
     Args:
         image_channels, image_height, image_width: shape of the images.
         latent_units: number of units of each latent vector, z_1 to z_L.
-        hidden_channels: width of the dense layers between x and z_1, between z_1 and z_2, and so
-            on. There is one number for each latent vector.
-        hidden_layers: number of dense layers between x and z_1, and between neighbouring latent
-            vectors.
+        hidden_channels: width of the dense layers between the image and z_1, between z_1 and z_2,
+            and so on. There is one number for each latent vector.
+        hidden_layers: number of dense layers between the image and z_1, and between each latent
+            vector and the next.
         block_out_channels: channels of the residual blocks of convolutions between image and z_1.
             Each block halves height and width. Without blocks, all layers are dense.
         activation: "tanh", "elu" or "silu".
@@ -57,7 +58,8 @@ class VectorVAE(ModelMixin, ConfigMixin):
         flow_layers, flow_channels: number and width of the flow's layers.
     """
 
-    # Layers that Muon leaves out. The masked layers of a flow are not whole matrices.
+    # Layers that the optimiser Muon does not train. A flow has masked layers, whose weights are not
+    # whole matrices.
     outer_layers: tuple[str, ...] = (
         *("encoder.layers.0", "encoder.blocks.0.first", "encoder.blocks.0.skip"),
         *("decoder.last", "flow"),
@@ -150,7 +152,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
             for q, prior, z in zip(reversed(log_q), priors, reversed(drawn), strict=True)
         ]
 
-        # z_L has a KL in closed form, because its prior is fixed.
+        # The KL of z_L has a closed form, because the prior of z_L is fixed.
         kl, unit_kl = list(ratios), None
         if self.flow is None:
             units = posteriors[-1].kl(priors[0])
@@ -166,19 +168,19 @@ class VectorVAE(ModelMixin, ConfigMixin):
         )
 
     def _log_likelihood(self, images: Tensor, z: Tensor) -> Tensor:
-        """Return ln p(x | z), (S, B)."""
+        """Return ln p(x | z) of B images x, for S samples of z for each image, (S, B)."""
         parameters = self.decoder(z.flatten(0, 1))
         return self.pixels.log_prob(images, parameters).unflatten(0, z.shape[:2])
 
     # uses other than the bound
 
     def posterior(self, images: Tensor) -> Gaussian:
-        """Return the Gaussian posterior q(z_1 | x) before the flow, (B, U)."""
+        """Return the Gaussian posterior q(z_1 | x) of U units before the flow, (B, U)."""
         return Gaussian.from_moments(self.moments(self.encoder(images)))
 
     @property
     def group_sizes(self) -> list[int]:
-        """Number of latent values of each group."""
+        """Number of latent values in each group. A group is one of the latent vectors."""
         return list(self.config["latent_units"])[::-1]
 
     @property
@@ -186,14 +188,20 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.flow is None and self.num_groups == 1
 
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return mean and log-variance (B, U) if the posterior is a single Gaussian, or None."""
+        """Return mean and log-variance of the U units, (B, U), if the posterior is one Gaussian.
+
+        Return None for any other posterior.
+        """
         if not self._is_single_gaussian:
             return None
         posterior = self.posterior(images)
         return posterior.mean, posterior.logvar
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the posterior's mean of z_1, mapped by the flow if there is one, (B, U)."""
+        """Return the posterior mean of z_1, (B, U) for U units.
+
+        If the network has a flow, the flow is applied to the mean.
+        """
         features = self.encoder(images)
         z = Gaussian.from_moments(self.moments(features)).mean
         return z if self.flow is None else self.flow(z, features)[0]
@@ -201,7 +209,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return z_1 of the images, (B, U). See `models.bound.LikelihoodNet`."""
+        """Return z_1 of the images, (B, U) for U units. See `models.bound.LikelihoodNet`."""
         if not draw:
             return self.encode(images)
         features = self.encoder(images)
@@ -211,21 +219,25 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return z if self.flow is None else self.flow(z, features)[0]
 
     def decode_vector(self, vector: Tensor) -> Tensor:
-        """Decode latents z_1 (B, U) to pixel means (B, C, H, W) in [-1, 1]."""
+        """Decode latents z_1 of U units, (B, U), to pixel means (B, C, H, W) in [-1, 1]."""
         return self.decode(vector)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode latents z_1 (N, U) to pixel means (N, C, H, W) in [-1, 1]."""
+        """Decode N latents z_1 of U units, (N, U), to pixel means (N, C, H, W) in [-1, 1]."""
         return self.pixels.mean(self.decoder(z))
 
     def posterior_means(self, images: Tensor) -> Tensor:
-        """Return the means of z_1 .. z_L, (B, U_1 + .. + U_L)."""
+        """Return the posterior means of all latent vectors z_1 .. z_L, joined.
+
+        The result is (B, U_1 + .. + U_L), where z_l has U_l units.
+        """
         features = self.encoder(images)
         first = Gaussian.from_moments(self.moments(features))
         if not self.up:
             return self.encode(images)
 
-        # E[u | x] of the later latents is a mean over draws of the earlier ones.
+        # The mean of z_2 .. z_L given the image is estimated by a mean over draws of the vector
+        # before it.
         means, z = [first.mean], first.sample(count=MEAN_DRAWS)
         for layer in self.up:
             posterior = Gaussian.from_moments(layer(z))
@@ -271,7 +283,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
 def _conditional(
     inputs: int, hidden: int, outputs: int, layers: int, activation: str
 ) -> nn.Sequential:
-    """Return a dense network from a latent to the moments of the next one."""
+    """Return a dense network from a latent vector to the moments of the next latent vector."""
     return nn.Sequential(
         *mlp([inputs, *[hidden] * layers], activation), nn.Linear(hidden, 2 * outputs)
     )

@@ -23,7 +23,7 @@ class PosteriorFlow(nn.Module):
     """A chain of flow layers.
 
     Args:
-        layers: modules that map (z, context) to (z, ln |det|).
+        layers: modules that map (z, context) to the new z and the ln |det| of the map's Jacobian.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -31,11 +31,14 @@ class PosteriorFlow(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mapped latents (..., U) and ln |det dz/dz_0| (...,), in float32.
+        """Return mapped latents (..., U) and the log-determinant of the map's Jacobian, (...,).
+
+        Both are float32.
 
         Args:
-            z: latents, (..., U).
-            context: (..., C). Its leading dimensions broadcast with those of z.
+            z: latents of U units, (..., U).
+            context: values that the encoder predicts for the flow, (..., C). Its leading dimensions
+                broadcast with those of z.
         """
         with torch.autocast(z.device.type, enabled=False):
             context = context.float().expand(*z.shape[:-1], -1)
@@ -49,8 +52,8 @@ class PosteriorFlow(nn.Module):
 class Planar(nn.Module):
     """A planar layer z + u tanh(w z + b) (Rezende and Mohamed 2015, arXiv:1505.05770).
 
-    u, w and b are linear functions of the context. u is changed so that the map is invertible, as
-    in the paper's appendix A.1.
+    u, w and b are linear functions of the context (values that the encoder predicts). u is changed
+    so that the layer is invertible, as in the paper's appendix A.1.
     """
 
     def __init__(self, units: int, context: int) -> None:
@@ -58,14 +61,14 @@ class Planar(nn.Module):
         self.units = units
         self.parameters_of = nn.Linear(context, 2 * units + 1)
         nn.init.zeros_(self.parameters_of.weight)
-        # w must not start at 0, because u and w would then get no gradients.
+        # w must not start at 0, because then neither u nor w would get a gradient.
         nn.init.normal_(self.parameters_of.bias, std=0.1)
         nn.init.zeros_(self.parameters_of.bias[:units])
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         u, w, b = self.parameters_of(context).split([self.units, self.units, 1], dim=-1)
         along = (w * u).sum(-1, keepdim=True)
-        # softplus(x) - 1 is at least -1. Its argument is shifted so that u = 0 stays 0.
+        # softplus(x) - 1 is at least -1. Its argument is shifted so that it maps 0 to 0.
         allowed = F.softplus(along + INVERSE_SOFTPLUS_1) - 1.0
         u = u + (allowed - along) * w / w.square().sum(-1, keepdim=True).clamp(min=1e-8)
 
@@ -99,10 +102,10 @@ def build_flow(
     Args:
         name: kind of flow: "none", "planar", "realnvp" or "iaf".
         units: number of latent units U.
-        context: number of context values C.
+        context: number of values that the encoder predicts for the flow.
         layers: number of layers.
-        width: hidden channels of a layer's network, with two hidden layers. Planar layers have no
-            such network.
+        width: number of hidden channels of a layer's network, which has two hidden layers. Planar
+            layers have no such network.
     """
     if name == "none":
         return None

@@ -26,19 +26,22 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 
 class DenseEncoder(nn.Module):
-    """Map pixels by dense layers to features (B, F)."""
+    """Map images (B, C, H, W) by dense layers to F features, (B, F)."""
 
     def __init__(self, shape: tuple[int, int, int], hidden: Sequence[int], activation: str) -> None:
         super().__init__()
         self.layers = mlp([math.prod(shape), *hidden], activation)
 
     def forward(self, images: Tensor) -> Tensor:
-        # black is 0, as in the papers on binary digits
+        # the layers read 0 for black, as in the papers on binary digits
         return self.layers((images.flatten(1) + 1.0) / 2.0)
 
 
 class DenseDecoder(nn.Module):
-    """Map latents (N, U) by dense layers to parameters (N, M, H, W) of the pixels' distribution."""
+    """Map latents by dense layers to parameters of the pixels' distribution.
+
+    N latents of U units, (N, U), become M maps of parameters, (N, M, H, W).
+    """
 
     def __init__(
         self, units: int, hidden: Sequence[int], shape: tuple[int, int, int], activation: str
@@ -53,12 +56,15 @@ class DenseDecoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, bias: Tensor) -> None:
-        """Set the biases of the last layer, (M, H, W)."""
+        """Set the biases of the last layer to `bias`, (M, H, W) for M parameter maps."""
         self.last.bias.copy_(bias.flatten())
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a 3 x 3 skip convolution. A stride above 1 shrinks the maps."""
+    """Add the outputs of two 3 x 3 convolutions and of a 3 x 3 convolution beside them.
+
+    A stride above 1 makes the maps smaller.
+    """
 
     def __init__(self, inputs: int, outputs: int, activation: str, *, stride: int = 1) -> None:
         super().__init__()
@@ -73,10 +79,10 @@ class ResidualBlock(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Images -> residual blocks of stride 2 -> dense layer -> features (B, F).
+    """Images -> residual blocks of stride 2 -> dense layer -> F features, (B, F).
 
-    The IAF paper (arXiv:1606.04934, appendix C.1) uses this network for images of digits, but with
-    weight normalisation.
+    The paper on inverse autoregressive flow (arXiv:1606.04934, appendix C.1) uses this network for
+    images of digits, but with weight normalisation.
     """
 
     def __init__(
@@ -98,7 +104,10 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Latents (N, U) -> dense layers -> upsampling residual blocks -> parameters (N, M, H, W)."""
+    """Latents (N, U) -> dense layers -> upsampling residual blocks -> parameters (N, M, H, W).
+
+    There are N latents of U units, and M maps of parameters of the pixels' distribution.
+    """
 
     def __init__(
         self,
@@ -128,12 +137,12 @@ class ConvDecoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, bias: Tensor) -> None:
-        """Set the biases of the last layer, (M, H, W)."""
+        """Set the biases of the last layer to `bias`, (M, H, W) for M parameter maps."""
         self.bias.copy_(bias)
 
 
 def sides(size: Sequence[int], halvings: int) -> list[tuple[int, int]]:
-    """Return the size (H, W) after 0, 1, ... `halvings` convolutions of stride 2."""
+    """Return the size (H, W) of the maps after 0, 1, ... `halvings` convolutions of stride 2."""
     found = [(size[0], size[1])]
     for _ in range(halvings):
         found.append(((found[-1][0] + 1) // 2, (found[-1][1] + 1) // 2))

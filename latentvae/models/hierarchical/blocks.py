@@ -1,6 +1,6 @@
 """The blocks of Very Deep VAE (arXiv:2011.10650), and the interface of a style of blocks.
 
-`B` batch, `C` channels, `H W` space.
+A style is a class that builds all blocks of a network. `B` batch, `C` channels, `H W` space.
 """
 
 import math
@@ -15,10 +15,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class Style(Protocol):
-    """Interface of a style: it returns the blocks of which a network is built.
+    """Interface of a style, an object that builds the blocks of a hierarchical VAE.
 
-    `width` is a number of channels, and `resolution` is the side of the feature maps. At the start
-    of the training, the output of a residual block is multiplied by `gain`.
+    `width` is a number of channels, and `resolution` is the side of the feature maps. `gain` is a
+    factor on the initial weights of the last layer of a residual block. A style may ignore it.
     """
 
     has_batch_norm: bool
@@ -38,7 +38,7 @@ class Style(Protocol):
 
         Args:
             width: channels of the input.
-            inner: channels of the decoder's maps, from which the number of hidden channels follows.
+            inner: channels of the decoder's maps. They decide the number of hidden channels.
             out: channels of the output.
             resolution: side of the maps, in positions.
             zero: whether the layers predict zeros at the start of the training.
@@ -64,7 +64,7 @@ class VdvaeStyle:
     The blocks have no normalisation. On maps of side 1 and 2, all convolutions are 1x1.
 
     Args:
-        bottleneck_multiple: channels inside a block, as a share of the width.
+        bottleneck_multiple: channels inside a block, divided by the channels of its input.
         activation: a key of `ACTIVATIONS`.
     """
 
@@ -100,7 +100,10 @@ class VdvaeStyle:
 
 
 def convolution(width: int, out: int, side: int, *, gain: float = 1.0) -> nn.Conv2d:
-    """Return a convolution that keeps height and width, with bias 0 and weights times `gain`."""
+    """Return a convolution that keeps height and width, with initial bias 0.
+
+    Its initial weights are torch's defaults, multiplied by `gain`.
+    """
     layer = nn.Conv2d(width, out, side, padding=side // 2)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     layer.weight.data.mul_(gain)
@@ -108,5 +111,8 @@ def convolution(width: int, out: int, side: int, *, gain: float = 1.0) -> nn.Con
 
 
 def residual_gain(num_blocks: int) -> float:
-    """Return 1 / sqrt(number of blocks), which keeps the variance of a deep residual network."""
+    """Return 1 / sqrt(number of blocks), a factor on the outputs of residual blocks.
+
+    With this factor, the variance does not grow with the depth of the network.
+    """
     return 1.0 / math.sqrt(num_blocks)

@@ -1,4 +1,4 @@
-"""Options of hierarchical VAEs, as a section of a preset."""
+"""Options of hierarchical VAEs."""
 
 from typing import Any, ClassVar, Literal
 
@@ -23,21 +23,22 @@ class HierarchicalConfig(VAEConfig):
     enc_blocks: str = Field(
         default="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
         description=(
-            "Blocks of the encoder, from fine to coarse. 32x2 means two blocks on maps of 32 x 32 "
-            "positions. 32d2 means one block on maps of 32 x 32 positions, and then pooling by 2. "
-            "The first resolution is the side of the images in pixels, or divides this side. If it "
-            "is smaller than the side, each position reads a square of pixels, which is faster. If "
-            "the first resolution is a little larger than the images, black pixels are added at "
-            "their edges."
+            "Blocks of the encoder, from fine to coarse. 32x2 means two blocks on feature maps of "
+            "32 x 32 positions. 32d2 means one block on maps of 32 x 32 positions, and then "
+            "pooling by 2. The first resolution is usually the side of the images in pixels. It "
+            "may also be a divisor of this side: each position then reads a square of pixels, "
+            "which is faster. If the first resolution is a little larger than the images, black "
+            "pixels are added at the edges of the images."
         ),
     )
     dec_blocks: str = Field(
         default="1x1,4m1,4x1,8m4,8x2,16m8,16x2,32m16",
         description=(
-            "Blocks of the decoder, from coarse to fine. Each block has a group of latents. 4x2 "
-            "means two blocks on maps of 4 x 4 positions. 4m1 means one block on maps of 4 x 4 "
-            "positions, which reads the upsampled maps of resolution 1. The last resolution is the "
-            "side of the images in pixels, or divides this side."
+            "Blocks of the decoder, from coarse to fine. Each block has its own group of latents. "
+            "4x2 means two blocks on feature maps of 4 x 4 positions. 4m1 means one block on maps "
+            "of 4 x 4 positions, whose input is the map of resolution 1, upsampled to 4 x 4. The "
+            "last resolution is usually the side of the images in pixels, or a divisor of this "
+            "side."
         ),
     )
     width: Positive = Field(
@@ -57,7 +58,10 @@ class HierarchicalConfig(VAEConfig):
     bottleneck_multiple: float = Field(
         default=0.25,
         gt=0.0,
-        description="Number of channels inside a block of the style vdvae, as a share of `width`.",
+        description=(
+            "Number of channels inside a block, as a fraction of `width`. This option is for "
+            "blocks of the style vdvae (see block)."
+        ),
     )
     num_mixtures: Positive = Field(
         default=10,
@@ -68,46 +72,50 @@ class HierarchicalConfig(VAEConfig):
     block: StyleName = Field(
         default="vdvae",
         description=(
-            "Style of the blocks: `vdvae` (bottlenecks without normalisation) or `nvae` (batch "
-            "norm, depthwise convolutions, squeeze and excitation)."
+            "Style of the blocks: `vdvae` (bottleneck blocks without normalisation, as in Very "
+            "Deep VAE) or `nvae` (batch norm, depthwise convolutions, squeeze and excitation, as "
+            "in NVAE)."
         ),
     )
     activation: ActivationName = Field(
         default="gelu",
         description=(
-            "Activation function of blocks of the style vdvae (see block). Very Deep VAE has gelu."
+            "Activation function of blocks of the style vdvae (see block). The paper of Very Deep "
+            "VAE uses gelu."
         ),
     )
     posterior: PosteriorName = Field(
         default="full",
         description=(
-            "What the network predicts of the posterior. `full` predicts the posterior itself "
-            "(Very Deep VAE). `residual` predicts its difference from the prior (NVAE). "
-            "`precision` predicts a Gaussian that is merged with the prior, weighted by precision "
-            "(Ladder VAE)."
+            "How the network predicts the posterior. With `full`, it predicts the posterior itself "
+            "(as in Very Deep VAE). With `residual`, it predicts the difference between posterior "
+            "and prior (as in NVAE). With `precision`, it predicts a Gaussian, and the posterior "
+            "is the precision-weighted combination of this Gaussian with the prior (as in Ladder "
+            "VAE)."
         ),
     )
     std: StdName = Field(
         default="exp",
         description=(
-            "Function that makes a standard deviation from the network's output: `exp`, or "
-            "`softplus`. As in Efficient-VDVAE (arXiv:2203.13751), softplus is scaled so that "
-            "softplus(0) = 1."
+            "Function that converts the network's output to a standard deviation: `exp` or "
+            "`softplus`. Efficient-VDVAE (arXiv:2203.13751) uses softplus. As in that paper, "
+            "softplus is scaled so that softplus(0) = 1."
         ),
     )
     links: Literal["last", "mirrored"] = Field(
         default="last",
         description=(
-            "Which features of the encoder the blocks of the decoder read. With `last`, all blocks "
-            "of a resolution read the encoder's last block of this resolution. With `mirrored`, "
-            "they read the encoder's blocks of this resolution in reverse order."
+            "Which features of the encoder each block of the decoder reads. With `last`, all "
+            "decoder blocks of a resolution read the output of the encoder's last block of this "
+            "resolution. With `mirrored`, they read the outputs of the encoder's blocks of this "
+            "resolution in reverse order: the first decoder block reads the last encoder block."
         ),
     )
     no_bias_above: Positive = Field(
         default=64,
         description=(
-            "Largest resolution of the decoder that has a learned bias for each position. Finer "
-            "resolutions have no such bias."
+            "Largest resolution at which the decoder has a learned bias for each position. At "
+            "finer resolutions, the decoder has no such bias."
         ),
     )
 
@@ -124,7 +132,7 @@ class HierarchicalConfig(VAEConfig):
         return "architecture dense or conv"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `HierarchicalVAE`, without the shape of the images."""
+        """Return the arguments of `HierarchicalVAE`, except the shape of the images."""
         return self.model_dump(exclude={"architecture"})
 
     def build(self, image_shape: tuple[int, int, int]) -> HierarchicalVAE:

@@ -20,7 +20,7 @@ class Encoder(nn.Module):
     """Residual blocks, with average pooling between resolutions.
 
     Args:
-        channels: number of input channels, after each square of pixels was folded into channels.
+        channels: number of input channels. The caller folds squares of pixels into channels.
         layers: the blocks, finest first.
         widths: number of channels of each resolution.
         style: builds the blocks, see `blocks.Style`.
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         self.keep_all = keep_all
 
     def forward(self, images: Tensor) -> Features:
-        """Return the features of each resolution, as a list of tensors (B, W, side, side)."""
+        """Return for each resolution a list of features (B, W, side, side) with W channels."""
         x = self.conv_in(images)
         found: Features = {x.shape[-1]: [x]}
         for layer, block in zip(self.layers, self.blocks, strict=True):
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
 
 def run(parent: nn.Module, block: nn.Module, *args: Any) -> Any:
-    """Call a block. With gradient checkpointing in `parent`, the backward pass repeats the call."""
+    """Call a block, with gradient checkpointing if it is enabled in `parent`."""
     if torch.is_grad_enabled() and parent.gradient_checkpointing:
         checkpoint: Any = parent._gradient_checkpointing_func
         return checkpoint(block, *args)
@@ -73,7 +73,7 @@ def run(parent: nn.Module, block: nn.Module, *args: Any) -> Any:
 
 
 def with_channels(x: Tensor, width: int) -> Tensor:
-    """Return maps with `width` channels: drop the last channels, or append channels of zeros."""
+    """Return maps with `width` channels: leave out the last channels, or append zeros."""
     missing = width - x.shape[1]
     if missing > 0:
         return F.pad(x, (0, 0, 0, 0, 0, missing))

@@ -1,7 +1,7 @@
 """Diagonal Gaussians of a group of latents, and how a posterior follows from a network's output.
 
 All computations are in float32. ln(std) is kept in [-8, 8], so that neither a KL divergence nor a
-log density overflows. NaN stays NaN, so that a training can see it.
+log density overflows. NaN stays NaN, so that the training loop can detect it.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 MAX_LOG_STD = 8.0
 
-# Efficient-VDVAE's gradient smoothing: softplus(0) = 1 for this beta.
+# For this beta, softplus(0) = 1, as in Efficient-VDVAE's gradient smoothing.
 _BETA = math.log(2.0)
 
 PosteriorName = Literal["full", "residual", "precision"]
@@ -85,13 +85,19 @@ def _full(own: Gaussian, prior: Gaussian) -> Gaussian:
 
 
 def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
-    """NVAE (arXiv:2007.03898, section 3.2): N(mu_p + dmu, sigma_p dsigma)."""
+    """Return NVAE's posterior: add the means, and multiply the standard deviations.
+
+    See arXiv:2007.03898, section 3.2.
+    """
     log_std = (prior.log_std + own.log_std).clamp(-MAX_LOG_STD, MAX_LOG_STD)
     return Gaussian(prior.mean + own.mean, log_std)
 
 
 def _precision(own: Gaussian, prior: Gaussian) -> Gaussian:
-    """Ladder VAE (arXiv:1602.02282, equation 17): a mean weighted by the precisions."""
+    """Return Ladder VAE's posterior: the two Gaussians' mean, weighted by their precisions.
+
+    The precision of the posterior is the sum of both precisions (arXiv:1602.02282, equation 17).
+    """
     log_precision = torch.logaddexp(-2.0 * own.log_std, -2.0 * prior.log_std)
     share = torch.exp(-2.0 * own.log_std - log_precision)
     log_std = (-0.5 * log_precision).clamp(-MAX_LOG_STD, MAX_LOG_STD)

@@ -22,8 +22,8 @@ class Layer(NamedTuple):
 
     Attributes:
         resolution: side of the block's maps.
-        pool: factor by which the output of an encoder's block is pooled, 1 for none.
-        source: resolution that a decoder's block upsamples, or None.
+        pool: factor by which the output of an encoder's block is pooled. 1 means no pooling.
+        source: resolution of the maps that a decoder's block upsamples and reads, or None.
     """
 
     resolution: int
@@ -93,8 +93,8 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
     """Return the resolutions of a network, after a check that its options fit each other.
 
     Raises:
-        UserError: an option has a wrong format, or the decoder has a resolution that the encoder
-            lacks.
+        UserError: an option has a wrong format, the decoder has a resolution that the encoder
+            does not have, or the encoder has a coarser resolution than the decoder.
     """
     encoder, decoder = encoder_layers(enc_blocks), decoder_layers(dec_blocks)
     made = {layer.resolution for layer in encoder}
@@ -119,7 +119,7 @@ def fit(side: int, *, encoder: int, decoder: int) -> int:
     """Return the side of the images, in pixels, after padding on all edges.
 
     The result is the smallest common multiple of `encoder` and `decoder` that is at least `side`.
-    So each position of these maps stands for a square of pixels.
+    So each position of the encoder's and the decoder's maps stands for a whole number of pixels.
 
     Args:
         side: side of the images in pixels.
@@ -127,7 +127,8 @@ def fit(side: int, *, encoder: int, decoder: int) -> int:
         decoder: side of the decoder's last maps.
 
     Raises:
-        UserError: more than an eighth of the side, or half a pixel, would be added at an edge.
+        UserError: the padding at an edge would be more than an eighth of the side, or would not be
+            a whole number of pixels.
     """
     step = math.lcm(encoder, decoder)
     extra = -side % step
@@ -144,12 +145,14 @@ def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[in
     """Return the number of channels of each resolution.
 
     Args:
-        text: such as "64:32,32:64", or "" for the same width everywhere.
+        text: list of RESOLUTION:CHANNELS, such as "64:32,32:64", or "" for the same number of
+            channels everywhere.
         default: number of channels of the resolutions that the text does not name.
         resolutions: the resolutions of the network.
 
     Raises:
-        UserError: the text has a wrong format, or names a resolution that the network lacks.
+        UserError: the text has a wrong format, or names a resolution that the network does not
+            have.
     """
     widths = dict.fromkeys(sorted(resolutions), default)
 
@@ -171,7 +174,10 @@ def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[in
 
 
 def _items(text: str, option: str, kinds: str) -> list[tuple[str, int, str, int]]:
-    """Return (item, resolution, kind, number) of each item. "32" is the same as "32x1"."""
+    """Return (item, resolution, kind, number) of each item of a list, such as "32x11,32d2".
+
+    The item "32x11" has kind "x" and number 11. "32" is the same as "32x1".
+    """
     found: list[tuple[str, int, str, int]] = []
     for item in (part.strip() for part in text.split(",")):
         parts = _ITEM.fullmatch(item)

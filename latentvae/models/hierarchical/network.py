@@ -46,12 +46,12 @@ from latentvae.models.hierarchical.top_down import (
     prior_mean,
 )
 
-# Networks with more latent units return no KL divergence of each unit.
+# Networks with more latent units than this do not return the KL divergence of each unit.
 MAX_UNITS = 2**14
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
-    """A hierarchical VAE with diffusers' file format. It is a `LikelihoodNet`.
+    """A hierarchical VAE with diffusers' file format and the methods of `LikelihoodNet`.
 
         net = HierarchicalVAE.from_pretrained(folder)
         bound = net(images)  # parts of the evidence lower bound
@@ -59,31 +59,34 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         latents = net.encode(images)  # one tensor (B, D, side, side) for each group
         recon = net.decode(latents)
 
+    Each block of the decoder has one group of latents. The resolution of maps is their side.
+
     Args:
         image_channels: number of image channels C.
         sample_size: side of the images in pixels.
         levels: number of values of a pixel, or None for the default of the likelihood.
-        enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. The encoder
-            reads squares of pixels as channels, if its first resolution divides the side of the
-            images. If this resolution is a little larger than the images, black pixels are added at
-            the edges.
-        dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". Each has a group of latents. The
-            last resolution may be coarser than the images, like the encoder's first resolution.
+        enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. If the first
+            resolution is coarser than the images, squares of pixels are folded into channels. If it
+            is a little larger than the images, black pixels are added at the edges.
+        dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". The last resolution may be coarser
+            or a little larger than the images, like the encoder's first resolution.
         width: number of channels of the feature maps.
         custom_widths: other numbers of channels for some resolutions, such as "32:64,16:128" for 64
             channels at resolution 32 and 128 at resolution 16.
         zdim: number of latent channels D of a group.
-        bottleneck_multiple: channels inside a block, as a share of the width.
+        bottleneck_multiple: channels inside a block, divided by the width.
         likelihood: distribution of the pixels, a key of `PIXEL_DISTRIBUTIONS`.
         num_mixtures: number of components of the likelihood logistic_mixture.
         block: style of the blocks, "vdvae" or "nvae".
         activation: activation of the style "vdvae", "gelu" or "silu".
-        posterior: "full", "residual" (NVAE) or "precision" (Ladder VAE).
+        posterior: how the posterior follows from the network's output and the prior. "full" is the
+            output alone, "residual" is relative to the prior (NVAE), and "precision" combines
+            both, weighted by precision (Ladder VAE).
         std: how a standard deviation follows from the network's output, "exp" or "softplus".
-        links: which features of the encoder a decoder's block reads. "last": those of the encoder's
-            last block at the same resolution. "mirrored": the decoder's blocks read the encoder's
-            blocks of their resolution in reverse order.
-        no_bias_above: largest resolution that has a learned bias.
+        links: which features of the encoder a decoder's block reads. With "last", it reads those of
+            the encoder's last block at the same resolution. With "mirrored", the decoder's blocks
+            read the features of the encoder's blocks of their resolution in reverse order.
+        no_bias_above: largest resolution whose maps start from a learned bias.
 
     Raises:
         UserError: the blocks do not fit each other or the images.
@@ -150,17 +153,20 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @property
     def group_sizes(self) -> list[int]:
-        """Number of latent values of each group."""
+        """Number of latent values in each group. Each block of the decoder has one group."""
         return [math.prod(shape) for shape in self.latent_shapes]
 
     @property
     def latent_shapes(self) -> list[tuple[int, int, int]]:
-        """Shape (D, side, side) of each group's latents."""
+        """Shape (channels, side, side) of the latents of each group."""
         D = self.config["zdim"]
         return [(D, layer.resolution, layer.resolution) for layer in self.decoder.layers]
 
     def group_names(self) -> list[str]:
-        """Return the name of each group, such as "4x4.0": its resolution and its number there."""
+        """Return the name of each group: its size, and its number among groups of this size.
+
+        An example is "4x4.0".
+        """
         sides = [layer.resolution for layer in self.decoder.layers]
         return [f"{side}x{side}.{sides[:i].count(side)}" for i, side in enumerate(sides)]
 
@@ -182,7 +188,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         features = self._features(images)
         batch = samples * images.shape[0]
 
-        # latents, and their densities under priors and posteriors
+        # latents, with their priors and posteriors
         maps, groups = self.decoder(features, batch, [draw_posterior] * self.num_groups)
         log_p = [group.prior.log_prob(group.z) for group in groups]
         judges = self._constant_posteriors(features, groups) if detach_posterior else groups
@@ -224,7 +230,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
                 take the means of their priors.
 
         Raises:
-            UserError: `groups` is not in 0 .. G.
+            UserError: `groups` is negative, or larger than the number of groups.
         """
         if not 0 <= groups <= self.num_groups:
             raise UserError(f"groups must be 0 to {self.num_groups} (got {groups}).")
@@ -235,7 +241,10 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def encode_vector(
         self, images: Tensor, *, draw: bool = False, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the d latents of all groups, flattened and joined, (B, d). See `LikelihoodNet`."""
+        """Return the latents of all groups, flattened and joined to d values per image, (B, d).
+
+        See `LikelihoodNet`.
+        """
         picks = [draw_from_posterior(generator) if draw else posterior_mean] * self.num_groups
         groups = self._with_images(images, picks)[1]
         return torch.cat([group.z.flatten(1) for group in groups], dim=1)
@@ -249,7 +258,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, draw: bool = False) -> list[Tensor]:
-        """Return the latents (B, D, side, side) of each group, coarsest first, float32.
+        """Return the latents of each group, with D channels (B, D, side, side), coarsest first.
 
         Args:
             images: images (B, C, H, W) in [-1, 1].
@@ -263,8 +272,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         """Decode latents of the first groups to pixel means (B, C, H, W) in [-1, 1].
 
         Args:
-            latents: one tensor (B, D, side, side) for each of the first groups, coarsest first.
-                Later groups take the means of their priors.
+            latents: for each of the first groups, coarsest first, one tensor (B, D, side, side)
+                with D channels. Later groups take the means of their priors.
 
         Raises:
             UserError: there are no latents, too many, or a tensor has a wrong shape.
@@ -272,7 +281,10 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return self.pixels.mean(self.decode_parameters(latents))
 
     def decode_parameters(self, latents: Sequence[Tensor]) -> Tensor:
-        """Decode latents to the M maps (B, M, H, W) of pixel parameters. See `decode`."""
+        """Decode latents to M maps of parameters of the pixels' distribution, (B, M, H, W).
+
+        See `decode` for the latents.
+        """
         shapes = [tuple(z.shape[1:]) for z in latents]
         if not 1 <= len(latents) <= self.num_groups or shapes != self.latent_shapes[: len(shapes)]:
             raise UserError(
@@ -305,8 +317,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def start_at(self, mean_image: Tensor) -> None:
         """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible.
 
-        Each bias of the last layer is the same at all positions. So the decoder can only output the
-        mean of `mean_image` over positions.
+        Each bias of the last layer is the same at all positions. So the output can only be the mean
+        of `mean_image` over positions.
         """
         padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
         if (bias := self.pixels.start_bias(padded)) is not None:
@@ -322,15 +334,15 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         return self.decoder(self._features(images), images.shape[0], picks)
 
     def _pixel_parameters(self, maps: Tensor) -> Tensor:
-        """Return the parameters (B, M, H, W) of the pixels for the decoder's maps."""
+        """Return M maps of parameters of the pixels' distribution from the decoder's last maps."""
         parameters = F.pixel_shuffle(self.conv_out(maps), self.written)
         return F.pad(parameters, [-self.padding] * 4)
 
     def _constant_posteriors(self, features: Features, groups: Sequence[Group]) -> list[Group]:
-        """Return the groups again, where only the latents have a gradient.
+        """Return the groups, computed again so that gradients flow only through the latents.
 
-        The posterior of a group depends on the latents before it through the decoder. So the
-        decoder runs again, with constant weights and features.
+        The posterior of a group depends on the latents of earlier groups, through the decoder. So
+        the decoder computes all groups again, with constant weights and features.
         """
         constant = {side: [x.detach() for x in own] for side, own in features.items()}
         weights = {name: p.detach() for name, p in self.decoder.named_parameters()}

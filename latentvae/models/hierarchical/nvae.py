@@ -1,8 +1,9 @@
 """The residual cells of NVAE (arXiv:2007.03898, section 3.1), written from the paper's figures.
 
-Encoder: batch norm, Swish, 3x3, batch norm, Swish, 3x3, squeeze and excitation. Decoder: batch
-norm, 1x1 to 6 C, batch norm, Swish, depthwise 5x5, batch norm, Swish, 1x1 to C, batch norm,
-squeeze and excitation.
+A cell is a residual block. In the encoder, its layers are: batch norm, Swish, 3x3 convolution,
+batch norm, Swish, 3x3 convolution, squeeze and excitation. In the decoder: batch norm, 1x1
+convolution to 6 C channels, batch norm, Swish, depthwise 5x5 convolution, batch norm, Swish, 1x1
+convolution to C channels, batch norm, squeeze and excitation.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from latentvae.models.hierarchical.blocks import Residual, convolution
 
-# From the paper: the share of new batch statistics in their running averages, and the factor on a
-# cell's output.
+# Two numbers from the paper: the weight of a new batch in the running averages of batch norm, and
+# the factor on a cell's output.
 _MOMENTUM = 0.05
 _CELL_GAIN = 0.1
 _EXPANSION = 6
@@ -47,9 +48,9 @@ class Scaled(nn.Module):
 
 @dataclass(frozen=True)
 class NvaeStyle:
-    """Residual cells with batch norm, Swish and squeeze and excitation.
+    """Residual blocks ("cells") of NVAE, with batch norm, Swish, and squeeze and excitation.
 
-    A block of the decoder has two cells, as in all networks of the paper.
+    A block of the decoder has two cells, as in all networks of NVAE's paper.
     """
 
     has_batch_norm = True

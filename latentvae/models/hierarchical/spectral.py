@@ -1,8 +1,8 @@
 """Spectral regularisation of NVAE (arXiv:2007.03898, section 3.3): keep layers smooth.
 
-The penalty is the sum of the largest singular values of all convolutions, and of the largest
-absolute scale of each batch norm. The power iteration starts at the same vectors in every call, so
-that it has no state: a resumed training and all processes compute the same penalty.
+The penalty adds the largest singular value of each convolution and the largest absolute scale of
+each batch norm. Power iteration estimates the singular values. It starts at the same vectors in
+every call, so it has no state. A resumed training and all processes thus compute the same penalty.
 """
 
 from collections import defaultdict
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
     """Return the sum of the largest singular values of all convolutions, float32, with gradient.
 
-    A convolution is the matrix (out channels, in channels * side * side). Matrices of the same
-    shape are stacked and processed together. The largest absolute scale of each batch norm is
-    added.
+    The weight of a convolution is read as a matrix (out channels, in channels * kernel size).
+    Matrices of the same shape are stacked and processed together. The largest absolute scale of
+    each batch norm is added.
 
     Args:
         net: any network.
-        iterations: steps of the power iteration. The result is at most the exact value.
+        iterations: steps of the power iteration, which estimates the singular values. The estimate
+            is never above the exact value.
     """
     matrices: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     factors: list[Tensor] = []
@@ -37,7 +38,7 @@ def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
 
 
 def _norms(matrices: Tensor, iterations: int) -> Tensor:
-    """Return the largest singular value of each matrix, (N,), for matrices (N, out, in)."""
+    """Return the largest singular value of each of N matrices (N, out, in)."""
     with torch.no_grad():
         u = _start(matrices)
         v = F.normalize(u @ matrices, dim=-1)
@@ -48,7 +49,7 @@ def _norms(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def _start(matrices: Tensor) -> Tensor:
-    """Return vectors (N, 1, out) of length 1, the same ones for each shape."""
+    """Return N random unit vectors (N, 1, out), the same ones in every call with this shape."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(1, 1, matrices.shape[1], generator=generator)
     u = F.normalize(u, dim=-1).to(matrices.device)

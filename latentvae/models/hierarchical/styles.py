@@ -1,4 +1,4 @@
-"""List the styles of blocks by the name that a preset gives as `block`."""
+"""List the styles of blocks. The keys are the values of the option `block`."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -38,7 +38,11 @@ class Group(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """Settings that all groups of latents share: channels, kind of posterior, map to ln(std)."""
+    """Settings that all groups of latents share.
+
+    They are the number of channels, the kind of posterior, and the function from the network's
+    output to ln(std).
+    """
 
     channels: int
     posterior: Posterior
@@ -46,7 +50,7 @@ class Latents(NamedTuple):
 
 
 class TopDownBlock(nn.Module):
-    """One block of the decoder, with a group of latents (B, D, side, side)."""
+    """One block of the decoder, with a group of latents of D channels, (B, D, side, side)."""
 
     def __init__(
         self, width: int, *, resolution: int, latents: Latents, style: Style, gain: float
@@ -63,7 +67,7 @@ class TopDownBlock(nn.Module):
         """Return the block's maps, and its group of latents.
 
         Args:
-            x: the decoder's maps, (B, W, side, side).
+            x: the decoder's maps of W channels, (B, W, side, side).
             features: the encoder's features, (B, W, side, side), or None without an image.
             pick: function that chooses the latents, given prior and posterior.
         """
@@ -86,14 +90,14 @@ class TopDownBlock(nn.Module):
 class Decoder(nn.Module):
     """All blocks, coarsest first, with nearest-neighbour upsampling between resolutions.
 
-    Each resolution starts at a learned bias (W, side, side).
+    The maps of each resolution start from a learned bias (channels, side, side).
 
     Args:
         layers: the blocks.
         widths: number of channels of each resolution.
         latents: settings that all groups of latents share.
         style: builds the residual blocks, see `blocks.Style`.
-        no_bias_above: largest resolution that has a learned bias.
+        no_bias_above: largest resolution that has a learned bias. Finer maps start from 0.
         mirrored: whether the decoder's blocks read the features of the encoder's blocks of the same
             resolution in reverse order. Otherwise all decoder blocks of a resolution read the
             features of the encoder's last block of this resolution.
@@ -135,7 +139,7 @@ class Decoder(nn.Module):
     def forward(
         self, features: Features | None, batch: int, picks: Sequence[Pick]
     ) -> tuple[Tensor, list[Group]]:
-        """Return the finest maps (B, W, side, side), and the groups of latents in their order.
+        """Return the finest maps (B, W, side, side) of W channels, and all groups of latents.
 
         Args:
             features: the encoder's output, or None without an image. Features of fewer than B
@@ -165,7 +169,7 @@ class Decoder(nn.Module):
         return x
 
     def _features(self, features: Features | None, block: int, batch: int) -> Tensor | None:
-        """Return the features (B, W, side, side) that a block reads, once for each sample."""
+        """Return the features that a block reads, repeated for each sample of an image."""
         if features is None:
             return None
         sides = [layer.resolution for layer in self.layers]

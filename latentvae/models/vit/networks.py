@@ -18,16 +18,16 @@ from latentvae.errors import UserError
 from latentvae.models.vit.transformer import Transformer
 
 Head = Literal["linear", "conv"]
-HEAD_CHANNELS = 32  # maps at full resolution in the head `conv`
+HEAD_CHANNELS = 32  # number of maps at full resolution in the output layers `ConvHead`
 
 
 class ViTEncoder(nn.Module):
     """Encode patches of images to maps (B, c, H/p, W/p).
 
     Args:
-        image_channels: C.
-        channels: c.
-        patch_size: p, in pixels.
+        image_channels: number of image channels.
+        channels: number of channels c of a token.
+        patch_size: side p of a patch in pixels.
         num_blocks, head_channels: see `Transformer`.
     """
 
@@ -49,7 +49,7 @@ class ViTEncoder(nn.Module):
         """Encode images (B, C, H, W).
 
         Raises:
-            UserError: H or W is not a multiple of p.
+            UserError: H or W is not a multiple of the patch size.
         """
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
@@ -64,12 +64,12 @@ class ViTDecoder(nn.Module):
     """Decode maps (B, c, h, w) to images (B, C, p h, p w).
 
     Args:
-        image_channels: C.
-        channels: c.
-        patch_size: p, in pixels.
+        image_channels: number of image channels C.
+        channels: number of channels c of a token.
+        patch_size: side p of a patch in pixels.
         num_blocks, head_channels: see `Transformer`.
-        head: `"linear"` computes the pixels of each patch from its token alone. `"conv"` has two
-            convolutions at full resolution, which see across the edges of patches.
+        head: the last layers. `"linear"` computes the pixels of each patch from its token alone.
+            `"conv"` has two convolutions at full resolution, which also read neighbouring patches.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ViTDecoder(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Place tokens (B, c, h, w) at full resolution, and mix them across the edges of patches."""
+    """Turn tokens (B, c, h, w) into maps at full resolution, and convolve them across patches."""
 
     def __init__(self, channels: int, *, patch_size: int) -> None:
         super().__init__()
@@ -109,10 +109,13 @@ class ConvHead(nn.Module):
         self.conv = nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS, 3, padding=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return maps (B, HEAD_CHANNELS, p h, p w)."""
+        """Return maps (B, HEAD_CHANNELS, p h, p w) at full resolution, for patch size p."""
         return F.silu(self.conv(to_pixels(self.expand(tokens), patch_size=self.patch_size)))
 
 
 def to_pixels(tokens: Tensor, *, patch_size: int) -> Tensor:
-    """Place the numbers of each token, (B, C p p, h, w), as a patch: (B, C, p h, p w)."""
+    """Turn the C p p numbers of each token, (B, C p p, h, w), into a patch of p x p pixels.
+
+    The result is (B, C, p h, p w).
+    """
     return rearrange(tokens, "B (C p q) h w -> B C (h p) (w q)", p=patch_size, q=patch_size)

@@ -1,8 +1,8 @@
 """Rotary position embedding in two dimensions (RoFormer, arXiv:2104.09864).
 
-Half of a head's channels are rotated by angles in proportion to the token's row, and the other half
-in proportion to its column. Attention between two tokens then uses only their distances in rows and
-in columns, not their positions. So a network works on grids of any height and width.
+Half of a head's channels are rotated by angles in proportion to the token's row. The other half are
+rotated in proportion to the token's column. Attention between two tokens then depends on their
+distances in rows and in columns, not on their positions. So a network works on grids of any size.
 
 `B` batch, `N` tokens (N = h w), `D` channels of a head.
 """
@@ -11,13 +11,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# The largest wavelength is about 2 pi BASE positions. Text models have a base of 10,000, but the
-# sides of a grid of tokens are short. With 100, most channels distinguish near positions.
+# The largest wavelength is about 2 pi BASE positions. Text models use a base of 10,000. The sides
+# of a grid of tokens are much shorter than a text. With 100, most channels differ between positions
+# that are close to each other.
 BASE = 100.0
 
 
 def grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Return the places (row, column) of a grid's tokens, row by row, (N, 2), float32."""
+    """Return row and column of each token of a grid, (height * width, 2), float32.
+
+    The tokens are listed row by row.
+    """
     rows, columns = (
         torch.arange(side, device=device, dtype=torch.float32) for side in (height, width)
     )
@@ -25,11 +29,11 @@ def grid(height: int, width: int, *, device: torch.device | None = None) -> Tens
 
 
 def rotations(places: Tensor, *, channels: int) -> Tensor:
-    """Return the cosines and sines of all angles, (2, N, D / 2), float32.
+    """Return the cosines and sines of all rotation angles, (2, N, D / 2), float32.
 
     Args:
-        places: row and column of each token, (N, 2). They may be fractions.
-        channels: D, a multiple of 4.
+        places: row and column of each of N tokens, (N, 2). They may be fractions.
+        channels: number of channels D of an attention head, a multiple of 4.
     """
     exponents = torch.arange(0, channels, 4, device=places.device, dtype=torch.float32) / channels
     angles = rearrange(places[:, :, None] * BASE**-exponents, "N side angle -> N (side angle)")
@@ -37,11 +41,12 @@ def rotations(places: Tensor, *, channels: int) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate queries or keys (B, heads, N, D) by the positions of their tokens.
+    """Rotate queries or keys (B, heads, N, D) by angles that follow from the tokens' positions.
 
     Args:
-        turns: the result of `rotations`. Channels i and i + D / 2 form a plane, which turns by
-            angle number i.
+        x: queries or keys of N tokens, with D channels per attention head.
+        turns: the result of `rotations`. Channels i and i + D / 2 are rotated together, as a point
+            of a plane, by angle number i.
     """
     cos, sin = turns
     first, second = x.float().chunk(2, dim=-1)

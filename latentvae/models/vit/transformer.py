@@ -2,9 +2,9 @@
 
 tokens (B, N, c) -> [+ attention(norm) -> + feed-forward(norm)] x number of blocks -> norm
 
-A block follows ViT (arXiv:2010.11929), with later changes: rotary positions (`vit.rotary`), norms
-of queries and keys, which keep attention stable (arXiv:2302.05442), and SwiGLU
-(arXiv:2002.05202).
+A block follows ViT (arXiv:2010.11929), with three later changes. Positions are rotary
+(`vit.rotary`). Queries and keys are normalised, which keeps attention stable (arXiv:2302.05442).
+The feed-forward layer is SwiGLU (arXiv:2002.05202).
 
 `B` batch, `N` tokens (N = h w), `c` channels, `D` channels of a head.
 """
@@ -20,7 +20,7 @@ from latentvae.models.vit.rotary import grid, rotate, rotations
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm without bias, in float32 under any precision."""
+    """A layer norm without bias. It computes in float32, also under autocast."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, bias=False)
@@ -36,14 +36,15 @@ class Attention(nn.Module):
     """Self-attention over all tokens, with rotary positions.
 
     Args:
-        channels: c, a multiple of `head_channels`.
-        head_channels: D, a multiple of 4.
+        channels: channels of a token, a multiple of `head_channels`.
+        head_channels: channels of an attention head, a multiple of 4.
     """
 
     def __init__(self, channels: int, *, head_channels: int) -> None:
         super().__init__()
         self.num_heads = channels // head_channels
-        # Three layers instead of one, because Muon makes each matrix orthogonal.
+        # Three layers instead of one joined layer, because the optimiser Muon makes the update of
+        # each matrix orthogonal.
         self.query = nn.Linear(channels, channels, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
@@ -63,7 +64,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, with as many weights as a plain feed-forward layer of 4 c hidden channels."""
+    """SwiGLU, with about as many weights as a plain feed-forward layer of 4 times the width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer. Each follows a norm, and is added to its input."""
+    """Attention and a feed-forward layer, each with a norm before it and a residual connection."""
 
     def __init__(self, channels: int, *, head_channels: int) -> None:
         super().__init__()
@@ -95,13 +96,13 @@ class Transformer(nn.Module):
     """Transformer blocks and a final norm, applied to maps (B, c, h, w) of any height and width.
 
     Args:
-        channels: c, a multiple of `head_channels`.
+        channels: number of channels c of the maps, a multiple of `head_channels`.
         num_blocks: number of blocks.
-        head_channels: channels D of an attention head, a multiple of 4.
+        head_channels: channels of an attention head, a multiple of 4.
     """
 
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Any  # diffusers sets it
+    _gradient_checkpointing_func: Any  # diffusers sets this attribute
 
     def __init__(self, channels: int, *, num_blocks: int, head_channels: int) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class Transformer(nn.Module):
         return rearrange(self.norm(x), "B (h w) c -> B c h w", h=h)
 
     def _initialise(self) -> None:
-        """Initialise all linear layers. The sum of all blocks then has about unit variance."""
+        """Initialise all linear layers so that the blocks' summed outputs have about variance 1."""
         for block in self.blocks:
             for name, layer in block.named_modules():
                 if isinstance(layer, nn.Linear):

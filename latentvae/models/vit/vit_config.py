@@ -23,14 +23,15 @@ SHAPE = (
 class ViTConfig(ModelConfig):
     """Options of an encoder and a decoder that are vision transformers.
 
-    The downsampling factor f is patch_size.
+    The downsampling factor f equals the option `patch_size`.
     """
 
     patch_size: Positive = Field(
         default=8,
         description=(
-            "Side of a patch in pixels. Each patch is one latent position, so this number is also "
-            "the downsampling factor f. The sides of images must be multiples of this number."
+            "Side of a patch in pixels. Each patch becomes one latent position, so this number is "
+            "also the downsampling factor. The height and width of images must be multiples of "
+            "this number."
         ),
     )
     encoder_channels: Annotated[Positive, Elsewhere("hidden_size encoder_width")] = Field(
@@ -59,9 +60,9 @@ class ViTConfig(ModelConfig):
     decoder_head: Literal["linear", "conv"] = Field(
         default="linear",
         description=(
-            "Last part of the decoder. `linear` computes the pixels of each patch from its token. "
-            "`conv` adds two convolutions at full resolution, so that the edges of patches do not "
-            "show. `conv` needs more memory."
+            "Last part of the decoder. `linear` computes the pixels of each patch from the token "
+            "of this patch. `conv` then adds two convolutions at full resolution, so that the "
+            "borders between patches are not visible. `conv` needs more memory."
         ),
     )
 

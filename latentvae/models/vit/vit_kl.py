@@ -1,8 +1,8 @@
 """A continuous autoencoder of vision transformers, with a Gaussian posterior.
 
-The source is ViTok (arXiv:2501.09755, and ViTok-v2, arXiv:2605.05331), with the bottleneck of
-latent diffusion (arXiv:2112.10752). The methods and outputs are those of diffusers'
-`AutoencoderKL`.
+The encoder and decoder follow ViTok (arXiv:2501.09755, and ViTok-v2, arXiv:2605.05331). The
+Gaussian posterior is that of latent diffusion (arXiv:2112.10752). The methods and outputs are those
+of diffusers' `AutoencoderKL`.
 
 images (B, C, H, W) -> encoder -> quant_conv -> moments (B, 2d, H/p, W/p) -> z (B, d, H/p, W/p) ->
 post_quant_conv -> decoder -> recon (B, C, H, W)
@@ -30,7 +30,7 @@ from latentvae.models.vit.vit_config import SHAPE, ViTConfig
 class ViTKLModelConfig(ViTConfig, PosteriorConfig):
     """Options of the network: a ViT autoencoder with a Gaussian posterior.
 
-    The downsampling factor f is patch_size.
+    The downsampling factor is `patch_size`.
     """
 
     architecture: Literal["vit_kl"] = "vit_kl"
@@ -44,12 +44,12 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
         recon = net.decode(z).sample
 
     Args:
-        patch_size: side p of a patch in pixels, the downsampling factor f.
+        patch_size: side of a patch in pixels. It is also the downsampling factor.
         encoder_channels, decoder_channels: channels of a token.
         encoder_blocks, decoder_blocks: number of transformer blocks.
         attention_head_dim: channels of an attention head, a multiple of 4.
         decoder_head: `"linear"` or `"conv"`, see `ViTDecoder`.
-        latent_channels: d.
+        latent_channels: number of latent channels.
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the latents, for diffusion models that train on these latents.
     """
@@ -83,12 +83,12 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
         )
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Encode images (B, C, H, W) to the posterior of z (B, d, H/p, W/p)."""
+        """Encode images (B, C, H, W) to the posterior of z (B, d, H/p, W/p), for patch size p."""
         posterior = DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        """Decode latents (B, d, h, w) to images (B, C, p h, p w)."""
+        """Decode latents (B, d, h, w) to images (B, C, p h, p w), for patch size p."""
         sample = self.decoder(self.post_quant_conv(z))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -99,14 +99,17 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """Encode and decode images. With `sample_posterior`, decode a sample, else the mode."""
+        """Encode and decode images. The decoder gets the posterior's mode.
+
+        With `sample_posterior`, the decoder gets a sample of the posterior instead.
+        """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
 
 class ViTKLFamily(PosteriorFamily):
-    """Methods for `ViTAutoencoderKL`, for which diffusers has no class."""
+    """Methods for `ViTAutoencoderKL`, which no class of diffusers can replace."""
 
     network = ViTAutoencoderKL
     options = ViTKLModelConfig

@@ -1,9 +1,9 @@
 """A tokenizer of vision transformers, with any quantiser of `latentvae.bottlenecks`.
 
 The source is ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627). As in ViT-VQGAN, two layers with a tanh
-between them project each token to the few channels of its code. The blocks are newer
-(`vit.transformer`). Positions are rotary instead of learned, so images may have any size that is a
-multiple of the patch.
+between them project each token to the few channels of its code. The transformer blocks are not
+those of ViT-VQGAN (see `vit.transformer`). Positions are rotary instead of learned, so images may
+have any size that is a multiple of the patch size.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/p, W/p) -> quantize -> z (B, D,
 H/p, W/p) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
@@ -14,7 +14,7 @@ H/p, W/p) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines look for it in this module
+from diffusers import ModelMixin  # noqa: F401  diffusers' pipelines need it in this module
 from diffusers.configuration_utils import register_to_config
 from pydantic import Field
 from torch import nn
@@ -35,15 +35,15 @@ _QUANTIZER = {"type": "vq", "num_codes": 8192, "code_channels": 32, "l2_normaliz
 class ViTVQModelConfig(ViTConfig, TokenizerConfig):
     """Options of the network: a ViT tokenizer with a quantiser of your choice.
 
-    The downsampling factor f is patch_size.
+    The downsampling factor is `patch_size`.
     """
 
     architecture: Literal["vit_vq"] = "vit_vq"
     latent_channels: Positive = Field(
         default=768,
         description=(
-            "Number of channels between the two layers that project the encoder's output to the "
-            "channels of the quantiser."
+            "Width of a hidden layer: two layers project the encoder's output to the channels of "
+            "the quantiser, and this is the number of channels between them."
         ),
     )
 
@@ -55,10 +55,10 @@ class ViTTokenizer(Tokenizer):
         indices = net.tokenize(images).indices
         recon = net.decode_indices(indices).sample
 
-    The defaults give the shape of ViT-VQGAN base.
+    With the default arguments, the network has the shape of ViT-VQGAN base.
 
     Args:
-        patch_size: side p of a patch in pixels, the downsampling factor f.
+        patch_size: side of a patch in pixels. It is also the downsampling factor.
         encoder_channels, decoder_channels: channels of a token.
         encoder_blocks, decoder_blocks: number of transformer blocks.
         attention_head_dim: channels of an attention head, a multiple of 4.
@@ -66,7 +66,7 @@ class ViTTokenizer(Tokenizer):
         latent_channels: channels between the two layers of `quant_conv`.
         quantizer: the quantiser's `type` (see `bottlenecks.QUANTIZERS`) and arguments.
         likelihood: None, or "logit_laplace". With "logit_laplace", the decoder returns the
-            parameters of this likelihood (2 C maps) instead of images.
+            parameters of this likelihood (2 maps for each image channel) instead of images.
         sample_size: side of the training images in pixels.
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
     """
@@ -114,7 +114,7 @@ class ViTTokenizer(Tokenizer):
 
 
 class ViTVQFamily(TokenizerFamily):
-    """Methods for `ViTTokenizer`, for which diffusers has no class."""
+    """Methods for `ViTTokenizer`, which no class of diffusers can replace."""
 
     network = ViTTokenizer
     options = ViTVQModelConfig

@@ -31,8 +31,7 @@ class Encoder(nn.Module):
     Args:
         channels: number of image channels C.
         widths: number of channels after each halving of the resolution.
-        levels: number of levels. The maps after each of the last `levels` halvings give the
-            features.
+        levels: number of levels. Each of the last `levels` halvings gives the features of a level.
         layers: number of residual blocks of each level.
         inner: number of channels inside a residual block.
     """
@@ -90,7 +89,10 @@ class Decoder(nn.Module):
 
 
 class Condition(nn.Sequential):
-    """Map codes (B, D, h, w) of a level to an input (B, D, 2 h, 2 w) of the next level."""
+    """Map codes of a level to an input of the next finer level.
+
+    Codes of width D, (B, D, h, w), become maps (B, D, 2 h, 2 w).
+    """
 
     def __init__(self, code_channels: int, width: int, *, layers: int, inner: int) -> None:
         super().__init__(
@@ -101,7 +103,7 @@ class Condition(nn.Sequential):
 
 
 class Upsample(nn.Sequential):
-    """Upsample codes (B, D, h, w) of a level to the channels and size of the decoder's input."""
+    """Upsample codes of width D, (B, D, h, w), to the channels and size of the decoder's input."""
 
     def __init__(self, code_channels: int, out_channels: int, *, doublings: int) -> None:
         widths = [code_channels, *[out_channels] * doublings]

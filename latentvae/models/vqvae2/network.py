@@ -7,12 +7,14 @@ The source is Razavi et al. 2019, arXiv:1906.00446. With two levels (the paper's
     bottom features + condition(top codes) -> quantize[1] -> bottom codes
     all codes -> post_quant_conv -> (B, d, H/f_b, W/f_b) -> decoder -> recon (B, C, H, W)
 
-Each level is twice as fine as the level before it. The paper concatenates the bottom's features
-with the decoded top codes, and projects them to the code width. Here, the two are projected
-separately and the results are added, which computes the same function.
+Each level has twice the height and width of the level before it. The paper concatenates the
+bottom's features with the decoded top codes, and projects them to the code width. Here, the
+features and the decoded codes are projected separately and the results are added, which computes
+the same function.
 
-`B` batch, `C` image channels, `D` code width, `P` codes per coarsest position, `h w` coarsest
-positions, `f` downsampling factor of the coarsest level.
+`B` batch, `C` image channels, `D` code width, `P` codes per position of the coarsest level, `h w`
+positions of the coarsest level, `f` downsampling factor of the coarsest level, `f_b` of the bottom
+level, `d` channels of the decoder's input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,11 +42,15 @@ _QUANTIZER = {"type": "vq", "num_codes": 512, "code_channels": 64, "ema_decay": 
 class FoldLevels(nn.Module):
     """Fold the features of all levels into one tensor of the coarsest level's size.
 
-    A level that is s times as fine as the coarsest level gives s x s times as many channels.
+    A level with s times the height and width of the coarsest level gives s * s times the channels.
     """
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Fold the features (B, D, h_l, w_l) of all levels, coarsest first, to z (B, P D, h, w)."""
+        """Fold the features of all levels, coarsest first, to z (B, P D, h, w).
+
+        The features of level l are (B, D, h_l, w_l) for codes of width D. P is the number of codes
+        per position of the coarsest level.
+        """
         return torch.cat([F.pixel_unshuffle(x, 2**i) for i, x in enumerate(features)], dim=1)
 
 
@@ -57,17 +63,18 @@ class VQVAE2(ModelMixin, ConfigMixin):
         recon = net.decode_indices(indices).sample
 
     Args:
-        block_out_channels: number of channels after each halving of the resolution.
-            f = 2 ** (number of halvings).
-        code_levels: number of levels of codes. The maps after the last `code_levels` halvings get
-            codes.
-        layers_per_block: number of residual blocks of each level in encoder, decoder and condition.
+        block_out_channels: number of channels after each halving of the resolution. The
+            downsampling factor of the coarsest level is 2 ** (number of halvings).
+        code_levels: number of levels of codes. The maps after each of the last `code_levels`
+            halvings get codes.
+        layers_per_block: number of residual blocks of each level in encoder and decoder, and in the
+            networks from coarser codes to a finer level.
         residual_channels: number of channels inside a residual block.
         latent_channels: number of channels of the decoder's input.
         quantizer: `type` "vq" and the arguments of `VectorQuantizer`. Each level has a quantiser
             with its own codes.
         sample_size: side of the training images in pixels.
-        scaling_factor: 1 / std of the features.
+        scaling_factor: 1 / std of the features, for diffusion models that train on these features.
 
     Raises:
         UserError: there are more levels of codes than halvings.
@@ -127,10 +134,11 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         """Encode images to features z (B, P D, h, w) of all levels before quantisation.
 
-        The features of finer levels do not yet include the input from coarser codes.
+        D is the code width, and P is the number of codes per position of the coarsest level. The
+        features of finer levels do not yet include the input from coarser codes.
 
         Raises:
-            UserError: a side of the images is not a multiple of f.
+            UserError: a side of the images is not a multiple of the downsampling factor.
         """
         height, width = images.shape[2:]
         if height % self.f or width % self.f:
@@ -144,10 +152,11 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def quantize_levels(
         self, z: Tensor, *, temperature: float = 1.0
     ) -> tuple[list[Tensor], list[Quantized]]:
-        """Quantise features z (B, P D, h, w), coarsest level first.
+        """Quantise the features z that `encode` returns, coarsest level first.
 
         Returns:
-            For each level, the features (B, D, h_l, w_l) that its quantiser reads, and the result.
+            For each level l, the features (B, D, h_l, w_l) that its quantiser reads, and for each
+            level, the quantiser's result. D is the code width.
         """
         features: list[Tensor] = []
         found: list[Quantized] = []
@@ -159,18 +168,25 @@ class VQVAE2(ModelMixin, ConfigMixin):
         return features, found
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> Any:
-        """Quantise features z (B, P D, h, w) and decode them to images (B, C, f h, f w)."""
+        """Quantise the features z that `encode` returns, and decode the codes to images."""
         _, found = self.quantize_levels(latents)
         sample = self.decode_codes([level.z for level in found])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_codes(self, codes: Sequence[Tensor]) -> Tensor:
-        """Decode the codes (B, D, h_l, w_l) of all levels, coarsest first, to images."""
+        """Decode the codes of all levels, coarsest first, to images.
+
+        The codes of level l are (B, D, h_l, w_l) for codes of width D.
+        """
         joined = [up(z.to(self.dtype)) for up, z in zip(self.post_quant_conv, codes, strict=True)]
         return self.decoder(torch.stack(joined).sum(dim=0))
 
     def maps(self, indices: Tensor) -> list[Tensor]:
-        """Return the map (B, h_l, w_l) of each level of indices (B, P, h, w), coarsest first."""
+        """Return the map of code indices of each level, coarsest first.
+
+        The map of level l is (B, h_l, w_l). `indices` (B, P, h, w) has P codes per position of the
+        coarsest level.
+        """
         height, width = indices.shape[-2:]
         levels = range(len(self.quantize))
         return split_levels(indices, [(2**i * height, 2**i * width) for i in levels])
@@ -179,17 +195,20 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def tokenize(self, images: Tensor) -> TokenOutput:
         """Return the code indices (B, P, h, w) of images (B, C, H, W) in [-1, 1].
 
-        `models.levels` describes the order of the indices. `maps` returns the map of each level.
+        P is the number of codes per position of the coarsest level. `models.levels` describes the
+        order of the indices. `maps` returns the map of each level.
         """
         _, found = self.quantize_levels(self.encode(images).latents)
         return TokenOutput(indices=join_levels([level.indices for level in found]))
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor, return_dict: bool = True) -> Any:
-        """Decode code indices (B, P, h, w) to images. The indices are integers of any dtype.
+        """Decode code indices, as `tokenize` returns them, to images.
+
+        The indices are integers of any dtype.
 
         Raises:
-            UserError: the indices have a wrong shape, or are not integers in 0..K - 1.
+            UserError: the indices have a wrong shape, or are not integers in 0..K - 1 for K codes.
         """
         planes = sum(4**i for i in range(len(self.quantize)))
         expected = (planes,) if planes > 1 else ()
@@ -198,9 +217,9 @@ class VQVAE2(ModelMixin, ConfigMixin):
             raise UserError(
                 f"indices must be integers ({shape}) (got {indices.dtype} {tuple(indices.shape)})"
             )
-        indices = indices.long()  # torch has no minimum of uint16 and no embedding of uint8
+        indices = indices.long()  # torch has no `aminmax` of uint16, and cannot embed uint8
         quantizers: Any = self.quantize
-        low, high = (int(value) for value in indices.aminmax())  # waits for the device
+        low, high = (int(value) for value in indices.aminmax())  # waits for the GPU
         if low < 0 or high >= quantizers[0].num_codes:
             last = quantizers[0].num_codes - 1
             raise UserError(f"indices must be in 0..{last} (got {low}..{high})")
@@ -213,7 +232,10 @@ class VQVAE2(ModelMixin, ConfigMixin):
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
 
     def _unfolded(self, z: Tensor) -> list[Tensor]:
-        """Return the features (B, D, h_l, w_l) of each level, the opposite of `FoldLevels`."""
+        """Return the features of each level, (B, D, h_l, w_l) for level l and code width D.
+
+        This is the inverse of `FoldLevels`.
+        """
         quantizers: Any = self.quantize
         D = quantizers[0].code_channels
         parts = z.split([4**i * D for i in range(len(quantizers))], dim=1)

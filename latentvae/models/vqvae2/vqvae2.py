@@ -1,6 +1,7 @@
-"""The family of VQ-VAE-2: its options, its training wrapper, and how other code uses it.
+"""The options of VQ-VAE-2, its training wrapper, and the methods with which other code uses it.
 
-`B` batch, `C` channels, `D` code width, `P` codes per coarsest position, `h w` coarsest positions.
+`B` batch, `C` channels, `D` code width, `P` codes per position of the coarsest level, `h w`
+positions of the coarsest level.
 """
 
 from collections.abc import Mapping
@@ -36,14 +37,15 @@ class VQVAE2Config(ModelConfig):
         description=(
             "Number of channels of each level of the network, from fine to coarse. The first level "
             "has half of the image's resolution, and each further level halves the resolution "
-            "again. The last levels have codes (see code_levels)."
+            "again. Only the last levels (the coarsest ones) have codes (see code_levels)."
         ),
     )
     code_levels: Positive = Field(
         default=2,
         description=(
-            "Number of levels with codes. Each level is twice as fine as the level before it, and "
-            "has a codebook of num_codes codes. 1 makes a VQ-VAE."
+            "Number of levels with codes, from the coarsest level on. Each further level has twice "
+            "the resolution. Each of them has its own codebook of num_codes codes. With 1, the "
+            "network is a VQ-VAE."
         ),
     )
     layers_per_block: Positive = Field(
@@ -54,12 +56,14 @@ class VQVAE2Config(ModelConfig):
         ),
     )
     residual_channels: Positive = Field(
-        default=64, description="Number of channels inside a residual block."
+        default=64,
+        description="Number of channels between the two convolutions of a residual block.",
     )
     latent_channels: Positive = Field(
         default=128,
         description=(
-            "Number of channels of the decoder's input, which joins the codes of all levels."
+            "Number of channels of the decoder's input. This input combines the codes of all "
+            "levels."
         ),
     )
     quantizer: VectorConfig = VectorConfig(num_codes=512, code_channels=64, codebook_decay=0.99)
@@ -116,8 +120,8 @@ class VQVAE2TrainingWrapper(TrainingWrapper):
 class VQVAE2Family(DiscreteFamily):
     """Methods for `VQVAE2`. Its latent z holds the features of all levels before quantisation.
 
-    A level's features do not yet include the input from coarser codes. `tokenize` and `decode` add
-    this input.
+    The features of a level do not yet include the input from the codes of coarser levels. The
+    methods `tokenize` and `decode` add this input.
     """
 
     network = VQVAE2
@@ -136,9 +140,9 @@ class VQVAE2Family(DiscreteFamily):
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the run's options with the pretrained network's shape.
+        """Return the options of a training run with the shape of its pretrained network.
 
-        The run's options decide how the codes learn.
+        The run's options, not the pretrained network, decide how the codes are trained.
         """
         own = self.options_of(config)
         shape = VectorConfig().shape_of(own["quantizer"])

@@ -1,4 +1,4 @@
-"""Examine latents in a proof. The generator is a DiT that learns by flow matching.
+"""Prepare latents for `latentvae prove`. The generator is a DiT that learns by flow matching.
 
 `n` images, `d` latent channels, `h w` latent positions.
 """
@@ -32,7 +32,7 @@ HEAD_DIM = 32
 
 
 class ProofFlow(FlowTask):
-    """Train a proof's generator on given latents. The training draws no pictures.
+    """Train a generator of `latentvae prove` on given latents. The training draws no pictures.
 
     Args:
         config: options of the run.
@@ -63,14 +63,14 @@ class ProofFlow(FlowTask):
 
 
 class LatentSubject(Subject):
-    """A folder of latents that `latentvae encode` wrote.
+    """A folder of latents that `latentvae encode` wrote, and changed copies of the latents.
 
     Args:
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the images that the manifest names.
-        model: the autoencoder. None takes the autoencoder that the manifest names.
+        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        model: the autoencoder. With None, the autoencoder in the folder's manifest is used.
     """
 
     kind = "latents"
@@ -104,7 +104,10 @@ class LatentSubject(Subject):
     # the variants
 
     def data(self, variant: str) -> LatentData:
-        """Return the latents of a variant, with the measured normalisation of each channel."""
+        """Return the latents of a variant (unchanged or with one of the changes in `variants`).
+
+        Each channel is normalised by its measured mean and standard deviation.
+        """
         if variant not in self._data:
             train, held = (self._changed(variant, part) for part in (0, 1))
             norm = measured_normalization(train, fold=1)
@@ -115,7 +118,7 @@ class LatentSubject(Subject):
         return self._data[variant]
 
     def _changed(self, variant: str, part: int) -> LatentTable:
-        """Return the latents of a part (0: training, 1: held out) after a control's change."""
+        """Return training latents (part 0) or held-out latents (part 1), changed by `variant`."""
         table = self.tables[part]
         draws = torch.Generator().manual_seed(part)
         table = dataclasses.replace(table, z=table.z.float())
@@ -135,7 +138,10 @@ class LatentSubject(Subject):
         return table
 
     def _moved(self, z: Tensor, order: Tensor) -> Tensor:
-        """Return latents whose patches, the generator's tokens, have another order."""
+        """Return latents whose square patches have a new order.
+
+        A patch is a token of the generator.
+        """
         side = z.shape[3] // self._patch
         pattern = "n d (y p) (x q) -> n d p q (y x)"
         cells = rearrange(z, pattern, p=self._patch, q=self._patch)[..., order]
@@ -151,9 +157,10 @@ class LatentSubject(Subject):
         self._data.pop(variant, None)
 
     def _blocks(self, images: Tensor) -> Tensor:
-        """Return mean colours (n, 3 k^2, h, w): k x k blocks of pixels for each position.
+        """Return mean colours of pixel blocks, (n, 3 k^2, h, w), with k x k blocks per position.
 
-        k is the number with which these have nearest to as many values as the latent.
+        k is chosen so that the result has about as many values as the latents. For grey images,
+        there are k^2 channels.
         """
         channels, height, width = self.tables[0].z.shape[1:]
         k = max(round((channels / images.shape[1]) ** 0.5), 1)
@@ -161,7 +168,7 @@ class LatentSubject(Subject):
         return F.pixel_unshuffle(means, k)
 
     def decode(self, variant: str, z: Tensor) -> Tensor:
-        """Decode latents (n, d, h, w) of a variant to pictures (n, C, H, W) in [-1, 1]."""
+        """Turn latents (n, d, h, w) of a variant into pictures (n, C, H, W) in [-1, 1]."""
         if variant == "blocks":
             k = round((z.shape[1] / self.content.image_channels) ** 0.5)
             means = F.pixel_shuffle(z, k)
@@ -214,7 +221,10 @@ class LatentSubject(Subject):
             yield self.decode(CODE, z[numbers.start : numbers.stop])
 
     def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
-        """Decode noise. A new DiT predicts a velocity of 0, so it does not change the noise."""
+        """Decode noise, in batches.
+
+        A new DiT predicts a velocity of 0, so its samples are the noise.
+        """
         data = self.data(CODE)
         for numbers in batches(len(classes), self.settings.batch_size):
             noise = noise_of(data.shape, seed=seed, numbers=numbers)

@@ -1,7 +1,8 @@
-"""Measure pictures of generators: kernel distance, classes, and copies of training pictures.
+"""Measure generated pictures: kernel distance, classes, and copies of training pictures.
 
-All measures use features of relu5_3 of LPIPS' VGG16, averaged over positions, so no distance here
-is an FID. The kernel distance is the unbiased MMD^2 with the kernel (x . y / D + 1)^3.
+All measures use features of the layer relu5_3 of LPIPS' VGG16, averaged over positions. So no
+distance here is an FID, which uses Inception features. The kernel distance is the unbiased MMD^2
+with the kernel (x . y / D + 1)^3.
 
 `N` pictures, `D` features.
 """
@@ -18,12 +19,12 @@ from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.metrics.distribution import kernel_matrix, trunk_features, unbiased_mmd
 
 NEIGHBOURS = 10
-SUBSETS = 100  # number of subsets of the samples over which the spread of a distance is measured
+SUBSETS = 100  # number of random subsets of the samples, which give the spread of a distance
 FEATURES = "relu5_3 of LPIPS' VGG16, mean over positions, pictures at their own size"
 
 
 class PictureFeatures:
-    """Computes the features of pictures.
+    """Computes the VGG16 features of pictures.
 
     Args:
         device: device of the computation.
@@ -46,7 +47,7 @@ class PictureFeatures:
 
 @dataclass(frozen=True)
 class References:
-    """Features that samples are compared with.
+    """Features of real pictures and reconstructions, with which generated pictures are compared.
 
     Attributes:
         train, held: features of real training pictures and of real held-out pictures.
@@ -70,9 +71,10 @@ class References:
         Returns:
             - kd, kd_train: kernel distance to the held-out pictures, and to the training pictures.
             - kd_subsets: standard deviation of kd over random halves of the samples.
-            - class_accuracy_plain: `class_accuracy` of these pictures.
-            - copies: share of the pictures that are nearer to the reconstruction of a training
-              picture than 99 % of the reconstructions of held-out pictures are.
+            - class_accuracy_plain: share of the pictures that show their class.
+            - copies: share of the pictures that may be copies of training pictures. These pictures
+              are nearer to the reconstruction of a training picture than 99 % of the
+              reconstructions of held-out pictures are.
             - near_train, near_held: median distance of the pictures to the nearest reconstruction
               of a training picture, and of a held-out picture. Equally many training and held-out
               pictures are compared.
@@ -96,7 +98,7 @@ class References:
     def class_accuracy(self, found: Tensor, classes: Tensor) -> float:
         """Return the share of pictures that show their class.
 
-        The class that a picture shows is the commonest class of the nearest training pictures.
+        The class that a picture shows is the most common class of the nearest training pictures.
         """
         return class_share(found, classes, self.train, self.train_classes)
 
@@ -123,7 +125,7 @@ def spread_of_subsets(x: Tensor, y: Tensor) -> float:
 def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
     """Return the share of pictures that show their class.
 
-    The class that a picture shows is the commonest class of its nearest neighbours in `train`.
+    The class that a picture shows is the most common class of its nearest neighbours in `train`.
     """
     count = min(NEIGHBOURS, len(train))
     places = torch.cdist(found, train).topk(count, largest=False).indices
@@ -134,5 +136,5 @@ def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Te
 
 
 def nearest(found: Tensor, others: Tensor) -> Tensor:
-    """Return the distance of each picture to the nearest picture of `others`, (N,)."""
+    """Return each picture's distance to the nearest picture of `others`, (N,), between features."""
     return torch.cdist(found, others).amin(dim=1)

@@ -1,9 +1,9 @@
-"""Prove what latents or tokens are worth to a generator (`latentvae prove`).
+"""Measure how well latents or tokens suit a generator (`latentvae prove`).
 
-The same small generator is trained on each folder of codes (latents or tokens), and on controls:
-changed codes for which the generator must do worse. All generators have the same size and budget.
-Their samples are compared with reference values (called floors): the measures of real pictures, of
-reconstructions, and of an untrained generator.
+The same small generator is trained on each folder of codes (latents or tokens), and on controls. A
+control is a changed copy of the codes, for which the generator must do worse. All generators have
+the same size and number of updates. Their samples are compared with reference values (called
+floors): the measures of real pictures, of reconstructions, and of an untrained generator.
 
     OUT/proof.json   settings and results, the same bytes for the same seeds on the same machine
     OUT/proof.html   the results as a page
@@ -53,16 +53,19 @@ def prove(
     controls: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure all generators, and write proof.json and proof.html.
+    """Train and measure a generator for each folder and for changed copies, and write the results.
+
+    The results are proof.json and proof.html.
 
     Args:
         shards: folders of latents or tokens of the same images, which `latentvae encode` wrote.
         out: folder of the results. An interrupted proof is continued.
-        settings: size and budget of the generators.
-        data: the images that were encoded. None takes the images that each folder's manifest names.
-        models: the autoencoder of each folder. If empty, each folder's manifest names its
-            autoencoder.
-        controls: names of the controls to run. None runs all.
+        settings: size and training length of the generators.
+        data: the images that were encoded. With None, the path in each folder's manifest is used.
+        models: the autoencoder of each folder. If empty, the autoencoders in the folders' manifests
+            are used.
+        controls: names of the controls to run. A control is a changed copy of the codes, such as
+            codes with noise. None runs all controls.
         say: function that prints a line.
 
     Returns:
@@ -81,7 +84,7 @@ def prove(
                 f"batch_size {settings.batch_size} is larger than the number of training images, "
                 f"{len(subject.train)}. Give at most that many."
             )
-        subject.task(CODE, folder=out, seed=0, shift=1.0).open()  # raises for codes it cannot take
+        subject.task(CODE, folder=out, seed=0, shift=1.0).open()  # raises for unusable codes
 
     _claim(out, _identity(subjects, settings))
     with locked(out):
@@ -127,7 +130,7 @@ def _open(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a different name for each folder: its last part, or more parts if needed."""
+    """Return a different name for each folder: the last part of its path, or more if needed."""
     short = [folder.resolve().name for folder in folders]
     if len(set(short)) == len(short):
         return short
@@ -166,7 +169,7 @@ def _identity(subjects: Sequence[Subject], settings: ProofSettings) -> dict[str,
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Create the folder, and record in `settings.json` what it is for.
+    """Create the folder, and record in `settings.json` the data and settings of the proof.
 
     Raises:
         UserError: the folder holds another proof or other files.
@@ -191,10 +194,12 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
 
 
 class _Proof:
-    """The trainings and measures of one folder of codes. What is done is kept on the disk.
+    """The trainings and measures of one folder of codes (latents or tokens).
+
+    Finished trainings and measures are kept on the disk.
 
     Args:
-        subject: the codes and their controls.
+        subject: the codes and their controls (changed copies).
         folder: folder of the trainings.
         features: computes the features of pictures.
         say: function that prints a line.
@@ -213,7 +218,7 @@ class _Proof:
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, controls: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-        """Return the measures of the code, of its controls and of the floors, by name."""
+        """Return a dict of measures: of the codes, their changed copies, and reference pictures."""
         subject, found = self.subject, {"floors": self._floors()}
         for variant in subject.variants:
             asked = variant == CODE or controls is None or variant in controls
@@ -223,7 +228,7 @@ class _Proof:
         return found
 
     def _variant(self, variant: str) -> dict[str, Any]:
-        """Return the measures of a variant: means and spreads over the seeds."""
+        """Return the measures for the codes or a changed copy: means and spreads over the seeds."""
         subject, seeds = self.subject, self.settings.seeds
         if not subject.tunes_shift:
             self.shifts[variant] = 1.0
@@ -243,9 +248,9 @@ class _Proof:
         return result
 
     def _best_shift(self, variant: str) -> float:
-        """Return the shift whose samples are nearest to the training pictures.
+        """Return the shift of the noise levels whose samples are nearest to the training pictures.
 
-        The seed of these trainings is none of those that are reported.
+        These trainings use a seed of their own, which is not used for the reported results.
         """
         if len(self.settings.shifts) == 1:
             return self.settings.shifts[0]
@@ -257,21 +262,24 @@ class _Proof:
         return min(found, key=lambda shift: found[shift])
 
     def _measured(self, variant: str, *, seed: int, shift: float) -> dict[str, Any]:
-        """Train a generator, draw samples and measure them, or read what was measured before."""
+        """Train a generator, and draw and measure samples.
+
+        If this was done before, read the result.
+        """
         path = self._path(variant, seed=seed, shift=shift)
         if path.is_file():
             return json.loads(read_text(path))
         self.say(f"{self.subject.name}: {variant}, seed {seed}, shift {shift:g}")
         export = self.subject.fit(variant, folder=self.folder, seed=seed, shift=shift)
 
-        # its samples without guidance
+        # the generator's samples without guidance
         classes = self.subject.own_classes()
         images = self._drawn(variant, export, classes, shift=shift, seed=seed)
         save_grid(images[:SHOWN], path.with_suffix(".png"))
         size = self.settings.batch_size
         found = self.references.measure(self.features.of(images.split(size)), classes)
 
-        # with guidance, for their classes
+        # samples with guidance, to measure whether they show their classes
         if self.subject.num_classes:
             guidance, classes = self.settings.guidance, self.subject.even_classes()
             images = self._drawn(
@@ -288,7 +296,7 @@ class _Proof:
         return self.folder / f"{variant}-seed{seed}" / f"shift{shift:g}.json"
 
     def _drawn(self, variant: str, export: Path, classes: Tensor, **options: Any) -> Tensor:
-        """Return the samples of a generator (n, C, H, W). For the options, see `Subject.sample`."""
+        """Return samples (n, C, H, W) of a generator. `options` are those of `Subject.sample`."""
         drawn = self.subject.sample(variant, export, classes, **options)
         total = -(-self.settings.samples // self.settings.batch_size)
         bar = tqdm(drawn, total=total, desc="samples", unit="batch", disable=None, leave=False)
@@ -312,7 +320,7 @@ class _Proof:
         return References(**load_file(path), train_classes=subject.train.classes)
 
     def _floors(self) -> dict[str, Any]:
-        """Return the measures of pictures that no trained generator made."""
+        """Return the measures of reference pictures, such as real pictures and reconstructions."""
         path = self.folder / "floors.json"
         if path.is_file():
             return json.loads(read_text(path))
@@ -331,7 +339,7 @@ class _Proof:
         return found
 
     def draw(self, folder: Path) -> None:
-        """Copy the pictures of the first seed's samples, and draw real pictures beside them."""
+        """Write pictures: samples of the first seed, real pictures, and reconstructions."""
         folder.mkdir(parents=True, exist_ok=True)
         seed = self.settings.seeds[0]
         for variant, shift in self.shifts.items():
@@ -346,14 +354,17 @@ class _Proof:
 
 
 def _recognised(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return classes and copies, and the values of these names, of pictures without guidance."""
+    """Return the class accuracy, the share of copies, and the values with these names."""
     known = {"class_accuracy": values.get("class_accuracy_plain"), "copies": values["copies"]}
     known |= {name: values[name] for name in names}
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _summary(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Return means over seeds, and for the kernel distance and classes all values."""
+    """Return means over seeds.
+
+    For kernel distance and class accuracy, add the value of each seed.
+    """
     distances = [row["kd"] for row in rows]
     result: dict[str, Any] = {"kd": _with_spread(distances, seeds)}
     result["kd"]["subsets_std"] = fmean(row["kd_subsets"] for row in rows)
@@ -410,7 +421,7 @@ def _result(
 def _checks(
     code: dict[str, Any], controls: dict[str, Any], floors: dict[str, Any]
 ) -> dict[str, bool | None]:
-    """Return what the proof shows. None means that it was not measured.
+    """Return whether the proof shows each expected result. None means that it was not measured.
 
     A difference counts if it is more than two standard deviations of the difference over seeds.
     """
@@ -445,7 +456,11 @@ def _checks(
 
 
 def _as_many_values(code: dict[str, Any], blocks: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the measures of blocks, or None if they have far more or fewer values."""
+    """Return the measures of the control `blocks`, or None if its size differs too much.
+
+    The control replaces latents by mean colours. It is a fair comparison only if it has about as
+    many values as the latents.
+    """
     if blocks is None or not 2 / 3 <= blocks["values"] / code["values"] <= 1.5:
         return None
     return blocks

@@ -1,4 +1,4 @@
-"""Define the settings of the generator proof, which all generators of a proof share."""
+"""Define the settings of `latentvae prove`, which are the same for all generators."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,13 +8,15 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class ProofSettings:
-    """Settings of a proof. The results of two proofs are comparable only if the settings are equal.
+    """Settings of a proof, which trains small generators to compare latents or tokens.
+
+    The results of two proofs are comparable only if their settings are equal.
 
     Args:
         updates: length of each training, in updates of `batch_size` images.
         seeds: seeds of the generators. With two or more seeds, the results have a spread.
-        shifts: shifts of the noise levels to try, for latents. The trials use another seed than the
-            generators.
+        shifts: shifts of the noise levels to try, for latents. The trials use a seed that is not in
+            `seeds`.
         samples: number of pictures that each generator draws, the same number for each class.
         guidance: weight of classifier-free guidance for the samples of the measure
             `class_accuracy`. All other measures take samples without guidance.
@@ -22,9 +24,9 @@ class ProofSettings:
         batch_size: images in an update, and in a batch of samples.
         learning_rate: peak learning rate. The rate falls to 0 along a cosine.
         sampling_steps: number of Euler steps, for latents.
-        noise: strength of the control `noise`. For latents, the standard deviation of the noise,
-            relative to the standard deviation of each channel. For tokens, the share of tokens that
-            are replaced by random tokens.
+        noise: strength of the noise in the control `noise`, a copy of the codes with noise. For
+            latents, it is the standard deviation of the noise, relative to that of each channel.
+            For tokens, it is the share of tokens that are replaced by random tokens.
         max_images: at most this many training images are used, evenly spread.
         held_out: share of the images that no generator learns from.
 

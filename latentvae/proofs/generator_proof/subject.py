@@ -1,4 +1,4 @@
-"""Define the interface of what a proof examines: a folder of codes, with its controls.
+"""Define the interface of a folder of codes that `latentvae prove` examines.
 
 Codes are latents or tokens. A *variant* is either the unchanged codes (`code`) or a control. A
 control is a change of the codes that should make the generator better or worse in a known way.
@@ -30,12 +30,12 @@ from latentvae.latents.shard_dataset import LatentDataset, TokenDataset
 from latentvae.proofs.generator_proof.settings import ProofSettings
 from latentvae.tasks.shards import ItemTable
 
-CODE = "code"  # the variant without any change
+CODE = "code"  # name of the unchanged codes
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Real pictures with their classes.
+    """Real pictures with their classes and names.
 
     Attributes:
         images: (n, C, H, W) in [-1, 1], as they were encoded.
@@ -54,21 +54,24 @@ class Photos:
 class Subject(ABC):
     """A folder of latents or tokens, split into training and held-out images.
 
+    `latentvae prove` trains generators on the unchanged codes and on controls, which are changed
+    copies. Each of these is called a variant.
+
     Args:
         shards: the opened folder.
         table: all items of the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the images that the manifest names.
-        model: the autoencoder. None takes the autoencoder that the manifest names.
+        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        model: the autoencoder. With None, the autoencoder in the folder's manifest is used.
 
     Attributes:
         tables: the latents or tokens of the training images and of the held-out images.
         name: name of the folder in the results.
-        content: what the folder holds.
+        content: facts from the folder's manifest, such as the shape of an item.
         train, held: the real training pictures and the real held-out pictures.
         num_classes: number of classes, 0 without classes.
-        variants: the names of the code and of its controls, with what each control changes.
+        variants: dict from the name of each variant to a description of its change.
     """
 
     kind: ClassVar[str]
@@ -112,7 +115,7 @@ class Subject(ABC):
 
     @abstractmethod
     def task(self, variant: str, *, folder: Path, seed: int, shift: float) -> Task:
-        """Return the task that trains a generator of a variant."""
+        """Return the task that trains a generator on a variant (the codes or a changed copy)."""
 
     @abstractmethod
     def sample(
@@ -128,7 +131,7 @@ class Subject(ABC):
         """Draw pictures in batches (B, C, H, W) in [-1, 1].
 
         Args:
-            variant: the variant that the generator learned.
+            variant: name of the codes that the generator learned: unchanged or a changed copy.
             generator: folder that the training exported.
             classes: class of each picture, (n,).
             shift: shift of the noise levels.
@@ -138,9 +141,9 @@ class Subject(ABC):
 
     @abstractmethod
     def reconstructed(self, *, held: bool) -> Iterator[Tensor]:
-        """Decode the real codes, in batches (B, C, H, W) in [-1, 1].
+        """Decode the unchanged codes of the real images, in batches (B, C, H, W) in [-1, 1].
 
-        `held` chooses the held-out images instead of the training images.
+        With `held`, the held-out images are decoded instead of the training images.
         """
 
     @abstractmethod
@@ -150,7 +153,7 @@ class Subject(ABC):
     def fit(self, variant: str, *, folder: Path, seed: int, shift: float) -> Path:
         """Train a generator, or continue its training. Return the folder of its export.
 
-        The plan and the lines of the training go to `training.txt` in the run's folder.
+        Everything that the training prints is written to `training.txt` in the run's folder.
         """
         run = folder / f"{variant}-seed{seed}" / f"shift{shift:g}"
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +174,7 @@ class Subject(ABC):
         }
 
     def own_classes(self) -> Tensor:
-        """Return a class for each sample, (n,). Classes are as frequent as in the training images.
+        """Return a class for each sample, (n,), as frequent as in the training images.
 
         If there are no classes, all values are -1.
         """
@@ -186,13 +189,13 @@ class Subject(ABC):
 
     @abstractmethod
     def forget(self, variant: str) -> None:
-        """Free the memory of a variant."""
+        """Free the memory that a variant (the codes or a changed copy) takes."""
 
 
 def check_memory(content: Content, count: int, *, folder: Path) -> None:
-    """Raise UserError if this many pictures need more than half of the machine's memory."""
+    """Raise UserError if `count` pictures need more than half of the machine's memory."""
     height, width = content.size
-    each = 4 * content.image_channels * height * width * 2  # twice while they are read
+    each = 4 * content.image_channels * height * width * 2  # in memory twice while read
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if count * each > memory / 2:
         raise UserError(
@@ -205,7 +208,7 @@ def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) 
     """Read the pictures that were encoded, by their names.
 
     Raises:
-        UserError: the data lacks a picture, or a picture cannot be read.
+        UserError: a picture is missing in the data, or cannot be read.
     """
     pixels = PixelFormat(
         content.image_channels,
@@ -241,7 +244,7 @@ def batches(total: int, size: int) -> Iterator[range]:
 
 
 def proof_run(settings: ProofSettings, *, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
-    """Return the options of a training, by section."""
+    """Return the options of a generator's training, as a dict from sections to options."""
     return {
         "optimizer": {
             "learning_rate": settings.learning_rate,

@@ -1,4 +1,4 @@
-"""Examine tokens in a proof. The generator is an autoregressive transformer.
+"""Prepare tokens for `latentvae prove`. The generator is an autoregressive transformer.
 
 `n` images, `T` tokens of an image, `K` codes.
 """
@@ -30,7 +30,7 @@ HEAD_DIM = 32
 
 
 class ProofPrior(PriorTask):
-    """Train a proof's generator on given tokens. The training draws no pictures.
+    """Train a generator of `latentvae prove` on given tokens. The training draws no pictures.
 
     Args:
         config: options of the run.
@@ -59,14 +59,14 @@ class ProofPrior(PriorTask):
 
 
 class TokenSubject(Subject):
-    """A folder of tokens that `latentvae encode` wrote.
+    """A folder of tokens that `latentvae encode` wrote, and changed copies of the tokens.
 
     Args:
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. None takes the images that the manifest names.
-        model: the tokenizer. None takes the tokenizer that the manifest names.
+        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        model: the tokenizer. With None, the tokenizer in the folder's manifest is used.
     """
 
     kind = "tokens"
@@ -95,7 +95,7 @@ class TokenSubject(Subject):
         for size in self._sizes:
             orders.append(start + torch.randperm(size, generator=draws))
             start += size
-        self._order = torch.cat(orders)  # a permutation within each level
+        self._order = torch.cat(orders)  # a permutation within each level (token map)
 
     @property
     def _sizes(self) -> list[int]:
@@ -104,7 +104,7 @@ class TokenSubject(Subject):
     # the variants
 
     def data(self, variant: str) -> TokenData:
-        """Return the tokens of a variant."""
+        """Return the tokens of a variant (unchanged or with one of the changes in `variants`)."""
         if variant not in self._data:
             train, held = (self._changed(variant, part) for part in (0, 1))
             self._data[variant] = TokenData(
@@ -113,7 +113,7 @@ class TokenSubject(Subject):
         return self._data[variant]
 
     def _changed(self, variant: str, part: int) -> TokenTable:
-        """Return the tokens of a part (0: training, 1: held out) after a control's change."""
+        """Return training tokens (part 0) or held-out tokens (part 1) with the change `variant`."""
         table = self.tables[part]
         draws = torch.Generator().manual_seed(part)
         if variant == "noise":
@@ -188,7 +188,7 @@ class TokenSubject(Subject):
             yield self.decode(CODE, tokens[numbers.start : numbers.stop])
 
     def untrained(self, classes: Tensor, *, seed: int) -> Iterator[Tensor]:
-        """Decode random tokens, because a new transformer gives all codes equal probability."""
+        """Decode random tokens: an untrained transformer gives all codes equal probability."""
         draws = torch.Generator().manual_seed(seed)
         for numbers in batches(len(classes), self.settings.batch_size):
             shape = (len(numbers), sum(self._sizes))

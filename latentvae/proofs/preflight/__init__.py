@@ -1,4 +1,4 @@
-"""Check a run before its start. The checks examine the first updates of the user's own run."""
+"""Check a training before it starts, by its first updates on the user's own images."""
 
 from latentvae.proofs.preflight.preflight import preflight
 

@@ -7,27 +7,28 @@ from torch import Tensor, nn
 
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 
-# In each micro-step the discriminator is called first for the model's loss, then for its own loss
-# (and again for R1). A gradient before the discriminator's second call comes from the model's loss.
+# In each batch (micro-step) the discriminator is called first for the model's loss, then for its
+# own loss (and again for R1). A gradient before the discriminator's second call comes from the
+# model's loss.
 OWN_CALL = 2
 
 
 class Watch:
-    """A context manager that counts gradients that reach the wrong network.
+    """Context manager that counts the gradients that reach the wrong network.
 
     Attributes:
         discriminator_calls: number of forward passes of the discriminator.
         on_discriminator: number of gradients of the model's loss on parameters of the
             discriminator.
         on_model: number of gradients of the discriminator's loss on parameters of the model.
-        dtypes: output types of the network's convolutions.
+        dtypes: output dtypes of the autoencoder's convolutions.
     """
 
     def __init__(self, task: AutoencoderTask) -> None:
         self.task = task
         self.discriminator_calls = self.on_discriminator = self.on_model = 0
         self.dtypes: set[torch.dtype] = set()
-        self._calls = 0  # calls of the discriminator in this micro-step
+        self._calls = 0  # number of calls of the discriminator in this batch
         self._handles: list[Any] = []
 
     def next_micro_step(self) -> None:

@@ -40,7 +40,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def updates(rehearsal: Rehearsal) -> Check:
-    """Check that all gradients are finite. Otherwise no other check makes sense."""
+    """Check that all gradients are finite. With other gradients, no other check makes sense."""
     finite = [seen.result.finite for seen in rehearsal.seen]
     return Check(
         name="updates",
@@ -53,10 +53,10 @@ def updates(rehearsal: Rehearsal) -> Check:
 
 
 def weights(rehearsal: Rehearsal) -> Check:
-    """Check that the weights are in float32 and change in an update.
+    """Check that the weights have the dtype float32 and change in an update.
 
-    In bf16, the steps of a usual learning rate are rounded to 0, so the weights do not change. For
-    example, a training script of diffusers casts the weights to bf16.
+    If the weights were in bf16, steps of a usual learning rate would be rounded to 0, so the
+    weights would not change. A training script of diffusers makes this error.
     """
     # Examine the second update. In the first update, rounding the initial weights would look like a
     # step.
@@ -76,7 +76,7 @@ def weights(rehearsal: Rehearsal) -> Check:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in _all_parameters(rehearsal)}
     return Check(
         name="weights",
-        passed=dtypes == {"float32"} and share > 0.5,  # in bf16, about 0.1 change
+        passed=dtypes == {"float32"} and share > 0.5,  # in bf16, about 0.1 would change
         value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
         expected="float32 weights that move wherever they have a gradient",
         advice="Keep the weights in float32 (mixed_precision bf16 casts only the computation). "
@@ -92,7 +92,8 @@ def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
 def optimizer(rehearsal: Rehearsal) -> Check:
     """Check that every parameter that should learn belongs to an optimizer.
 
-    A parameter that no optimizer has, such as a forgotten output log-variance, never learns.
+    A parameter that belongs to no optimizer never learns. Scripts sometimes forget the learned
+    log-variance of the output.
     """
     missing: list[str] = []
     for learner in rehearsal.task.learners.values():
@@ -112,7 +113,10 @@ def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
 
 
 def cleared(rehearsal: Rehearsal) -> Check:
-    """Check that an update leaves no gradient, which would count again in the next update."""
+    """Check that an update leaves no gradient.
+
+    A remaining gradient would be added to the gradient of the next update.
+    """
     learners = rehearsal.task.learners.values()
     groups = [group for learner in learners for group in learner.optimizer.param_groups]
     left = sum(p.grad is not None and bool(p.grad.any()) for g in groups for p in g["params"])
@@ -126,10 +130,10 @@ def cleared(rehearsal: Rehearsal) -> Check:
 
 
 def learning_rate(rehearsal: Rehearsal) -> Check:
-    """Check that the learning rate follows the stated schedule.
+    """Check that the learning rate follows the schedule that the options describe.
 
-    The check fails when the rate is scaled by the batch size, or when its schedule counts
-    micro-steps or discriminator updates.
+    The check fails if the rate is scaled by the batch size. It also fails if the schedule counts
+    micro-steps or updates of the discriminator instead of updates.
     """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
@@ -193,7 +197,7 @@ def precision(rehearsal: Rehearsal) -> Check:
     found = {str(dtype).removeprefix("torch.") for dtype in rehearsal.watch.dtypes}
     return Check(
         name="precision",
-        passed=wanted in rehearsal.watch.dtypes,  # some parts use float32 within autocast
+        passed=wanted in rehearsal.watch.dtypes,  # some operations use float32 even within autocast
         value=", ".join(sorted(found)),
         expected=f"convolutions in {str(wanted).removeprefix('torch.')}, by mixed_precision "
         f"{asked}",
@@ -202,7 +206,7 @@ def precision(rehearsal: Rehearsal) -> Check:
 
 
 def average(rehearsal: Rehearsal) -> Check:
-    """Check that the weight average moves once per update of the model, in float32.
+    """Check that the weight average (EMA) is updated once per update of the model, in float32.
 
     An average in bf16 would not change, because its steps would be rounded to 0.
     """
@@ -241,7 +245,7 @@ def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
 
 
 def discriminator_start(rehearsal: Rehearsal) -> Check:
-    """Check that the discriminator learns from its start on, and is not called earlier."""
+    """Check that the discriminator learns from its first update on, and is not called before."""
     learned = [_changed(seen, "discriminator/") for seen in rehearsal.seen]
     called = [seen.discriminator_calls > 0 for seen in rehearsal.seen]
     expected = [i >= DISCRIMINATOR_START for i in range(UPDATES)]
@@ -256,7 +260,7 @@ def discriminator_start(rehearsal: Rehearsal) -> Check:
 
 
 def _numbers(happened: list[bool]) -> str:
-    """Return the numbers of the updates in which something happened, counted from 1."""
+    """Return the numbers (from 1) of the updates with a true value in `happened`, as text."""
     return ", ".join(str(i + 1) for i, did in enumerate(happened) if did) or "none"
 
 
@@ -269,7 +273,7 @@ def discriminator_ramp(rehearsal: Rehearsal) -> Check:
     options, objective = asked.discriminator, task.objective
     kept = objective.adversarial, task.progress.discriminator_start
 
-    # the weight at its start and after its ramp
+    # the weight when it starts, and after it has grown to its full value
     objective.adversarial = adversarial_weight(options)
     task.progress.discriminator_start = asked.discriminator_start
     ramp = options.disc_warmup_steps, options.disc_ramp_steps
@@ -301,7 +305,7 @@ def _changed(seen: Seen, group: str) -> bool:
 def discriminator_untouched(rehearsal: Rehearsal) -> Check:
     """Check that the model's loss leaves no gradient on the discriminator.
 
-    Such a gradient would train the discriminator to classify fakes as real.
+    Such a gradient would train the discriminator to classify reconstructions as real.
     """
     return Check(
         name="discriminator-untouched",

@@ -24,7 +24,7 @@ WARM_UP_RATE = 1e-3
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
     """Yield the checks of frozen networks, LPIPS and discriminator."""
-    yield frozen(rehearsal)  # first, because the next check puts LPIPS in eval mode
+    yield frozen(rehearsal)  # this check is first, because the next check puts LPIPS in eval mode
     yield lpips_weights(rehearsal)
     if rehearsal.task.discriminator is not None:
         yield discriminator_separates(rehearsal)
@@ -47,10 +47,10 @@ def lpips_weights(rehearsal: Rehearsal) -> Check:
 
 
 def frozen(rehearsal: Rehearsal) -> Check:
-    """Check that frozen networks take no gradients and are in eval mode.
+    """Check that frozen networks have no gradients and are in eval mode.
 
-    `module.requires_grad = False` only sets an attribute and freezes nothing. Calling `train()` on
-    a module that contains LPIPS turns on the dropout of LPIPS.
+    Two common errors are found. `module.requires_grad = False` only sets an attribute and freezes
+    nothing. Calling `train()` on a module that contains LPIPS turns on the dropout of LPIPS.
     """
     task, faults = rehearsal.task, []
     lpips = task.metric
@@ -98,7 +98,7 @@ def _learns(module: nn.Module) -> bool:
 def discriminator_separates(rehearsal: Rehearsal) -> Check:
     """Check that the discriminator learns to tell images from reconstructions.
 
-    The check fails when the loss has the wrong sign, or when a sigmoid bounds the logits. The check
+    The check fails if the loss has the wrong sign, or if a sigmoid bounds the logits. The check
     trains the discriminator for some steps, and then restores its weights.
     """
     # the images that the discriminator learns from
@@ -132,8 +132,9 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Return images and their reconstructions.
 
-    The reconstructions of a pretrained model are blurred here. Without the blur they are so good
-    that the discriminator cannot tell them from images after a few steps.
+    The reconstructions of a pretrained model are blurred here. Without the blur, these
+    reconstructions are so good that the discriminator cannot tell them from images after a few
+    steps.
     """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Run `latentvae preflight` and the option `--preflight`.
 
-The preflight makes a few updates of the run, checks what they did, and prints a line for each
+The preflight makes a few updates of the run, checks their effects, and prints a line for each
 check.
 """
 
@@ -54,10 +54,10 @@ def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
 
     Args:
         config: options of the run.
-        json: file for the results of the checks. None writes no file.
+        json: file for the results of the checks. With None, no file is written.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option, a path or the image folder is wrong.
@@ -149,7 +149,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
 
 
 def joined(check: Check) -> Check:
-    """Return the result of a check from the first rank where it failed, otherwise from rank 0."""
+    """Return the result of the first rank where the check failed, or else the result of rank 0."""
     found: list[Check] = gather_objects(check)
     failed = [(rank, one) for rank, one in enumerate(found) if not one.passed]
     if not failed:

@@ -1,4 +1,4 @@
-"""Make a micro-step in which only some loss terms have a weight, and measure the gradients.
+"""Make the forward and backward pass of a batch with only some loss terms, to get gradients.
 
 `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
 """
@@ -22,12 +22,12 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 
 @dataclass
 class Probe:
-    """Output, logged values and gradients of one micro-step.
+    """Output, logged values and gradients of one forward and backward pass.
 
     Attributes:
         images: (B, C, H, W), on the CPU.
         out: the training wrapper's output for the images.
-        logged: values that the micro-step logs.
+        logged: values for the log.
         at_recon: gradient of the loss with respect to the reconstruction.
         latent: the encoder's last output: posterior moments (B, 2 d, h, w), or features.
         at_latent: gradient of the loss with respect to `latent`, or None if there was none.
@@ -46,10 +46,10 @@ class Probe:
 
 
 def probe(rehearsal: Rehearsal, *names: str) -> Probe:
-    """Make a micro-step of two images without the discriminator.
+    """Make a forward and backward pass of two images, without the discriminator.
 
     Args:
-        rehearsal: the rehearsed run.
+        rehearsal: the short trial run that the preflight makes.
         names: loss terms that keep their weight. All other terms have weight 0.
     """
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
@@ -58,13 +58,13 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
-    """Make the micro-steps of one update, and return all gradients in one tensor.
+    """Add up the gradients of the batches of one update, and return them in one tensor.
 
     The decoder gets the posterior's mode instead of a sample.
 
     Args:
-        rehearsal: the rehearsed run.
-        parts: the images of each micro-step.
+        rehearsal: the short trial run that the preflight makes.
+        parts: the images of each batch (micro-step).
         names: loss terms that keep their weight. All other terms have weight 0.
     """
     config = rehearsal.task.config.model_copy(deep=True)
@@ -90,9 +90,9 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """Use another configuration in this context, and an objective with only the terms ``names``.
+    """In this context, use another configuration, and a loss with only the terms ``names``.
 
-    There is no adversarial term. All gradients are cleared before and after.
+    The loss has no adversarial term. All gradients are cleared before and after the context.
     """
     task = rehearsal.task
     kept = task.config, task.objective
@@ -108,7 +108,7 @@ def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -
 
 
 def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
-    """Make one micro-step and catch the gradients at the latent and the reconstruction."""
+    """Make a forward and backward pass. Record the gradients at latent and reconstruction."""
     task, caught = rehearsal.task, {}
 
     def at_latent(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -33,7 +33,7 @@ def equal(rehearsal: Rehearsal) -> Check:
 
 
 def batches(rehearsal: Rehearsal) -> Check:
-    """Check that no batch is used twice, in any process.
+    """Check that no batch is used twice, neither in one process nor in two processes.
 
     If the images are not divided among the processes, all processes read the same images. Then only
     one process does useful work.

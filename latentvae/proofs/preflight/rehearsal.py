@@ -1,4 +1,4 @@
-"""Rehearse a run: make its first updates, and record what they do.
+"""Make a short trial run (rehearsal): the first updates of a run, and a record of their effects.
 
 The model, images, precision and number of processes are those of the user's run. The rehearsal's
 folder is temporary, and the discriminator starts after two updates.
@@ -26,8 +26,8 @@ from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.autoencoder.task import AutoencoderTask
 from latentvae.tasks.autoencoder.update_step import DISCRIMINATOR, MODEL
 
-UPDATES = 4  # two without the discriminator, two with it
-DISCRIMINATOR_START = 2  # counted from 0
+UPDATES = 4  # two updates without the discriminator, and two with it
+DISCRIMINATOR_START = 2  # first update of the discriminator, counted from 0
 WATCHED_TENSORS = 12  # about this number per network is copied before and after each update
 
 
@@ -37,7 +37,7 @@ class Seen:
 
     Attributes:
         result: what `Updates.make` returned.
-        seconds: time of the update, with the loading of its images.
+        seconds: time of the update in seconds, including the loading of its images.
         rates: learning rates of the model's and the discriminator's optimizers.
         before, after: some tensors before and after the update, on the CPU. Their names start with
             `model/`, `discriminator/` or `ema/`.
@@ -56,11 +56,11 @@ class Seen:
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """A rehearsed run, with everything that the checks examine.
+    """A short trial run (rehearsal) of the user's run, with everything that the checks examine.
 
     Attributes:
         asked: the configuration of the user's run.
-        task: the task of the rehearsed run.
+        task: the task of the short run.
         training: the state of the training (see `engine`). The run's folder is temporary.
         updates: object that makes the updates of the run.
         seen: records of the updates that were made.
@@ -169,10 +169,11 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _some(tensors: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return about `WATCHED_TENSORS` of the tensors, spread over the network.
+    """Return about `WATCHED_TENSORS` tensors, spread over the network.
 
     The tensors are split into groups in the network's order. The result has the largest tensor of
-    each group. Codes are left out, because a restarted code changes completely.
+    each group. Codes are left out, because a code that restarts (takes a new value) changes
+    completely.
     """
     items = [item for item in tensors.items() if not item[0].startswith("net.quantize.")]
     step = max(len(items) // WATCHED_TENSORS, 1)
@@ -199,14 +200,17 @@ def fingerprints(training: Training) -> dict[str, str]:
 
 
 def align(training: Training) -> None:
-    """Send the state of the first rank to all ranks. Another check reports whether ranks differ."""
+    """Send the state of the first rank to all ranks.
+
+    Whether the ranks differed before is the subject of another check.
+    """
     device = training.accelerator.device.type
     tensors = [value for group in _state(training).values() for value in group.values()]
     send_from_main(value for value in tensors if value.device.type == device)
 
 
 def _state(training: Training) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors that an update changes, by kind."""
+    """Return all tensors that an update changes, in groups such as weights and averages."""
     groups: dict[str, dict[str, Tensor]] = {}
     for kind, prefix in ((MODEL, ""), (DISCRIMINATOR, "discriminator ")):
         if learner := training.task.learners.get(kind):
@@ -239,7 +243,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the peak memory use so far in bytes, of the GPU or of this process."""
+    """Return the peak memory use so far in bytes: of the GPU, or without a GPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

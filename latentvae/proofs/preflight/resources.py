@@ -55,7 +55,7 @@ def duration(rehearsal: Rehearsal) -> Check:
 
 
 def _seconds(seen: list[Seen]) -> float:
-    """Return the shortest time of an update, because the first update of a kind is slower."""
+    """Return the shortest time of an update, because the first update is slower."""
     return min(update.seconds for update in seen)
 
 
@@ -81,7 +81,7 @@ def memory(rehearsal: Rehearsal) -> Check:
 def disk(rehearsal: Rehearsal) -> Check:
     """Check that checkpoints and export fit on the disk.
 
-    A disk that fills up ends a run in the middle of a save.
+    If the disk becomes full, the run ends in the middle of a save.
     """
     limit = rehearsal.asked.run.checkpoints_total_limit
     net = sum(value.numel() * 4 for value in rehearsal.task.net.state_dict().values())
@@ -100,11 +100,11 @@ def disk(rehearsal: Rehearsal) -> Check:
 
 
 def _existing(folder: Path) -> Path:
-    """Return the nearest existing folder. The run's own folder may not exist yet."""
+    """Return the nearest existing parent of a folder, or the folder itself if it exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _kept(folder: Path) -> int:
-    """Return the size in bytes of this run's earlier checkpoints. New ones replace them."""
+    """Return the size in bytes of the checkpoints in the folder, which new ones will replace."""
     return sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())

@@ -17,7 +17,7 @@ from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.validate import readable_images, validate
 
 VALIDATION_IMAGES = 8
-GPU_TOLERANCE = 1e-2  # relative error of a loss, because sums on GPUs have no fixed order
+GPU_TOLERANCE = 1e-2  # allowed relative error of a loss: sums on GPUs have no fixed order
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
@@ -32,7 +32,7 @@ def _or_what_it_raised(
 ) -> Check:
     """Make a check, or report its exception as a failed check.
 
-    The same exception would end the run hours after its start.
+    Without this check, the exception would end the run hours after its start.
     """
     try:
         return check(rehearsal)
@@ -67,7 +67,8 @@ def image_range(rehearsal: Rehearsal) -> Check:
     inside = all(low >= -1 and high <= 1 for low, high in (train, shown))
     return Check(
         name="image-range",
-        # Bright pictures may have no negative values, but then both sets have none.
+        # Bright pictures may have no negative values. In that case, both sets of images must have
+        # none.
         passed=inside and (train[0] < 0) == (shown[0] < 0),
         value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
         "validation",
@@ -108,9 +109,10 @@ def validation(rehearsal: Rehearsal) -> Check:
 
 
 def checkpoint(rehearsal: Rehearsal) -> Check:
-    """Check that the training repeats its next update after a checkpoint is restored.
+    """Check that the next update is the same again after a checkpoint is restored.
 
-    The update differs if anything is not restored, such as an optimizer or the order of the images.
+    The second update differs if something is not restored, such as an optimizer or the order of the
+    images.
     """
     # save, then the next update
     training = rehearsal.training
@@ -193,7 +195,7 @@ def _differences(
 
 
 def _to_the_bit(rehearsal: Rehearsal) -> bool:
-    """Return whether equality to the bit is promised.
+    """Return whether a restored run must be equal bit by bit.
 
     Sums over more than two processes, and sums on GPUs, have no fixed order.
     """

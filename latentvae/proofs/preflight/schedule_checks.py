@@ -1,4 +1,4 @@
-"""Check that everything in the run's schedule happens before the end of the run.
+"""Check that every schedule of the run, such as a warm-up, ends before the end of the run.
 
 The rehearsal (the few updates of the preflight) does not reach the late updates of the run. So
 these checks compute the schedule of the complete run with the trainer's own code.
@@ -25,7 +25,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 @contextlib.contextmanager
 def as_asked(rehearsal: Rehearsal) -> Iterator[None]:
-    """Give the rehearsed task the schedule of the complete run inside a `with` block."""
+    """Give the short trial run the schedule of the complete run, inside a `with` block."""
     task, asked, objective = rehearsal.task, rehearsal.asked, rehearsal.task.objective
     kept = task.config, objective.adversarial, task.progress.discriminator_start
     update = rehearsal.training.progress.update

@@ -16,19 +16,19 @@ from latentvae.proofs.checks import Check
 from latentvae.proofs.preflight.probes import Probe, gradients_of, probe
 from latentvae.proofs.preflight.rehearsal import Rehearsal
 
-FLOAT32, BF16 = 1e-3, 3e-2  # largest relative errors that each precision explains
+FLOAT32, BF16 = 1e-3, 3e-2  # largest relative errors that rounding explains in each precision
 # Largest relative difference of gradients that counts as equal, because rounding may change one or
 # two codes. If two gradients were added and not averaged, the difference would be 1.
 SAME = 0.1
 
 
 def tolerance(rehearsal: Rehearsal) -> float:
-    """Return the relative error that the precision of the run explains."""
+    """Return the largest relative error that rounding explains in the precision of the run."""
     return FLOAT32 if rehearsal.training.accelerator.mixed_precision == "no" else BF16
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks of all terms that the run uses."""
+    """Yield the checks of all loss terms that the run uses."""
     config = rehearsal.task.config
     if config.objective.perceptual_scale > 0:
         yield lpips_gradient(probe(rehearsal, "lpips"))
@@ -100,7 +100,7 @@ def latent_gradient(found: Probe) -> Check:
 
 
 def reconstruction(rehearsal: Rehearsal, found: Probe) -> Check:
-    """Check that the pixel term is a mean over image elements.
+    """Check that the pixel loss is a mean over all image elements, and not a sum.
 
     With a sum, gradient clipping would always be active, and loss weights would depend on the
     resolution.
@@ -136,7 +136,7 @@ def logit_laplace(rehearsal: Rehearsal, found: Probe) -> Check:
     """
     recon = found.out.recon.detach().cpu().double().requires_grad_()
     x, inside = 0.5 + 0.4 * found.images.double(), 0.5 + 0.4 * recon.clamp(-1.0, 1.0)
-    mu = torch.logit(inside) + (recon - recon.clamp(-1.0, 1.0)) * 0.4 / 0.09  # the tangent outside
+    mu = torch.logit(inside) + (recon - recon.clamp(-1.0, 1.0)) * 0.4 / 0.09  # a tangent outside
     density = TransformedDistribution(Laplace(mu, torch.ones_like(mu)), SigmoidTransform())
     expected = -density.log_prob(x).mean()
     weight = rehearsal.task.objective.weights["logit_laplace"]
@@ -156,8 +156,7 @@ def logit_laplace(rehearsal: Rehearsal, found: Probe) -> Check:
 def kl(rehearsal: Rehearsal, found: Probe) -> Check:
     """Check that the KL is a sum over latent elements divided by the number of image elements.
 
-    If the KL were a mean over latent elements or over the batch, its weight would mean something
-    else.
+    If the KL were divided by another number, the same `kl_scale` would have another effect.
     """
     assert found.latent is not None
     latent = found.latent.cpu().double().requires_grad_()
@@ -193,7 +192,7 @@ def _closed_form_kl(rehearsal: Rehearsal, latent: Tensor) -> Tensor:
     """Compute the KL of each image, (B,), in nats by its closed formula.
 
     Args:
-        rehearsal: the rehearsed run.
+        rehearsal: the short trial run that the preflight makes.
         latent: moments (B, 2 d, h, w) or, for Gumbel-softmax, logits (B, K, h, w).
     """
     if rehearsal.task.config.model.posterior == "categorical":
@@ -209,11 +208,11 @@ def _moments(rehearsal: Rehearsal, latent: Tensor) -> tuple[Tensor, Tensor]:
     fixed = getattr(rehearsal.task.config.model, "posterior_logvar", None)
     if fixed is not None:
         return mean, torch.full_like(mean, fixed)
-    return mean, logvar.clamp(-30.0, 20.0)  # as in diffusers
+    return mean, logvar.clamp(-30.0, 20.0)  # limits as in diffusers
 
 
 def _difference_to_flow(rehearsal: Rehearsal, found: Probe, latent: Tensor) -> Tensor:
-    """Return what the flow adds to the KL to N(0, I), (B,), in nats at the probe's own sample.
+    """Return what the posterior's flow adds to the KL, (B,), in nats, at the sample of the probe.
 
     The sample is written as mean + standard deviation * noise, so that the result has a gradient.
     """
@@ -295,14 +294,14 @@ def codebook(found: Probe) -> Check:
 
 
 def _is_additive(rehearsal: Rehearsal) -> bool:
-    """Return whether the loss of a batch is a mean over its images, without random draws."""
+    """Return whether the loss is a mean over the images of a batch, without random numbers."""
     config = rehearsal.task.config
     random_backgrounds = config.data.image_channels == 4
     return not config.model.draws_noise and not random_backgrounds
 
 
 def accumulation(rehearsal: Rehearsal) -> Check:
-    """Check that gradients are divided by the number of micro-steps.
+    """Check that gradients are divided by the number of batches (micro-steps) of an update.
 
     Without the division the effective learning rate would change.
     """

@@ -15,8 +15,9 @@ from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint
 from latentvae.engine.log import read_rows
 from latentvae.proofs.checks import Check
 
-NOISE = 10.0  # allowed multiple of the difference between two uninterrupted runs
-# Share of the norm that may always differ, because two uninterrupted runs may be equal by chance.
+NOISE = 10.0  # allowed difference, as a multiple of that between two uninterrupted runs
+# Difference, relative to the norm, that is always allowed, because two uninterrupted runs may be
+# equal by chance.
 LEAST = 1e-3
 ADVICE = (
     "Do not rely on resuming this configuration. If images, versions and threads did not change "
@@ -29,8 +30,8 @@ class Results:
     """The results of a finished run.
 
     Attributes:
-        tensors: tensors of the last checkpoint and of the export, by group and name. Each group has
-            its own check.
+        tensors: tensors of the last checkpoint and of the exported model, as a dict from groups to
+            dicts from names. Each group has its own check.
         values: plain values, such as counters, sums since the last row of the log, and names of
             unreadable images.
         rows: rows of the log, without times and memory.
@@ -46,9 +47,9 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
 
     Args:
         folder: the run's folder.
-        update: the update of the run's last checkpoint.
-        parts: groups of weights that have a check of their own: a dict from the group's name to the
-            prefix of its weights' names.
+        update: number of updates at the run's last checkpoint.
+        parts: groups of weights that are checked separately: a dict from the group's name to the
+            prefix of the names of its weights.
     """
     snapshot = load_checkpoint(folder / f"{PREFIX}{update}")
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -73,7 +74,7 @@ def read_results(folder: Path, *, update: int, parts: Mapping[str, str]) -> Resu
 
 
 def _exported(export: Path) -> dict[str, Tensor]:
-    """Return the weights of an export, and the scaling and shift factors of its config."""
+    """Return the weights of an exported model, and the scaling and shift factors of its config."""
     found = {
         f"{path.relative_to(export).with_suffix('').as_posix()}/{name}": value
         for path in sorted(export.rglob("*.safetensors"))
@@ -226,7 +227,7 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Return the largest `distance` between the values of the same loss in two logs."""
+    """Return the largest relative distance between the values of the same loss in two logs."""
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

@@ -1,4 +1,4 @@
-"""Shorten a user's run, and launch the short run with or without kills."""
+"""Shorten a user's run, and launch the short run, either uninterrupted or with kills (SIGKILL)."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 
 
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
-    """Return the options of a short run that contains all phases that a resume could break.
+    """Return the options of a short run with all phases in which a resume could go wrong.
 
     The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
     """
@@ -57,13 +57,13 @@ def on_cpu() -> bool:
 
 @dataclass(kw_only=True)
 class Job:
-    """Launches a short run with or without kills, and records what happened.
+    """Launches a short run, uninterrupted or with kills (SIGKILL), and records what happened.
 
     Attributes:
         task: the task of the short run. Its `open` has been called.
         work: folder that holds the runs, their output and their `config.yaml`.
         processes: number of processes of each launch.
-        seconds: time after which a launch counts as hung.
+        seconds: time limit of a launch. A launch that takes longer is killed and counts as hung.
         starts: for each launch of the killed run, the number of updates done at its start.
         hits: for each kill, text that says what the kill interrupted.
     """
@@ -80,7 +80,7 @@ class Job:
         return self.task.config
 
     def straight(self, name: str, *, title: str) -> Pace:
-        """Make a run without kills, and return the measured seconds of its phases.
+        """Make an uninterrupted run, and return the measured seconds of its phases.
 
         Raises:
             UserError: the run does not finish.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from latentvae.proofs.verify_resume.launch import Launch, Pace
 
 AFTER_LAST = "the work after the last update"
-# Share of the time after the last update in which the training still works. In the rest of this
-# time, only the launcher is still running.
+# Share of the time after the last update during which the training still computes. In the rest of
+# this time, only the launcher is still running.
 TRAINING_SHARE = 0.5
 
 
@@ -17,9 +17,9 @@ class Kill:
     """A moment at which a run is killed.
 
     Attributes:
-        update: number of the update (from 1) to interrupt, or whose save to interrupt. The number
-            of updates plus one stands for the work after the last update.
-        save: whether to kill during the save after the update.
+        update: number (from 1) of the update to interrupt, or of the update whose save is
+            interrupted. The number of updates plus 1 means the work after the last update.
+        save: whether to kill while the checkpoint after the update is saved.
         share: share of the update or the save that passes before the kill, from 0 to 1.
     """
 
@@ -29,7 +29,10 @@ class Kill:
 
 
 def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[Kill]:
-    """Return kills spread over a run, in order of time. Every second kill is during a save."""
+    """Return kills spread over a run, in order of time.
+
+    Every second kill is during the save of a checkpoint.
+    """
     draw = random.Random(seed)
     kills = []
     for i in range(count):
@@ -42,7 +45,7 @@ def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[
 def carry_out(kill: Kill, launch: Launch, *, resumed_at: int, updates: int, pace: Pace) -> str:
     """Kill a launch at the planned moment. Return what the kill interrupted, or "".
 
-    If the launch resumes after the planned update, the kill comes in the launch's first update or
+    If the launch resumes after the planned update, the launch is killed in its first update or
     save. The result is "" if the launch had already ended.
     """
     # find the moment

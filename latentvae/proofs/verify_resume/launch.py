@@ -1,4 +1,4 @@
-"""Launch a training as users do, watch it through its files, and kill it without warning.
+"""Launch a training as users do, watch its files, and kill it by SIGKILL.
 
 The training is started by `accelerate launch` with all its processes.
 """
@@ -25,7 +25,7 @@ POLL_SECONDS = 0.002  # a save of a small network takes about ten times as long
 
 
 class Hung(Exception):
-    """Raised if a launch did not end within the time limit and was killed."""
+    """Raised if a launched training did not end within the time limit and was killed."""
 
 
 def training_command(
@@ -34,7 +34,7 @@ def training_command(
     """Return the command that starts a training from a YAML file, as in docs/launching.md.
 
     Args:
-        script: what the launcher starts, such as `-m latentvae.cli.train`.
+        script: script or module that the launcher starts, such as `-m latentvae.cli.train`.
         config: the YAML file.
         folder: the folder of the run.
         processes: number of processes.
@@ -53,7 +53,7 @@ class Pace:
 
     updates: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
-    tail: float = 0.0  # seconds from the log's last row to the run's end, including the export
+    tail: float = 0.0  # seconds from the last row of the log to the end of the run
 
     @property
     def update(self) -> float:
@@ -69,10 +69,10 @@ class Launch:
 
     Args:
         command: command that starts the training.
-        folder: the run's folder. Files left there by an earlier launch do not count.
+        folder: the run's folder. Files of an earlier launch in this folder are ignored.
         output: file to which all output of the training is written.
         on_cpu: train on the CPU even if there is a GPU.
-        seconds: time after which the launch counts as hung.
+        seconds: time limit of the launch. A launch that takes longer is killed.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill all processes if the training still runs, also after an exception."""
+        """Kill all processes if the training is still running, also after an exception."""
         if self.running:
             self.kill()
 
@@ -108,7 +108,7 @@ class Launch:
         return self.process.poll() is None
 
     def updates(self) -> int | None:
-        """Return the number of updates in the log, or None while there is no new log file."""
+        """Return the number of updates in the log, or None as long as there is no new log file."""
         if _inode(self._log) in (None, self._old_log):
             return None
         return max((row["update"] for row in read_rows(self._log)), default=0)
@@ -121,8 +121,8 @@ class Launch:
         """Wait for an event. Return False if the training ends before the event.
 
         Raises:
-            Hung: there was neither the event nor the end within the time limit, so the training was
-                killed.
+            Hung: neither the event nor the end of the training came within the time limit. The
+                training was killed.
         """
         while self.running:
             if event():
@@ -134,7 +134,7 @@ class Launch:
         return False
 
     def family(self) -> list[psutil.Process]:
-        """Return the launcher and all processes below it. Workers may have their own sessions."""
+        """Return the launcher and all processes that it started, also indirectly."""
         with suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self.process.pid)
             return [launcher, *launcher.children(recursive=True)]
@@ -156,7 +156,10 @@ class Launch:
             time.sleep(POLL_SECONDS)
 
     def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
-        """Watch the training to its end with a progress bar. Return the exit code and the pace."""
+        """Watch the training to its end with a progress bar.
+
+        Return the exit code, and the measured durations of updates and saves.
+        """
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
             # read the training's files once

@@ -1,4 +1,4 @@
-"""Check the order of the data after each resume, because no saved tensor shows this order."""
+"""Check the order of the training data after each resume, which no saved tensor shows."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,9 @@ from latentvae.proofs.checks import Check
 
 
 def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check | None:
-    """Check that every launch got the same data as an uninterrupted run at the same micro-step.
+    """Check that every launch used the same data as an uninterrupted run at the same micro-steps.
+
+    A micro-step is the forward and backward pass of one batch.
 
     Args:
         task: the task of the run.

@@ -1,7 +1,7 @@
 """Run `latentvae verify-resume`.
 
-The command makes a short form of the user's run twice through `accelerate launch`. One run is not
-interrupted. In the other run, which has its own folder, all processes get SIGKILL at random
+The command makes a short version of the user's run twice through `accelerate launch`. One run is
+not interrupted. In the other run, which has its own folder, all processes get SIGKILL at random
 moments. After each kill, the same command is started again. Finally, the results of the two runs
 are compared.
 """
@@ -23,7 +23,7 @@ from latentvae.proofs.verify_resume.kills import draw_kills
 from latentvae.proofs.verify_resume.order import check_order
 
 LEAST_UPDATES = 4
-EXACT_PROCESSES = 2  # CPU: equality to the bit is promised for at most this many processes
+EXACT_PROCESSES = 2  # On CPUs, up to this many processes must give equal bits
 
 
 def verify_resume(
@@ -38,23 +38,25 @@ def verify_resume(
     json: Path | None = None,
     launch_timeout: int = 3600,
 ) -> int:
-    """Train without kills, and with kills and resumes. Print a line for each check.
+    """Make an uninterrupted run and a run with kills and resumes, and compare their results.
+
+    Print a line for each check.
 
     Args:
         task: class of the run's task.
-        config: the options of the run. This function replaces its length, logs, saves and folder.
-            It writes nothing to the run's `output_dir`.
+        config: the options of the run. This function replaces the options for length, logs,
+            checkpoints and folder. It writes nothing to the run's `output_dir`.
         updates: number of updates of each of the two runs.
-        kills: number of SIGKILLs to all processes of the second run.
+        kills: how often all processes of the second run are killed by SIGKILL.
         processes: number of processes of each launch.
         kill_seed: seed of the moments of the kills.
         work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
             is kept if a check failed.
-        json: file for the results of the checks. None writes no file.
-        launch_timeout: seconds after which a launch counts as hung.
+        json: file for the results of the checks. With None, no file is written.
+        launch_timeout: time limit of a launch, in seconds. A longer launch counts as hung.
 
     Returns:
-        The exit code: 0 if all checks hold, 1 if one failed.
+        The exit code: 0 if all checks pass, 1 if a check fails.
 
     Raises:
         UserError: an option is wrong, or the run does not finish even without kills.
@@ -134,10 +136,10 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
 
 
 def _compared(job: Job) -> list[Check]:
-    """Compare the two runs to the bit.
+    """Compare the two runs bit by bit.
 
-    If equality to the bit is not promised or does not hold, a second uninterrupted run shows how
-    large a difference is normal.
+    If the two runs need not be equal, or are not equal, a second uninterrupted run shows which
+    differences are normal.
     """
     # equal to the bit
     update = job.config.run.max_train_steps

@@ -8,7 +8,10 @@ __all__ = ["TrainConfig", "load_preset", "train"]
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, validate and export. Return the export's folder. See `engine.loop.train`."""
+    """Train, validate and export an autoencoder. Return the export's folder.
+
+    See `engine.loop.train`.
+    """
     from latentvae.engine import loop
     from latentvae.tasks.autoencoder.task import AutoencoderTask
 

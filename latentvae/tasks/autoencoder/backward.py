@@ -1,4 +1,4 @@
-"""Make the backward passes of a micro-step: first of the model, then of the discriminator.
+"""Make the backward passes of one batch: first of the model, then of the discriminator.
 
 Both backward passes use the images and reconstructions of one forward pass.
 """
@@ -32,17 +32,18 @@ def backward_model(
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        out: the wrapper's output for the images, with its autograd graph.
+        out: output of the training wrapper for `images`, with its autograd graph.
         objective: terms and weights of the loss.
         update: number of updates done. The objective's schedules depend on it.
         last_layer: weight of the decoder's last layer. The adaptive adversarial weight needs it.
         adversary: the discriminator and its options. None without a discriminator.
-        background: colour behind alpha for LPIPS and the discriminator, which both see RGB
-            (`losses.colors`).
-        divide_by: number of micro-steps of this update. Their gradients are averaged.
+        background: colour behind transparent pixels. LPIPS and the discriminator see RGB images on
+            this background (`losses.colors`).
+        divide_by: number of batches (micro-steps) whose gradients are averaged for this update.
 
     Returns:
-        Loss terms before weighting, and their weights, by log name. They are scalars on the device.
+        Loss terms before weighting, and their weights: a dict from log names to scalars on the
+        device.
     """
     # gradients at the reconstruction
     recon = out.recon.detach().requires_grad_()
@@ -80,7 +81,7 @@ def backward_model(
 def _adversarial(
     recon: Tensor, adversary: Adversary, *, objective: Objective, background: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Return the generator's loss and its gradient with respect to `recon`."""
+    """Return the adversarial loss of the autoencoder, and its gradient with respect to `recon`."""
     loss = objective.adversarial_value(recon, adversary, background=background)
     (grad,) = torch.autograd.grad(loss, recon)
     return loss.detach(), grad
@@ -100,11 +101,12 @@ def backward_discriminator(
         images: (B, C, H, W) in [-1, 1].
         recon: reconstructions of `images`. This function detaches them.
         adversary: the discriminator and its options.
-        background: colour behind alpha in images and reconstructions.
-        divide_by: number of micro-steps of this update. Their gradients are averaged.
+        background: colour behind transparent pixels in images and reconstructions.
+        divide_by: number of batches (micro-steps) whose gradients are averaged for this update.
 
     Returns:
-        Loss terms before weighting, and mean logits, by log name. They are scalars on the device.
+        Loss terms before weighting, and mean logits: a dict from log names to scalars on the
+        device.
     """
     # loss
     both = [to_rgb(images, background), to_rgb(recon.detach(), background)]

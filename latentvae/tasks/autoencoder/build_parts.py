@@ -40,7 +40,7 @@ def build_net(config: TrainConfig, base: Base | None) -> Any:
 
 
 def open_features(config: TrainConfig) -> FeatureLoss | None:
-    """Return the frozen network of the option `feature_loss`, or None without this loss.
+    """Return the frozen network whose features `feature_loss` compares, or None without this loss.
 
     Raises:
         UserError: there is no such network, or it cannot take the training images.
@@ -82,7 +82,8 @@ def build_losses(
 def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> TrainingWrapper:
     """Return a module that wraps the network for training.
 
-    Upsampling is folded into convolutions. The options decide whether the encoder is frozen.
+    Upsampling layers are merged into the convolutions after them. The options decide whether the
+    encoder is frozen.
     """
     family = FAMILIES[config.model.architecture]
     if pretrained:
@@ -102,7 +103,7 @@ def build_wrapper(config: TrainConfig, net: Any, *, pretrained: bool) -> Trainin
 
 
 def adapt_decoder(config: TrainConfig, net: Any) -> None:
-    """Add low-rank adapters to the decoder and freeze everything else, if the options say so."""
+    """Add low-rank adapters to the decoder and freeze all other weights, if `lora_rank` is set."""
     if config.low_rank:
         decoder = FAMILIES[config.model.architecture].decoder(net)
         add_adapters(net, decoder, rank=config.low_rank)
@@ -128,7 +129,7 @@ def start_codebook(
 
 
 def discriminator_of(config: TrainConfig) -> Discriminator | None:
-    """Return a new discriminator, or None if its weight is 0."""
+    """Return a new discriminator, or None if the weight of its loss is 0."""
     options = config.discriminator
     if options.disc_scale == 0:
         return None

@@ -16,8 +16,8 @@ def code_states(
     than before.
 
     Args:
-        values: values of a validation by log name.
-        num_codes: K, the number of codes of each codebook.
+        values: dict from log names to the values of one validation.
+        num_codes: number of codes of each codebook.
         most_used: largest number of used codes so far, by codebook. The function updates this dict.
     """
     states = []
@@ -43,7 +43,7 @@ def code_states(
 
 
 def _levels(values: Mapping[str, float]) -> list[str]:
-    """Return the ends of the log names of each codebook: "" for one, or "_level0" and so on."""
+    """Return the suffix of each codebook's log names: "" for one codebook, else "_level0", ..."""
     start = "validation/usage"
     levels = [name.removeprefix(start) for name in values if name.startswith(f"{start}_level")]
     return levels or [""]

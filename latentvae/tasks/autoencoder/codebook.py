@@ -25,11 +25,12 @@ START_VECTORS = 32  # largest number of vectors for each code in k-means
 
 
 class CodebookUpdate:
-    """Gathers statistics over the micro-steps and ranks of an update, then updates the codes.
+    """Gathers statistics over all batches and ranks of an update, then updates the codes.
 
     Args:
-        quantizers: the bottleneck of each latent, not wrapped by DDP. Empty without codes.
-        seed: seed of the choice of vectors at which unused codes restart.
+        quantizers: the quantiser of each latent, not wrapped by DDP. Empty if the network has no
+            codes.
+        seed: seed of the random choice of encoder vectors that replace unused codes.
     """
 
     def __init__(self, quantizers: Sequence[Quantizer], *, seed: int) -> None:
@@ -37,7 +38,7 @@ class CodebookUpdate:
         self.seed = seed
 
     def add(self, out: AutoencoderOutput) -> None:
-        """Add the statistics of one micro-step."""
+        """Add the statistics of one batch."""
         for book, latent in zip(self._books, out.latents, strict=False):
             book.add(latent)
 
@@ -53,8 +54,10 @@ class CodebookUpdate:
 
         Args:
             update: number of the update, from 0.
-            optimizer: the optimizer of the codes. The moments of restarted codes are set to 0.
-            averages: weight averages. The averages of restarted codes are set to the new codes.
+            optimizer: the optimizer of the codes. Its moments are set to 0 for restarted codes,
+                which are unused codes that got new values.
+            averages: moving average (EMA) of each parameter. For restarted codes, the average is
+                set to the new code.
 
         Returns:
             Values to log.
@@ -104,7 +107,7 @@ class _Book:
         averages: Mapping[nn.Parameter, Tensor],
         generator: torch.Generator,
     ) -> Tensor:
-        """Update the codes, and return the number of restarted codes."""
+        """Update the codes, and return how many unused codes were replaced (restarted)."""
         # update the codes
         assert self._features is not None
         sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
@@ -115,7 +118,7 @@ class _Book:
             sums, features=gather_cat(vectors) if restarts else vectors, generator=generator
         )
 
-        # averages and moments follow codes that restart
+        # set the weight averages and the optimizer's moments of restarted codes
         for weight, old in before.items():
             changed = (weight != old).any(1, keepdim=True)  # (K, 1), no wait for the GPU
             if weight in averages:
@@ -127,7 +130,7 @@ class _Book:
 
 
 def _latent(place: int) -> tuple[int, ...]:
-    """Return the counters that give each latent its own random numbers. The first needs none."""
+    """Return counters that give each latent its own random numbers. The first latent has none."""
     return (2, place) if place else ()
 
 
@@ -135,8 +138,8 @@ def _latent(place: int) -> tuple[int, ...]:
 def computed_alone(net: Network) -> Iterator[None]:
     """Put the quantisers in eval mode in this context, for code that only one rank runs.
 
-    In train mode, an entropy loss is averaged over all ranks, and the rank would wait for the
-    other ranks.
+    In train mode, an entropy loss is averaged over all ranks. A single rank would wait forever for
+    the other ranks.
     """
     quantizers = family_of(net).quantizers(net)
     modes = [quantizer.training for quantizer in quantizers]
@@ -167,7 +170,7 @@ def initialise_codebook(
         net: the network, whose codes are changed.
         source: training images.
         transform: transform that turns images into tensors.
-        images_per_update: number of images whose vectors form one batch of k-means.
+        images_per_update: number of images whose feature vectors form one batch of k-means.
         seed: seed of the choice of images and of k-means.
 
     Raises:
@@ -231,5 +234,8 @@ def wants_start(config: TrainConfig) -> bool:
 
 
 def temperature(config: TrainConfig, update: int) -> float:
-    """Return the bottleneck's temperature in an update (from 0), or 1 without Gumbel-softmax."""
+    """Return the temperature of Gumbel-softmax in an update (counted from 0).
+
+    The result is 1 for other networks.
+    """
     return config.model.bottleneck.temperature_at(update)

@@ -5,10 +5,11 @@ discriminator wins (its loss is near 0), or validation LPIPS diverges.
 
     logged values -> is the condition present? -> for long enough? -> finding (printed once)
 
-The values are already averaged over ranks, so every rank has the same findings. An observation is a
-row of the log, or a validation. A condition begins or ends only after `PATIENCE` consecutive
+The values are already averaged over ranks, so every rank gives the same warnings. An observation is
+a row of the log, or a validation. A condition begins or ends only after `PATIENCE` consecutive
 observations over at least `LASTING` updates. So a single unusual row or a small `log_steps` causes
-no finding. A value that moves around the limit of its condition does not cause many findings.
+no warning (finding). A value that moves around the limit of its condition does not cause many
+warnings.
 
 `K` codes, `d` latent channels.
 """
@@ -41,23 +42,25 @@ WORSE = 1.1  # Validation LPIPS, as a multiple of the best.
 
 @dataclass(frozen=True)
 class Watched:
-    """The conditions to watch in a run.
+    """Says which conditions (signs of a failing training) to watch in a run, and from which update.
 
     Attributes:
-        posterior_from: update at which the watch of the posterior starts. None means no watch:
-            there is no posterior, the encoder is frozen, or the options ask for a collapse.
-        posterior_remedy: text that names options that help against a collapse.
+        posterior_from: update from which a collapsed posterior is reported. None means that the
+            posterior is not watched: there is no posterior, the encoder is frozen, or the options
+            ask for a collapse.
+        posterior_remedy: text that names options that help against a collapsed posterior.
         num_channels: number of latent channels d, or 1 with Gumbel-softmax.
-        codes_from: update at which the watch of the codes starts. None means that there are no
+        codes_from: update from which a collapsed codebook is reported. None means that there are no
             codes.
         num_codes: number of codes K.
         codes_remedy: text that names options of this quantizer that help against a collapse.
         validated_on: name of the validation images. Results on other images are not compared.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
         discriminator_from: update at which the adversarial weight reaches its full value. The watch
-            starts at this update, because the model hardly reacts to the discriminator before. None
-            means no watch.
-        effective_from: update after which the adversarial weight is above 0. None means no watch.
+            starts at this update, because before it the model hardly reacts to the discriminator.
+            None means that the discriminator is not watched.
+        effective_from: update after which the adversarial weight is above 0. None means that the
+            discriminator is not watched.
     """
 
     posterior_from: int | None = None
@@ -74,11 +77,11 @@ class Watched:
 
 @dataclass(frozen=True)
 class Finding:
-    """The message that a condition has begun.
+    """A warning that a condition has begun, such as the collapse of the posterior.
 
     Attributes:
         name: name of the condition.
-        sentence: message with the measured numbers and with what to try.
+        sentence: message with the measured numbers and with options to try.
     """
 
     name: str
@@ -87,11 +90,13 @@ class Finding:
 
 @dataclass
 class Condition:
-    """The history of a condition. Checkpoints hold it, and a resume checks its types.
+    """The history of a watched condition, such as the collapse of the posterior.
+
+    The history is saved in checkpoints. A resume checks the types of its values.
 
     Attributes:
         holds: whether the condition is present.
-        against: number of the latest observations, in a row, that contradict `holds`.
+        against: number of consecutive latest observations that contradict `holds`.
         since: the update of the first observation that contradicts `holds`.
         times: how often the condition began.
         first: update at which the condition first began.
@@ -114,7 +119,7 @@ class Condition:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def turns(self, there: bool, *, update: int, patience: int) -> bool:
-        """Record an observation. Return whether this observation begins or ends the condition."""
+        """Record whether the condition is `there`. Return whether it begins or ends now."""
         if there == self.holds:
             self.against = 0
             return False
@@ -138,7 +143,7 @@ class Condition:
 
 
 class CollapseWatch:
-    """Remembers the conditions of one run, and reports when one of them begins.
+    """Watches one run for conditions such as a collapsed posterior, and reports when one begins.
 
     Args:
         watched: the conditions to watch.
@@ -160,19 +165,19 @@ class CollapseWatch:
             self._conditions[DISCRIMINATOR].holds = False
 
     def row(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Return the new findings from a row of training values, after `update` updates."""
+        """Return new warnings from one row of logged training values, after `update` updates."""
         return [*self._posterior(update, values), *self._discriminator(update, values)]
 
     def validation(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Return the new findings from a validation, after `update` updates."""
+        """Return new warnings from the values of a validation, after `update` updates."""
         return [*self._codes(update, values), *self._lpips(update, values)]
 
     def flags(self) -> dict[str, float]:
-        """Return the value 1, by log name, for each condition that is present."""
+        """Return a dict from a log name to 1 for each condition that is present now."""
         return {f"watch/{name}": 1.0 for name, now in self._conditions.items() if now.holds}
 
     def summary(self) -> str | None:
-        """Return all findings of the run as text. None if there were none."""
+        """Return all warnings of the run as text, or None if there were no warnings."""
         shown = [
             f"  {name.replace('_', ' ')}, {_when(seen)}: {seen.sentence}"
             for name, seen in self._conditions.items()
@@ -181,11 +186,11 @@ class CollapseWatch:
         return "\n".join(["findings of the collapse watch in this run:", *shown]) if shown else None
 
     def blames_discriminator(self) -> bool:
-        """Return whether a present condition may end if the discriminator is switched off."""
+        """Return whether a problem is present that may end if the discriminator is switched off."""
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:
-        """Record that the discriminator is off. So the condition `discriminator_won` ends."""
+        """Record that the discriminator is off. This ends the condition `discriminator_won`."""
         self.watched = replace(self.watched, discriminator_from=None, effective_from=None)
         discriminator = self._conditions[DISCRIMINATOR]
         if discriminator.holds:
@@ -251,7 +256,7 @@ class CollapseWatch:
     def _codes(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """Check for a collapsed codebook: few codes in use, or many fewer than before.
 
-        With several codebooks, one that collapses is enough.
+        With several codebooks, the condition is present if at least one codebook collapses.
         """
         start, K = self.watched.codes_from, self.watched.num_codes
         if start is None or update <= start or "validation/usage" not in values:
@@ -262,7 +267,10 @@ class CollapseWatch:
         return self._observe(CODEBOOK, update, there, sentence, f"Try {self.watched.codes_remedy}")
 
     def _lpips(self, update: int, values: Mapping[str, float]) -> list[Finding]:
-        """Check whether validation LPIPS is much worse than its best. NaN counts as worse."""
+        """Check whether validation LPIPS is much worse than its best value so far.
+
+        NaN counts as worse.
+        """
         # the best so far
         lpips, best = values["validation/lpips"], self._best_lpips
         if not math.isnan(lpips) and (best is None or lpips < best):
@@ -328,8 +336,8 @@ def what_to_watch(
 
     Args:
         config: the run's options.
-        discriminator_start: update in which the discriminator starts.
-        num_codes: K, or None without codes.
+        discriminator_start: first update in which the discriminator learns.
+        num_codes: number of codes of each codebook, or None for a network without codes.
         discriminator_stopped: whether the watch has switched the discriminator off.
     """
     # posterior

@@ -1,8 +1,8 @@
-"""Define the options of a run that trains an autoencoder, and check them before it starts.
+"""Define the options of a run that trains an autoencoder, and check them before the run starts.
 
 `TrainConfig` holds the values of a YAML preset, and flags override them (see
-`latentvae.cli.train`). Options of two sections never have the same name, so a flag does not contain
-the name of a section. Flags have the same names as in Hugging Face's training scripts.
+`latentvae.cli.train`). No two sections have an option of the same name, so the name of a flag does
+not need the name of a section. Flags have the same names as in Hugging Face's training scripts.
 """
 
 import math
@@ -23,11 +23,11 @@ from latentvae.option_marks import DecidesTheWatch, MayChange, Positive, marked
 from latentvae.tasks.autoencoder.posterior_checks import check_posterior
 from latentvae.tasks.image_config import ImageJobConfig
 
-BUCKET_MULTIPLE = 8  # heights and widths of buckets are multiples of this number of pixels
+BUCKET_MULTIPLE = 8  # the height and width of each aspect-ratio bucket are multiples of this
 
 
 class AutoencoderRunConfig(RunConfig):
-    """Options of the run: its length, batch size, precision, files and logs."""
+    """Options of the training run: its length, batch size, precision, files and logs."""
 
     gradient_checkpointing: bool = Field(
         default=False,
@@ -38,8 +38,8 @@ class AutoencoderRunConfig(RunConfig):
     channels_last: bool = Field(
         default=False,
         description=(
-            "Use torch's memory format channels_last for images and weights. On GPUs with bf16, "
-            "convolutions become faster. On CPUs, backward passes become slower."
+            "Use torch's memory format channels_last for images and weights. This makes "
+            "convolutions faster on GPUs with bf16, but it makes backward passes slower on CPUs."
         ),
     )
     torch_compile: bool = Field(
@@ -54,8 +54,8 @@ class AutoencoderRunConfig(RunConfig):
         default=True,
         description=(
             "Compute 3 x 3 convolutions and their gradients with fewer multiplications (Winograd's "
-            "method). This option applies only to CPUs in float32. The rounding errors are about "
-            "4e-6 times the size of the values."
+            "method). This option has an effect only on CPUs in float32. The rounding errors are "
+            "about 4e-6 times the size of the values."
         ),
     )
     deterministic_posterior: bool = Field(
@@ -63,35 +63,38 @@ class AutoencoderRunConfig(RunConfig):
         description="In training, decode the mode of the posterior instead of a sample.",
     )
     num_sample_images: Annotated[Positive, MayChange()] = Field(
-        default=6, description="Number of validation images in each grid of sample images."
+        default=6,
+        description=(
+            "Number of validation images in each grid of sample images that training writes."
+        ),
     )
     export_profile: Annotated[Literal["sd", "sdxl", "sd3"], MayChange()] = Field(
         default="sd",
         description=(
-            "Diffusion pipelines that the export is for. The profile decides how the export "
-            "describes the scale of the latents. `sd` writes a scaling factor, which all pipelines "
-            "can use. `sd3` (also for FLUX) adds a shift. `sdxl` writes the mean and the standard "
-            "deviation of each channel."
+            "Diffusion pipelines that the exported model is for. This option decides how the "
+            "model's config describes the scale of the latents. `sd` writes a scaling factor, "
+            "which all pipelines can use. `sd3` (also for FLUX) writes a scaling factor and a "
+            "shift. `sdxl` writes the mean and the standard deviation of each channel."
         ),
     )
     lookup_from_codebook: Annotated[bool, MayChange()] = Field(
         default=False,
         description=(
             "Export the tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. "
-            "Such a VQModel looks up codes by index, and its pixels are in [0, 1]. Leave this "
-            "option off for other pipelines."
+            "This pipeline gives the decoder indices of codes, and expects pixels in [0, 1]. Leave "
+            "this option off for other pipelines."
         ),
     )
 
 
 class TrainConfig(ImageJobConfig):
-    """All options of a training run."""
+    """All options of a run that trains an autoencoder or a tokenizer."""
 
     config: Annotated[str, MayChange()] = Field(
         default="kl_small",
         description=(
-            "YAML file with options, or the name of a preset. Flags override the values in the "
-            "file or preset."
+            "YAML file with options, or the name of a preset (a YAML file that comes with this "
+            "package). Flags override the values in the file or preset."
         ),
     )
     model: AnyModelConfig = KLModelConfig()
@@ -127,7 +130,7 @@ class TrainConfig(ImageJobConfig):
 
     @property
     def low_rank(self) -> int:
-        """Rank of the low-rank adapters that a fine-tuning trains. 0 without adapters."""
+        """Rank of the adapters (LoRA) that fine-tuning trains. 0 means no adapters."""
         return self.model.lora_rank if isinstance(self.model, KLModelConfig) else 0
 
     @property
@@ -137,7 +140,7 @@ class TrainConfig(ImageJobConfig):
 
     @property
     def discriminator_start(self) -> int:
-        """First update (from 0) in which the discriminator learns.
+        """First update (counted from 0) in which the discriminator learns.
 
         If this number is max_train_steps or more, the discriminator never learns.
         """
@@ -172,10 +175,10 @@ class TrainConfig(ImageJobConfig):
         return self
 
     def _check_architecture(self) -> None:
-        """Check that all options have a meaning for the network.
+        """Check that every option that is set applies to the chosen network.
 
         Raises:
-            ValueError: an option has no meaning. The message names the option and its value.
+            ValueError: an option does not apply. The message names the option and its value.
         """
         model, family = self.model, FAMILIES[self.model.architecture]
         without = f"has no meaning for the architecture {model.kind}"
@@ -237,7 +240,7 @@ class TrainConfig(ImageJobConfig):
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
-        """Check that no pixel loss is set, because the decoder has a likelihood of its own."""
+        """Check that no pixel loss is set, because the decoder's likelihood replaces it."""
         if self.objective.learn_logvar:
             raise ValueError(
                 f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "
@@ -274,7 +277,7 @@ def parse(values: dict[str, Any], *, source: str) -> TrainConfig:
     """Return the options after a check of all names and values.
 
     Args:
-        values: the options by section.
+        values: dict from sections (groups of options, such as `data`) to dicts of options.
         source: the file or command line that the options come from, for error messages.
     """
     return presets.parse(values, TrainConfig, source=source)

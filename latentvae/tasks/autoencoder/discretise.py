@@ -1,7 +1,8 @@
 """Discretise a pretrained KL autoencoder: start its new quantiser, and choose what learns.
 
-First the quantiser's adapter and its codes are set from training images. Then only the quantiser
-and its adapter learn, for `quantizer_warmup_steps` updates. After that, the decoder learns too.
+The adapter is the two 1x1 convolutions before and after the quantiser. First the adapter and the
+codes are set from training images. Then only the quantiser and its adapter learn, for
+`quantizer_warmup_steps` updates. After that, the decoder learns too.
 """
 
 import time
@@ -25,7 +26,7 @@ from latentvae.tasks.autoencoder.linear_start import training_pictures
 
 
 def check_discretising(config: TrainConfig, base: Base | None) -> None:
-    """Check the options that concern a new quantiser in a pretrained network.
+    """Check the options for a new quantiser in a pretrained KL autoencoder.
 
     Raises:
         UserError: an option has no effect or does not fit a new quantiser. The message names the
@@ -68,7 +69,7 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Return the number of updates in which only the quantiser and its adapter learn."""
+    """Return the number of updates in which only the quantiser and the layers next to it learn."""
     return getattr(config.model, "quantizer_warmup_steps", 0)
 
 
@@ -78,7 +79,7 @@ def trains_encoder(config: TrainConfig) -> bool:
 
 
 def waiting_parts(config: TrainConfig, net: Any) -> list[nn.Module]:
-    """Return the parts of a discretised network that learn only after the warm-up."""
+    """Return the parts that learn only after a new quantiser's warm-up: decoder, maybe encoder."""
     if warmup_steps(config) == 0:
         return []
     return [net.decoder, net.encoder] if trains_encoder(config) else [net.decoder]
@@ -93,12 +94,12 @@ def start_quantizer(
     images: ImageSource | ImageStream,
     codebook_images: ImageSource,
 ) -> None:
-    """Set the quantiser's adapter and codes from training images, in a discretised network.
+    """Set a new quantiser's codes and adapter (the layers next to it) from training images.
 
-    Rank 0 computes both and sends them to all ranks.
+    Rank 0 computes codes and adapter, and sends them to all ranks.
 
     Args:
-        net: the network, before its upsampling is folded.
+        net: the network, before its upsampling layers are merged into convolutions.
         images: training images.
         codebook_images: images for k-means.
 

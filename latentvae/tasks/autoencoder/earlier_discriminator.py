@@ -19,7 +19,8 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
     Args:
         learner: the new discriminator.
         run: folder of the earlier run.
-        lecam: the LeCam penalty's averages of logits. They are loaded if both runs have them.
+        lecam: running averages of logits for the LeCam penalty. They are loaded if the earlier run
+            and the new run both have them.
 
     Raises:
         UserError: the folder has no discriminator, or its discriminator has another shape.

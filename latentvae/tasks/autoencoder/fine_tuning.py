@@ -27,7 +27,7 @@ BASE_NAME = "base.json"
 
 
 class _Saved(BaseModel):
-    """Content of base.json."""
+    """Content of base.json, which describes the pretrained network."""
 
     name: str
     hub_id: str | None = None
@@ -47,8 +47,8 @@ class Base:
         net: the network in float32 on the CPU. On resume it is freshly initialised.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
-        whole: whether the network still has the loaded class. False if a new asymmetric decoder
-            replaced the pretrained decoder, or if a `VQModel` was converted.
+        whole: whether `net` has the same class as the loaded network. False if a new asymmetric
+            decoder replaced the pretrained decoder, or if a `VQModel` was converted.
         discretised: whether `net` is a loaded KL autoencoder with a new quantiser.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """
@@ -62,7 +62,7 @@ class Base:
     hub_id: str | None = None
 
     def write(self, folder: Path) -> None:
-        """Write base.json into a run's folder."""
+        """Write base.json, the description of this network, into a run's folder."""
         config = {key: value for key, value in self.net.config.items() if key[0] != "_"}
         values = {
             "name": self.name,
@@ -79,7 +79,7 @@ class Base:
 
 
 def open_base(config: TrainConfig) -> Base | None:
-    """Return the network that `pretrained_model_name_or_path` names, or None without that option.
+    """Return the network of the option `pretrained_model_name_or_path`, or None without it.
 
     A resume takes the weights from the checkpoint, and the network's config from `base.json`.
 
@@ -133,7 +133,9 @@ def open_base(config: TrainConfig) -> Base | None:
 
 
 def read_base(folder: Path, architecture: str) -> Base | None:
-    """Return the base in a run's base.json, with random weights, or None without this file.
+    """Return the pretrained network that a run's base.json describes, with random weights.
+
+    The result is None if there is no such file.
 
     Raises:
         UserError: base.json is damaged.
@@ -165,7 +167,7 @@ def read_base(folder: Path, architecture: str) -> Base | None:
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
-    """Return checked options with the shape of the pretrained network, not of the preset."""
+    """Return checked options with the architecture of the pretrained network, not of the preset."""
     if base is None:
         return config
     family, values = FAMILIES[config.model.architecture], config.model_dump()

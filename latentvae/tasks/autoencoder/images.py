@@ -57,7 +57,7 @@ def open_data(config: ImageJobConfig) -> tuple[ImageSource | ImageStream, ImageS
             return stream, stream.held_out
         return stream, open_source(validation, pixels=pixels)
 
-    # images that can be read by number
+    # images that can be read by index
     return open_images(
         spec,
         validation_data_dir=data.validation_data_dir,
@@ -108,8 +108,8 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
 
     The facts are the number of images and the hash of their names, which decide the order. For a
     stream, the facts are data set, configuration, split and column. If the images are table rows
-    without names, configuration and column are added. The folder of a local data set is not one of
-    the facts.
+    without names, configuration and column belong to the facts too. The folder of a local data set
+    does not, so the folder may move.
     """
     # streams
     if isinstance(images, ImageStream):
@@ -138,7 +138,7 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
 def batches(
     config: ImageJobConfig, images: ImageSource | ImageStream, *, start_step: int, pin_memory: bool
 ) -> tuple[Iterable[Any], int | None]:
-    """Return endless batches of this rank, and the number of micro-steps in an epoch.
+    """Return an endless iterable of this rank's batches, and the number of batches in an epoch.
 
     The number is None for a stream of unknown length.
     """
@@ -153,7 +153,7 @@ def batches(
         loader = stream_loader(images, transform, batch_size=read, crops=crops, **place, **loading)
         return loader, per_epoch
 
-    # Images that can be read by number. One rank reads their sizes for the buckets.
+    # Images that can be read by index. One rank reads their sizes for the buckets.
     ratios = None
     if config.data.aspect_ratio_buckets:
         if is_main():
@@ -168,7 +168,7 @@ def batches(
 
 
 def image_buckets(config: ImageJobConfig, ratios: Any | None, *, processes: int) -> Buckets | None:
-    """Return the bucket of every image by its aspect ratio, or None without buckets."""
+    """Return each image's bucket (training size of similar aspect ratio). None without buckets."""
     if ratios is None:
         return None
     return assign(ratios, config.train_sizes, at_least=config.images_read * processes)

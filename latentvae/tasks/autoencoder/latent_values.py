@@ -1,4 +1,4 @@
-"""Compute values for the log from latents: their size, and the KL of their posteriors."""
+"""Compute values for the log: the root mean square of latents, and the KL of their posteriors."""
 
 import math
 
@@ -11,7 +11,7 @@ from latentvae.outputs import AutoencoderOutput
 
 @torch.no_grad()
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
-    """Return a dict from log names to scalars without gradient, over all latents of `out`.
+    """Return a dict from log names to scalars without gradient, computed over all latents of `out`.
 
     The scalars are the root mean square of the latents and, if the network has a KL, values of the
     KL.
@@ -35,6 +35,6 @@ def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def bits_per_element(out: AutoencoderOutput) -> Tensor:
-    """Return the mean KL in bits per latent element, or per token with Gumbel-softmax, a scalar."""
+    """Return the mean KL, a scalar: bits per latent element, or per token with Gumbel-softmax."""
     assert out.kl is not None
     return out.kl.mean() / (math.log(2.0) * out.kl_elements)

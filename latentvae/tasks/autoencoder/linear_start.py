@@ -36,10 +36,12 @@ def start_linear(
     images: ImageSource | ImageStream,
     codebook_images: ImageSource,
 ) -> None:
-    """Set an untrained network's weights to a linear code, and the codes of a tokenizer.
+    """Set the weights of a new network so that it computes a linear code, and a tokenizer's codes.
+
+    The linear code is the principal components of image patches.
 
     Args:
-        net: the network, before its upsampling is folded.
+        net: the network, before its upsampling layers are merged into convolutions.
         images: training images.
         codebook_images: images for k-means.
 
@@ -57,7 +59,7 @@ def start_linear(
 
 
 def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
-    """Return training images (N, C, H, W) as training sees them, about `PIXELS` pixels in total.
+    """Return training images (N, C, H, W), cropped and augmented, of about `PIXELS` pixels in all.
 
     All ranks call this function, and ranks other than 0 get None.
 
@@ -65,7 +67,7 @@ def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) ->
         UserError: no image can be read.
     """
     own = config.with_changes({"data": {"dataloader_num_workers": 0}})
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed from torch's generator
         loader, _ = batches(own, images, start_step=0, pin_memory=False)
         return _gather(config, loader) if is_main() else None
 
@@ -102,7 +104,7 @@ def _start(
 
 
 def _gather(config: TrainConfig, loader: Any) -> Tensor:
-    """Return training images of the first batch's size, with about `PIXELS` pixels in all."""
+    """Return training images, as large as in the first batch, of about `PIXELS` pixels in all."""
     found: list[Tensor] = []
     wanted = FEWEST
     for batch in loader:

@@ -1,4 +1,4 @@
-"""Describe a run's model, images and losses for the plan that is printed at its start."""
+"""Describe a run's model, images and losses for the overview (plan) printed at its start."""
 
 import math
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,8 @@
-"""Find schedules that end after the run, and validations with too few images."""
+"""Find schedules (such as a warm-up) that end after the run, and validations of too few images."""
 
 import math
 
-from latentvae.data.image_folder import SAMPLES
+from latentvae.data.sample_photos import SAMPLES
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.image_config import ImageJobConfig

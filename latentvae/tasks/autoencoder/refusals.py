@@ -25,8 +25,8 @@ def check_source(config: ImageJobConfig) -> None:
     """Check that an option names the training images. Otherwise raise UserError."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
-            "train_data_dir is missing. Give a folder of images, or `samples` for the photos that "
-            "come with scikit-image. Or give dataset_name."
+            "train_data_dir is missing. Give a folder of images, or `samples` for 16 photos of "
+            "installed packages. Or give dataset_name."
         )
 
 
@@ -63,7 +63,7 @@ def _check_resolution(config: TrainConfig) -> None:
 
 
 def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
-    """Return advice for a metric or network `part` that needs images with a larger `side`."""
+    """Return what to change if images must be larger for a metric or network, `part`."""
     f = config.model.f
     least = -(-SSIM_MIN_SIZE // f) * f
     if part.startswith("LPIPS"):
@@ -77,7 +77,7 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next resolution of similar shape whose buckets have sides of at least `side`."""
+    """Return the next larger resolution of similar shape whose image sides all reach `side`."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f
@@ -104,7 +104,7 @@ def memory_advice(config: TrainConfig, general: list[str]) -> list[str]:
 
     Args:
         config: the run's options.
-        general: advice that holds for every task.
+        general: advice that applies to every task.
     """
     own = []
     cannot_checkpoint = FAMILIES[config.model.architecture].why_no_checkpointing

@@ -1,4 +1,4 @@
-"""Export a run: measure its latents, write the model card, and check that diffusers loads it."""
+"""Export a trained autoencoder: measure latents, write a model card, and load it with diffusers."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def done(out: Path) -> str:
 
 
 def options_of_export(config: TrainConfig) -> dict[str, Any]:
-    """Return the options by which exports of the same weights can differ, for the log."""
+    """Return the options that change the exported files but not the weights, for the log."""
     options = config.run
     return {
         "export/profile": options.export_profile,
@@ -131,7 +131,7 @@ def export_folder(
 def checkpoint_network(config: TrainConfig, checkpoint: Path, *, base: Base | None) -> Network:
     """Return the network of a run with the weights of a checkpoint, in eval mode.
 
-    The weights are the averaged weights if the run averages them (`use_ema`).
+    If the run averages its weights (`use_ema`), the averaged weights are used.
 
     Args:
         config: the run's options.
@@ -148,7 +148,7 @@ def checkpoint_network(config: TrainConfig, checkpoint: Path, *, base: Base | No
 
 
 def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
-    """Return the network's weights of a checkpoint, averaged if the run averages them."""
+    """Return the network's weights of a checkpoint, or with `averaged` their moving averages."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
     if averaged and "model_average" not in tensors:
         raise UserError(
@@ -175,12 +175,12 @@ def export_of_run(
     Args:
         net: the network with the weights to export, in eval mode.
         config: the run's options.
-        images: sources of the images for the statistics of the latents, and of the images for the
-            comparison with the loaded export.
+        images: two sources of images. The first gives the statistics of the latents. The second is
+            used to compare the network with the loaded export.
         update: number of updates done.
         folder: the run's folder.
         out: the export's folder.
-        device: device that computes the measurements.
+        device: device on which the measurements are computed.
         base: the pretrained network of a fine-tuning, or None.
 
     Returns:
@@ -251,16 +251,16 @@ def write_adapters(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
-    """Return the `sample_size` of the export's config, which sets the size of tiles.
+    """Return the `sample_size` of the export's config, which sets the tile size of tiled decoding.
 
-    A larger value of the pretrained network is kept.
+    If the pretrained network has a larger value, that value is kept.
     """
     own = 0 if base is None else base.net.config.get("sample_size", 0)
     return max(*config.data.size, own if isinstance(own, int) else max(own))
 
 
 def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
-    """Return the card with the name of the base. Check that a frozen encoder is unchanged.
+    """Add the pretrained network to the model card. Check that a frozen encoder is unchanged.
 
     Raises:
         RuntimeError: the encoder was frozen, but its weights have changed.

@@ -1,6 +1,6 @@
-"""Define the plain values in the checkpoints of an autoencoder's run.
+"""Define the plain values (no tensors) in the checkpoints of an autoencoder's training.
 
-The engine adds its own values.
+The package `engine` adds further values.
 """
 
 import json
@@ -42,15 +42,15 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """State of the discriminator's schedule, KL weight and collapse watch, equal on all ranks.
+    """State of the discriminator's schedule, the KL weight and the collapse watch, on all ranks.
 
     Attributes:
-        discriminator_start: the update (from 0) in which the discriminator starts. The value stays
-            the same when a run is made longer after that update.
+        discriminator_start: the first update (counted from 0) in which the discriminator learns.
+            The value stays the same if the run is extended after that update.
         discriminator_stopped: number of updates done when the collapse watch switched the
             discriminator off. None while the discriminator is on.
         kl_target: state of the controller of the KL's weight.
-        bad_images: name and reason of each unreadable file so far.
+        bad_images: name of each unreadable file so far, and why it cannot be read.
         watch: state of the collapse watch, see `CollapseWatch.state_dict`.
     """
 

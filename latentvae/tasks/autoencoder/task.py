@@ -152,7 +152,10 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
         return self.watch.summary()
 
     def _tell(self, findings: list[Finding], update: int) -> None:
-        """Print the watch's findings. With `--disc_watch disable`, stop the discriminator."""
+        """Print new warnings.
+
+        With `--disc_watch disable`, switch off the discriminator if it may help.
+        """
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
         disable = self.config.discriminator.disc_watch == "disable"
@@ -161,7 +164,7 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
             and self.progress.discriminator_stopped is None
             and self.watch.blames_discriminator()
         ):
-            # All ranks have the same findings, so they decide the same.
+            # All ranks have the same warnings, so they make the same decision.
             self.progress.discriminator_stopped = update
             self.watch.discriminator_stops(update)
             self.say(

@@ -1,7 +1,7 @@
 """Define the learning part of the task "autoencoder": networks, one update, and schedules.
 
-A micro-step is one forward pass and one backward pass through the decoder. Then the discriminator
-learns from the same images and the detached reconstructions (see `backward`).
+A micro-step handles one batch. The model makes one forward and one backward pass. Then the
+discriminator learns from the same images and the detached reconstructions (see `backward`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -155,7 +155,11 @@ class LearningAutoencoder(Task):
 
     @property
     def statistics_images(self) -> ImageSource:
-        """Images for statistics and k-means: training images, or a stream's validation images."""
+        """Images for latent statistics and k-means.
+
+        The result is the training images, or the validation images if the training images are a
+        stream.
+        """
         images = self.train_images
         return self.validation_images if isinstance(images, ImageStream) else images
 
@@ -166,7 +170,7 @@ class LearningAutoencoder(Task):
         return names if self.adversary(update) is None else (*names, DISCRIMINATOR)
 
     def pause(self, name: str) -> range:
-        """Return the updates in which the model waits for the discriminator's warm-up."""
+        """Return the updates in which the model pauses, because only the discriminator learns."""
         weight, progress = self.objective.adversarial, self.progress
         if name != MODEL or self.discriminator is None or weight.scale == 0:
             return range(0)
@@ -177,7 +181,7 @@ class LearningAutoencoder(Task):
         return range(start, max(start, stop))
 
     def _choose_parts(self, update: int) -> None:
-        """Let the waiting parts learn from the end of the quantiser's warm-up on.
+        """Freeze the waiting parts until the warm-up of a new quantiser ends.
 
         A weight without a gradient is not changed by the optimizer, also not by weight decay.
         """

@@ -1,4 +1,4 @@
-"""Validate averaged weights on unaugmented images: PSNR, SSIM and LPIPS, and a grid."""
+"""Validate on unaugmented images: PSNR, SSIM and LPIPS, and a picture of reconstructions."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ from latentvae.metrics.tokens import TokenUsage
 from latentvae.models import Network, calls
 from latentvae.pictures import to_pil
 
-DIFFERENCE_GAIN = 4.0  # factor by which the grid enlarges differences
+DIFFERENCE_GAIN = 4.0  # factor by which differences are multiplied in the picture
 GRID_SIDE = 128  # smallest side of a picture in the grid, in pixels
 LABEL_WIDTH = 120  # width of the labels left of the pictures, in pixels
 
@@ -44,7 +44,7 @@ def validate(
     device: torch.device,
     bad: BadImages,
 ) -> dict[str, float]:
-    """Return mean metrics over at most `limit` evenly spread images.
+    """Return mean metrics over at most `limit` images, evenly spread over the source.
 
     Exactly one rank measures each image. Images are reconstructed from the posterior's mode.
     Reconstructions are rounded to 8 bits if the image has 8 bits (`metrics.round_alike`).
@@ -64,8 +64,9 @@ def validate(
         `validation/images` (number of images). A tokenizer also has `validation/usage` (share of
         the codes that are used), `validation/perplexity`, `validation/entropy_bits` (per token) and
         `validation/tokens` (number of tokens of all images). At most `validation/tokens` codes can
-        be used. If each level has its own codes, these values are means over the levels. The values
-        of single levels are `validation/usage_level0` and so on, also for perplexity and tokens.
+        be used. A tokenizer can have several levels (token maps). If each level has its own codes,
+        these values are means over the levels. The values of single levels are
+        `validation/usage_level0` and so on, also for perplexity and tokens.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -114,7 +115,7 @@ def validate(
 
 
 def _token_measures(usage: TokenUsage) -> dict[str, float]:
-    """Return the use of the codes over the images of all ranks."""
+    """Return how the images of all ranks use the codes, as a dict of metrics."""
     joined = TokenUsage.joined(gather_objects(usage.state_dict())).result()
     levels = joined.get("levels", [])
     names: tuple[Literal["usage", "perplexity", "entropy_bits"], ...]
@@ -131,7 +132,7 @@ def _token_measures(usage: TokenUsage) -> dict[str, float]:
 
 
 def readable_images(source: ImageSource, transform: EvalTransform, *, count: int) -> Tensor:
-    """Return at most `count` evenly spread images, (n, C, H, W) in [-1, 1].
+    """Return at most `count` images, evenly spread over the source, (n, C, H, W) in [-1, 1].
 
     Other images replace images that cannot be read.
 
@@ -191,8 +192,8 @@ def save_grid(
 ) -> None:
     """Write a PNG with labelled rows (original, reconstruction, difference), one column per image.
 
-    In the row of differences, mid-grey stands for no difference. Images with alpha are composited
-    over mid-grey. Small images are enlarged by an integer factor.
+    In the row of differences, mid-grey means no difference. Images with alpha are composited over
+    mid-grey. Small images are enlarged by an integer factor.
     """
     images = readable_images(source, transform, count=count).to(device)
     images, recon = visible(images), visible(reconstruct_mode(net, images))
@@ -200,7 +201,7 @@ def save_grid(
 
 
 def difference(images: Tensor, recon: Tensor) -> dict[str, Tensor]:
-    """Return a dict from a label to the enlarged difference of two batches of images.
+    """Return a dict from a label to the amplified difference of two batches of images.
 
     In the result, mid-grey means no difference.
     """
@@ -234,5 +235,5 @@ def _labelled(picture: Image.Image, labels: list[str], *, factor: int) -> Image.
 
 
 def visible(images: Tensor) -> Tensor:
-    """Return images without alpha channel. Grey images keep their single channel."""
+    """Return images for display: alpha is composited away, and grey images keep one channel."""
     return to_rgb(images) if images.shape[1] == 4 else images

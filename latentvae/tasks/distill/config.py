@@ -10,19 +10,20 @@ from latentvae.losses.objective_config import PixelLossConfig
 from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share, Weight
 from latentvae.tasks.image_config import ImageJobConfig
 
-BUCKET_MULTIPLE = 64  # heights and widths of buckets are multiples of this number of pixels
+BUCKET_MULTIPLE = 64  # the height and width of each aspect-ratio bucket are multiples of this
 
 
 class StudentConfig(Section):
-    """Options of the teacher and of the student that learns from it."""
+    """Options of the teacher and of the student, a small autoencoder that learns from it."""
 
-    # The folder may change on resume. `DistillTask.identity` compares the teacher's weights.
+    # On resume, the teacher may be in another folder. `DistillTask.identity` checks that its
+    # weights are the same.
     teacher: Annotated[str | None, MayChange(), Elsewhere("teacher_model vae")] = Field(
         default=None,
         description=(
-            "Autoencoder to distil (the teacher): a folder, such as a run's export, a single file, "
-            "or a name on the Hub (owner/name/folder). The teacher must not be a tokenizer. Every "
-            "run needs this option."
+            "Autoencoder to distil (the teacher). Give a folder (such as an exported model), a "
+            "single file, or a name on the Hub (owner/name/folder). The teacher must not be a "
+            "tokenizer. Every distillation needs this option."
         ),
     )
     student: Annotated[Literal["decoder", "encoder", "both"], Elsewhere("train_part")] = Field(
@@ -30,8 +31,8 @@ class StudentConfig(Section):
         description=(
             "Part of the small autoencoder (the student) that is trained. `decoder` learns to "
             "decode the teacher's latents. `encoder` learns to make the teacher's latents. `both` "
-            "trains both parts. The student's decoder then reads the teacher's latents, not the "
-            "latents of the student's encoder."
+            "trains encoder and decoder. With `both` too, the student's decoder learns from the "
+            "teacher's latents, not from the latents of the student's encoder."
         ),
     )
     student_channels: Annotated[Positive, Elsewhere("width")] = Field(
@@ -51,8 +52,8 @@ class StudentConfig(Section):
         default=(),
         description=(
             "Number of channels of each level of the student's decoder, from full resolution down. "
-            "This option is only for a FLUX.2 teacher. The default is three quarters of the "
-            "teacher's numbers."
+            "This option is only for a FLUX.2 teacher. By default, each number is three quarters "
+            "of the teacher's number."
         ),
     )
     pretrained_model_name_or_path: Annotated[str | None, MayChange()] = Field(
@@ -70,7 +71,7 @@ class DistillLossConfig(PixelLossConfig):
     teacher_share: Share = Field(
         default=0.0,
         description=(
-            "Share (0 to 1) of the decoder's loss that compares the student's image with the "
+            "Fraction (0 to 1) of the decoder's loss that compares the student's image with the "
             "teacher's reconstruction. The rest of the loss compares the student's image with the "
             "original image. With 0, the teacher's decoder is not needed in training, which saves "
             "much time."
@@ -80,25 +81,29 @@ class DistillLossConfig(PixelLossConfig):
         default=1.0,
         description=(
             "Weight of the encoder's loss, which is the mean squared error between the student's "
-            "latents and the teacher's scaled latents."
+            "latents and the teacher's latents. Before this, the teacher's latents are scaled to a "
+            "variance of about 1."
         ),
     )
     latent_noise: Weight = Field(
         default=0.0,
         description=(
-            "Noise on the latents that the decoder reads in training. The noise's standard "
-            "deviation is drawn for each image, from 0 to this share of the latents' standard "
-            "deviation. With more noise, the decoder tolerates larger errors in a generator's "
-            "latents, but the decoder's images are less sharp. 0 means no noise."
+            "Noise on the latents that the decoder reads in training. For each image, the noise's "
+            "standard deviation is drawn at random between 0 and this fraction of the latents' "
+            "standard deviation. With more noise, the decoder tolerates larger errors in a "
+            "generator's latents, but the decoder's images are less sharp. 0 means no noise."
         ),
     )
 
 
 class DistillRunConfig(RunConfig):
-    """Options of the run: its length, batch size, precision, files and logs."""
+    """Options of the training run: its length, batch size, precision, files and logs."""
 
     num_sample_images: Annotated[Positive, MayChange()] = Field(
-        default=6, description="Number of validation images in each grid of sample images."
+        default=6,
+        description=(
+            "Number of validation images in each grid of sample images that training writes."
+        ),
     )
 
 
@@ -108,8 +113,8 @@ class DistillConfig(ImageJobConfig):
     config: Annotated[str, MayChange()] = Field(
         default="tiny_small",
         description=(
-            "YAML file with options, or the name of a preset. Flags override the values in the "
-            "file or preset."
+            "YAML file with options, or the name of a preset (a YAML file that comes with this "
+            "package). Flags override the values in the file or preset."
         ),
     )
     student: StudentConfig = StudentConfig()

@@ -21,11 +21,11 @@ class Cost:
     """The cost of encoding or decoding one image.
 
     Args:
-        size: pixels on a side of the image.
+        size: side of the square image, in pixels.
         parameters: number of weights of the encoder or decoder.
         macs: number of multiply-accumulate operations.
         milliseconds: median time of a call.
-        peak_mib: peak memory in MiB besides the weights.
+        peak_mib: peak memory in MiB, without the weights.
     """
 
     size: int
@@ -82,7 +82,7 @@ def count_macs(net: Network, part: Literal["encoder", "decoder"], *, size: int) 
         else:
             side = size // shape.f
             calls.decode(on_meta, torch.zeros(1, shape.channels, side, side, device="meta"))
-    return counter.get_total_flops() // 2  # one multiplication and one addition
+    return counter.get_total_flops() // 2  # a multiply-accumulate counts as two operations
 
 
 def _weights(net: Network, part: Literal["encoder", "decoder"]) -> list[nn.Parameter]:

@@ -196,7 +196,7 @@ def _description(task: "DistillTask") -> str:
 
 
 def _rows(costs: dict[Side, tuple[Cost, Cost]], row: dict[str, Any]) -> list[str]:
-    """Return the lines of the card's table."""
+    """Return the rows of the table of costs in the model card."""
     rows: list[tuple[str, str, str]] = []
     for metric, words, digits in (("psnr", "PSNR (dB)", 2), ("lpips", "LPIPS", 3)):
         if row:

@@ -37,7 +37,7 @@ from latentvae.tasks.image_task import ImageTask
 
 
 class DistillState(State):
-    """State of a run: name and reason of each unreadable file so far."""
+    """State of a run: name of each unreadable file so far, and why it cannot be read."""
 
     bad_images: list[Named] = Field(default_factory=list)
 
@@ -49,7 +49,7 @@ class DistillTask(ImageTask):
         teacher: the opened teacher, frozen.
         kind: the kind of the student.
         net: the student, not wrapped by DDP.
-        pair: teacher and student.
+        pair: the teacher and the student, which encode and decode images together.
         objective: the student's loss.
         metric: LPIPS for the validation, in float32.
     """

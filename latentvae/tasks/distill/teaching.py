@@ -27,7 +27,7 @@ from latentvae.tasks.distill.config import DistillConfig, StudentConfig
 
 
 def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
-    """Load the teacher, and check that it fits the run's images and the part that learns.
+    """Load the teacher, and check that it fits the images and the options of the student.
 
     Raises:
         UserError: the teacher is missing, is a tokenizer, or an option does not fit it.
@@ -68,9 +68,10 @@ def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
 
 
 def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -> Any:
-    """Return the student in train mode, in which only the part that learns has gradients.
+    """Return the student in train mode. Only the part that learns has gradients.
 
-    A part (encoder or decoder) that neither learns nor was pretrained always returns 0.
+    The student's encoder, its decoder or both learn. An encoder or decoder that neither learns nor
+    was pretrained always returns 0.
 
     Raises:
         UserError: the pretrained network does not fit the teacher, or the shape is impossible.
@@ -101,7 +102,9 @@ def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
 
 
 class TrainedStudent(nn.Module):
-    """The module that training calls: the student's decoder on latents, and encoder on images.
+    """The module that training calls.
+
+    It applies the student's decoder to latents, and the student's encoder to images.
 
     Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
     precision. Accelerate prepares this module, and not the network inside. So validation, which
@@ -109,7 +112,7 @@ class TrainedStudent(nn.Module):
 
     Args:
         net: the student.
-        part: the part that learns.
+        part: the part of the student that learns.
     """
 
     def __init__(self, net: Any, part: Part) -> None:
@@ -119,7 +122,8 @@ class TrainedStudent(nn.Module):
     def forward(self, images: Tensor, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the reconstruction (B, C, H, W) and the latents (B, d, h, w).
 
-        A result is None if its part of the student does not learn.
+        If the decoder does not learn, the reconstruction is None. If the encoder does not learn,
+        the latents are None.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
@@ -131,12 +135,12 @@ class TrainedStudent(nn.Module):
 
 
 class Pair:
-    """A teacher and its student, which encode and decode without gradients.
+    """The teacher and the student network. Both encode and decode without gradients.
 
     Args:
         teacher: frozen, in eval mode.
         student: the network that learns.
-        part: the part that learns.
+        part: the part of the student that learns.
     """
 
     def __init__(self, teacher: Network, student: Network, part: Part) -> None:

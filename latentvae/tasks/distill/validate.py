@@ -1,4 +1,4 @@
-"""Compare a student with the images and with its teacher, and the teacher with the images."""
+"""Compare reconstructions of student, reconstructions of teacher, and images."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def validate(
     device: torch.device,
     bad: BadImages,
 ) -> dict[str, float]:
-    """Return mean metrics over at most `limit` evenly spread images. One rank measures each image.
+    """Return mean metrics over at most `limit` evenly spread images. Ranks share the images.
 
     Args:
         pair: teacher and student, in eval mode.
@@ -121,7 +121,7 @@ def save_grid(
     count: int,
     device: torch.device,
 ) -> None:
-    """Write a PNG with rows for images, teacher, student, and the student's error, enlarged."""
+    """Write a PNG with rows for images, teacher, student, and the student's amplified error."""
     images = readable_images(source, transform, count=count).to(device)
     taught = pair.teach(images, decode=True)
     assert taught.recon is not None

@@ -9,69 +9,70 @@ from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Shar
 
 
 class LatentsConfig(Section):
-    """Options of the latents that the model learns from."""
+    """Options of the encoded images (latents) that the model learns from."""
 
     latents: Annotated[tuple[str, ...], MayChange(), Elsewhere("train_data_dir data data_dir")] = (
         Field(
             default=(),
             description=(
-                "Folders of latents that `latentvae encode` wrote with one autoencoder. Several "
-                "folders are joined, such as latents of images and of their mirror images "
-                "(`latentvae encode --flip`)."
+                "Folders of latents that `latentvae encode` wrote. All folders must come from the "
+                "same autoencoder. The model learns from the latents of all folders together, such "
+                "as latents of images and of their mirror images (`latentvae encode --flip`)."
             ),
         )
     )
     validation_latents: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Folder of latents for validation. By default, a share of the images in `latents` is "
+            "Folder of latents for validation. By default, some of the images in `latents` are "
             "held out (see validation_share)."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.05,
         description=(
-            "Share of the images that is held out for validation. A hash of the image's name "
-            "decides whether an image is held out."
+            "Fraction of the images that is held out for validation. A hash of the image's name "
+            "decides whether an image is held out, so adding images does not change the choice for "
+            "the other images."
         ),
     )
     max_validation_images: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
             "Largest number of images in a validation. If there are more validation images, this "
-            "many of them are chosen, evenly spread."
+            "many are chosen at equal distances in the list of all validation images."
         ),
     )
     autoencoder: Annotated[str | None, MayChange(), Elsewhere("vae vae_path")] = Field(
         default=None,
         description=(
-            "Autoencoder that made the latents. The run needs it for pictures of samples and for "
-            "the export. By default, the run uses the autoencoder that manifest.json in the "
-            "latents' folder records."
+            "Autoencoder that made the latents. Training needs this autoencoder to decode sample "
+            "pictures, and the exported model contains it. By default, training uses the "
+            "autoencoder that the file manifest.json in the latents' folder names."
         ),
     )
     normalization: Literal["model", "channel"] = Field(
         default="model",
         description=(
-            "How latents are scaled to a variance of about 1. `model` shifts and scales them as "
-            "the pipelines of the autoencoder do. `channel` uses the mean and the standard "
-            "deviation of each channel, measured on the training latents. With `channel`, and for "
-            "autoencoders whose pipelines shift latents, the export loads with latentvae's "
-            "FlowPipeline, and not with diffusers alone."
+            "How latents are scaled to a variance of about 1. `model` shifts and scales latents as "
+            "diffusers' pipelines do for this autoencoder. `channel` uses the mean and the "
+            "standard deviation of each channel, measured on the training latents. With `channel`, "
+            "the exported model needs latentvae's FlowPipeline and does not load with diffusers "
+            "alone. The same holds for autoencoders whose pipelines shift latents."
         ),
     )
     posterior_sample: bool = Field(
         default=True,
         description=(
-            "Draw new samples of the posteriors in each update. This works if the latents were "
-            "encoded with `latentvae encode --moments`. Without this option, the model learns from "
-            "the posterior means."
+            "In each update, draw a new sample from the posterior of each image. This needs "
+            "latents that were encoded with `latentvae encode --moments`. If this option is off, "
+            "the model learns from the posterior means."
         ),
     )
 
 
 class FlowConfig(Section):
-    """Options of the network, of its condition and of the noise levels."""
+    """Options of the network, of its condition (class or text) and of the noise levels."""
 
     width: Annotated[Positive, Elsewhere("dim d_model hidden_size")] = Field(
         default=256,
@@ -89,8 +90,9 @@ class FlowConfig(Section):
     patch_size: Positive = Field(
         default=1,
         description=(
-            "Side of a patch, in positions of the latent. Each patch becomes one token. The patch "
-            "size must divide the height and width of the latent. Larger patches compute faster."
+            "Side of a patch, in positions of the latent. Each patch becomes one token of the "
+            "transformer. The patch size must divide the height and width of the latent. Larger "
+            "patches give fewer tokens, which is faster."
         ),
     )
     condition: Literal["auto", "class", "text", "none"] = Field(
@@ -105,45 +107,50 @@ class FlowConfig(Section):
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
         default=0.1,
         description=(
-            "Probability with which an image loses its condition, drawn anew in each update. "
-            "Sampling with classifier-free guidance needs a value above 0."
+            "Probability that an image is used without its condition in an update. The choice is "
+            "random and new in each update. Sampling with classifier-free guidance needs a value "
+            "above 0."
         ),
     )
     text_encoder: str | None = Field(
         default=None,
         description=(
-            "Frozen encoder of captions, which condition `text` needs: a folder or Hub id that the "
-            "package transformers loads, such as google-t5/t5-base. With a T5 encoder and most "
-            "autoencoders (see docs/flow.md), the export loads without latentvae."
+            "Frozen text encoder for the captions: a folder or Hub id that the package "
+            "transformers loads, such as google-t5/t5-base. `--condition text` needs this option. "
+            "With a T5 encoder and most autoencoders (see docs/flow.md), the exported model loads "
+            "with diffusers alone, without latentvae."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is the '
-            "name of an image in the latents. By default, the captions are the ones that "
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, where `id` is the '
+            "name of the image that was encoded. By default, the captions are the ones that "
             "`latentvae encode` found beside the images."
         ),
     )
     shift: Annotated[float, Field(gt=0.0)] | Literal["auto"] = Field(
         default="auto",
         description=(
-            "Shift of the noise levels in training and sampling. 1 is no shift. Values above 1 "
-            "give more weight to high noise. `auto` is the square root of (number of values in a "
-            "latent / 4096), at least 1. The best shift depends on the latents, so also try 2 and "
-            "4."
+            "Shift of the noise levels in training and sampling. 1 is no shift. With values above "
+            "1, high noise levels occur more often. `auto` is sqrt(n / 4096), but at least 1, "
+            "where n is the number of values in a latent. The best shift depends on the latents, "
+            "so try 2 and 4 too."
         ),
     )
     solver: Annotated[Literal["euler", "heun"], MayChange()] = Field(
         default="euler",
         description=(
-            "Solver that draws the sample pictures of the run. `heun` evaluates the network twice "
-            "in each step and is more exact than `euler`."
+            "Solver of the differential equation that turns noise into latents, for the sample "
+            "pictures during training. `heun` evaluates the network twice in each step and is more "
+            "exact than `euler`."
         ),
     )
     sampling_steps: Annotated[Positive, MayChange()] = Field(
         default=25,
-        description="Number of steps from noise to latent for the sample pictures of the run.",
+        description=(
+            "Number of solver steps from noise to latent, for the sample pictures during training."
+        ),
     )
 
     @model_validator(mode="after")
@@ -170,7 +177,7 @@ class FlowConfig(Section):
 
 
 class FlowRunConfig(RunConfig):
-    """Options of the run: its length, batch size, precision, files and logs."""
+    """Options of the training run: its length, batch size, precision, files and logs."""
 
     gradient_checkpointing: bool = Field(
         default=False,
@@ -181,8 +188,8 @@ class FlowRunConfig(RunConfig):
     num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=40,
         description=(
-            "Number of sampled images in each PNG of the run's folder `samples`. A PNG shows at "
-            "most 10 classes or captions."
+            "Number of sampled images in each PNG that training writes to the folder `samples` in "
+            "output_dir. A PNG shows at most 10 classes or captions."
         ),
     )
 
@@ -193,8 +200,8 @@ class LatentFlowConfig(JobConfig):
     config: Annotated[str, MayChange()] = Field(
         default="flow_small",
         description=(
-            "YAML file with options, or the name of a preset. Flags override the values in the "
-            "file or preset."
+            "YAML file with options, or the name of a preset (a YAML file that comes with this "
+            "package). Flags override the values in the file or preset."
         ),
     )
     latents: LatentsConfig = LatentsConfig()

@@ -95,7 +95,7 @@ def open_autoencoder(path: str | None, data: LatentData) -> Any:
     """Return the autoencoder that made the latents.
 
     Args:
-        path: the autoencoder's folder. None takes the folder that the latents' manifest names.
+        path: the autoencoder's folder. None means the autoencoder in the manifest of the latents.
         data: the latents.
 
     Raises:
@@ -154,7 +154,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
 
 
 def _check_equal(task: "FlowTask", folder: Path) -> None:
-    """Load network and autoencoder, and compare them with those of the task."""
+    """Load the exported network and autoencoder, and compare them with those of the training."""
     # the network: the same velocities for some classes or captions, and for none
     text = task.condition == "text"
     kind: Any = PixArtTransformer2DModel if text else DiTTransformer2DModel
@@ -177,19 +177,21 @@ def _check_equal(task: "FlowTask", folder: Path) -> None:
 
 
 def _classes(task: "FlowTask") -> tuple[Condition, Condition]:
-    """Return no class and some classes, twice."""
+    """Return "no class" and some classes, once for the trained network and once for the export."""
     numbers = [NO_CLASS, *range(min(task.num_classes, CHECKED))]
     classes = torch.tensor(numbers, device=task.net.device)
     return classes, classes
 
 
 def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
-    """Return the states of some captions, twice, after a check of the exported text encoder.
+    """Return hidden states of some captions twice, after a check of the exported text encoder.
 
-    The encoder is loaded on the CPU, so that a large one needs no second place on the GPU.
+    The first result is for the trained network, and the second for the export. The exported encoder
+    is loaded on the CPU, because a large encoder may not fit on the GPU twice.
 
     Raises:
-        RuntimeError: it has other weights, or its tokenizer splits captions in another way.
+        RuntimeError: the exported encoder has other weights, or the exported tokenizer splits
+            captions in another way.
     """
     kind, ours = type(task.encoder), task.encoder.state_dict()
     theirs = kind.from_pretrained(folder / "text_encoder", use_safetensors=True).state_dict()

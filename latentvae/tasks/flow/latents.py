@@ -29,14 +29,14 @@ SAME = {
 
 
 class Batch(NamedTuple):
-    """Images of one micro-step.
+    """The latents of the images of one batch.
 
     Attributes:
         z: latents as stored, (B, d, h, w), float32.
         stds: posterior standard deviations of the latents, (B, d, h, w), or None.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
         captions: caption of each image, "" for an image without a caption.
-        numbers: number of each image in the table.
+        numbers: index of each image in the table of all latents.
     """
 
     z: Tensor
@@ -59,7 +59,7 @@ class LatentTable(ItemTable):
     stds: Tensor | None
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Return the latents, classes and captions of the images with these numbers."""
+        """Return the latents, classes and captions of the images with these indices."""
         chosen = torch.as_tensor(numbers)
         stds = None if self.stds is None else self.stds[chosen].float()
         captions = [self.captions[number] for number in numbers]
@@ -79,8 +79,9 @@ class LatentData:
     """Latents to train on and to validate on, with facts about them.
 
     Attributes:
-        content: the content of the first folder's manifest.
-        model: the autoencoder that the manifest names.
+        content: facts from the manifest of the first folder, such as shape and dtype of the
+            latents.
+        model: name or path of the autoencoder, as recorded in the manifest.
         normalization: shift and scale that bring latents to about unit variance.
         shape: (d, h, w) of normalised latents.
     """
@@ -129,7 +130,7 @@ def _normalization(
 ) -> LatentNormalization:
     """Return the normalisation of the autoencoder's pipelines, or one measured on the latents."""
     norm = content.normalization
-    assert norm is not None  # every folder of latents has one
+    assert norm is not None  # every folder of latents has a normalisation
     if options.normalization == "model":
         return LatentNormalization(
             1.0, 0.0, torch.tensor(norm.mean), torch.tensor(norm.scale), norm.fold
@@ -144,8 +145,8 @@ def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalizat
     """Return a normalisation by the measured mean and standard deviation of each channel.
 
     Args:
-        train: the latents that are measured. If they have posterior standard deviations, the
-            result is for samples of the posteriors.
+        train: the latents to measure. If the table has posterior standard deviations, the result is
+            for samples of the posteriors.
         fold: side of the squares of positions that are folded into channels. 1 folds nothing.
 
     Raises:

@@ -47,8 +47,8 @@ Known = TypeVar("Known", Tensor, list[str])  # condition of images: classes (B,)
 PICTURE_BATCH = 40  # images that are sampled at once
 DECODE_BATCH = 4  # a decoder needs much memory
 WRONG = ("wrong_class", "wrong_text")
-VALIDATION_DRAWS = 4  # noise levels of each image in a validation
-LEVELS = 1000  # noise levels over which the error of independent Gaussians is averaged
+VALIDATION_DRAWS = 4  # number of noise levels for each image in a validation
+LEVELS = 1000  # number of noise levels over which the loss of independent Gaussians is averaged
 
 
 class FlowTask(GeneratorTask):
@@ -60,10 +60,10 @@ class FlowTask(GeneratorTask):
         net: the network, not wrapped by DDP.
         condition: the condition that the model gets with an image: "class", "text" or "none".
         num_classes: number of classes, 0 if the condition is not "class".
-        words, encoder: tokenizer and frozen encoder of captions, or None.
-        shift: shift of the noise levels.
-        gaussian: validation loss of the best model that takes all latent values as independent and
-            Gaussian, for comparison.
+        words, encoder: tokenizer and frozen text encoder for captions, or None.
+        shift: factor that moves the noise levels of training towards more noise, 1 for no change.
+        gaussian: validation loss of the best model that assumes independent Gaussian latent values,
+            for comparison.
     """
 
     config: LatentFlowConfig
@@ -115,7 +115,10 @@ class FlowTask(GeneratorTask):
         return open_autoencoder(self.config.latents.autoencoder, self.data)
 
     def _condition(self) -> str:
-        """Return the condition that `condition auto` stands for, after a check."""
+        """Return the kind of condition: class, text or none.
+
+        The options and the latents decide the kind.
+        """
         asked, encoder = self.config.flow.condition, self.config.flow.text_encoder
         if encoder is not None:
             train, held = self.data.train, self.data.validation
@@ -148,7 +151,7 @@ class FlowTask(GeneratorTask):
         return count
 
     def _gaussian(self) -> float:
-        """Return the least loss that is possible if all latent values were independent Gaussians.
+        """Return the smallest possible loss if all latent values were independent Gaussians.
 
         A model that learned anything about images has a lower loss.
         """
@@ -313,7 +316,7 @@ class FlowTask(GeneratorTask):
         }
 
     def _losses(self, batch: Batch, numbers: range) -> dict[str, Tensor]:
-        """Return the loss (B,) of each image, for its own and for a wrong condition.
+        """Return the loss (B,) of each image, with its own class or caption and with a wrong one.
 
         Noise and noise levels depend only on the image's number.
         """
@@ -333,7 +336,7 @@ class FlowTask(GeneratorTask):
         return losses
 
     def _wrong(self, known: Tensor | list[str]) -> dict[str, Condition]:
-        """Return a wrong condition for each image, or {} if there is only one class or caption."""
+        """Return a wrong class or caption for each image, or {} if there is only one."""
         if isinstance(known, Tensor):
             wrong = (known + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)
             several = self.num_classes > 1

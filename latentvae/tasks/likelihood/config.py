@@ -30,40 +30,43 @@ class LikelihoodDataConfig(DataConfig):
         description=(
             "How grey pixels become black or white. `dynamic` draws each pixel anew in each "
             "update, with its grey value (0 to 1) as the probability of white. `static` draws each "
-            "pixel once. `threshold` makes pixels above mid-grey white. `none` keeps grey values. "
-            "With `dynamic`, validation images are drawn only once. `--likelihood bernoulli` needs "
-            "dynamic, static or threshold."
+            "pixel in the same way, but only once for the whole training. `threshold` makes pixels "
+            "above mid-grey white. `none` keeps grey values. With `dynamic`, the pixels of "
+            "validation images are drawn only once. `--likelihood bernoulli` needs dynamic, static "
+            "or threshold."
         ),
     )
     labels_per_class: int = Field(
         default=0,
         ge=0,
         description=(
-            "Number of labelled images of each class in the training. The option seed decides "
-            "which images keep their labels. All other images are used without labels. 0 keeps all "
-            "labels. Images in a folder `unlabelled` never have a label. This option is for the "
-            "architecture `classes` (preset m2_mnist)."
+            "Number of images of each class whose labels are used in training. The option `seed` "
+            "decides which images keep their labels. All other images are used without labels. 0 "
+            "keeps all labels. Images in a folder named `unlabelled` never have a label. This "
+            "option is for networks that learn classes (architecture `classes`, as in the preset "
+            "m2_mnist)."
         ),
     )
     perturb_rate: Annotated[float, Field(ge=0.0, le=1.0), Elsewhere("mutation_rate")] = Field(
         default=0.0,
         description=(
-            "Share (0 to 1) of the pixel values in training that are replaced by random values. "
-            "Training with 0.1 to 0.3 gives a background model, which corrects the likelihoods of "
-            "another model (`latentvae anomaly fit --correction ratio`). 0 replaces no values."
+            "Fraction (0 to 1) of the pixel values in training that are replaced by random values. "
+            "Use 0.1 to 0.3 to train a background model. To find anomalies, the log-likelihood "
+            "under this model is subtracted from that under another model (`latentvae anomaly fit "
+            "--correction ratio`). 0 replaces no values."
         ),
     )
     cache_images: bool = Field(
         default=True,
         description=(
             "Read all images once, at the start, and keep them in memory as bytes. This is much "
-            "faster for small images. This option needs the option crop to be `center`."
+            "faster for small images. It works only with `--crop center`."
         ),
     )
 
 
 class LikelihoodRunConfig(RunConfig):
-    """Options of the run: its length, batch size, precision, files and logs."""
+    """Options of the training run: its length, batch size, precision, files and logs."""
 
     gradient_checkpointing: bool = Field(
         default=False,
@@ -79,7 +82,11 @@ class LikelihoodRunConfig(RunConfig):
         ),
     )
     num_sample_images: Annotated[Positive, MayChange()] = Field(
-        default=64, description="Number of sampled images in each PNG of the folder `samples`."
+        default=64,
+        description=(
+            "Number of sampled images in each PNG that training writes to the folder `samples` "
+            "in output_dir."
+        ),
     )
 
 
@@ -89,8 +96,8 @@ class LikelihoodConfig(ImageJobConfig):
     config: Annotated[str, MayChange()] = Field(
         default="vae_mnist",
         description=(
-            "YAML file with options, or the name of a preset. Flags override the values in the "
-            "file or preset."
+            "YAML file with options, or the name of a preset (a YAML file that comes with this "
+            "package). Flags override the values in the file or preset."
         ),
     )
     vae: AnyVAEConfig = DenseVAEConfig()

@@ -5,10 +5,10 @@ number of images N:
 
     alpha E[-ln q(y|x)] - share E[L(x, y)] - (1 - share) E[U(x)]
 
-Here q(y|x) is the classifier, and alpha is its weight. L(x, y) is the bound of ln p(x, y) for an
-image with a label, and U(x) is the bound of ln p(x) for an image without a label. The first two
-means are over the images with a label, whose share of N is `share`. The last mean is over the
-batch, which may hold images with a label too. In the warm-up, and if all images have a
+Here q(y|x) is the classifier, and alpha is its weight. L(x, y) is the lower bound of ln p(x, y) for
+an image with a label, and U(x) is the lower bound of ln p(x) for an image without a label. The
+first two means E[...] are over the images with a label, whose share of N is `share`. The last mean
+is over the batch, which may hold images with a label too. In the warm-up, and if all images have a
 label, the loss is E[-ln q(y|x)] - E[L(x, y)].
 
 Symbols: `B` batch, `C` channels, `H W` image size.
@@ -32,7 +32,10 @@ LABELLED_IMAGES = 100  # largest number of images with a label in an update
 
 
 class ClassTraining(nn.Module):
-    """The loss terms of M2 in one module, so that DDP averages all gradients over processes."""
+    """The loss terms of M2 in one module, so that DDP averages all gradients over processes.
+
+    M2 is a VAE that also models the class y of an image x (arXiv:1406.5298).
+    """
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -41,12 +44,14 @@ class ClassTraining(nn.Module):
     def forward(
         self, images: Tensor, labelled: Tensor, classes: Tensor, *, least: float, all_images: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the means of the loss terms -ln q(y|x), L(x, y) and U(x) (see the module).
+        """Return the means of the loss terms -ln q(y|x), L(x, y) and U(x).
+
+        q(y|x) is the classifier. L and U are the lower bounds of ln p(x, y) and of ln p(x).
 
         Args:
             images: images of the batch, (B, C, H, W). Their labels are not used.
             labelled, classes: images with a label, (n, C, H, W), and their classes, (n,).
-            least: see `ClassVAE.unlabelled_bound`.
+            least: classes with a smaller q(y|x) are left out of U(x) (`ClassVAE.unlabelled_bound`).
             all_images: whether to compute U(x). Otherwise the third result is None.
         """
         error = F.cross_entropy(self.net.logits(labelled), classes)
@@ -65,7 +70,8 @@ class Classes:
         validation: class of each validation image, -1 for an image without a class.
 
     Raises:
-        UserError: the training images have no classes, or a validation image has another class.
+        UserError: the training images have no classes, or a validation image has a class that the
+            training images do not have.
     """
 
     def __init__(self, train: ImageSource, validation: ImageSource) -> None:
@@ -94,9 +100,9 @@ class Classes:
 
 
 def class_names_of(source: ImageSource) -> list[str | None] | None:
-    """Return the name of each image's class, None for an image without a class.
+    """Return the class name of each image. An image without a class has the name None.
 
-    Return None instead of a list if there are no classes.
+    If no image has a class, return None instead of a list.
     """
     found = find_labels(source, label_column=None)
     if found is None:
@@ -113,7 +119,7 @@ def class_names_of(source: ImageSource) -> list[str | None] | None:
 
 
 def _by_number(name: str) -> tuple[int, str]:
-    """Sort names that are numbers by their number."""
+    """Return a sort key, by which names that are numbers are sorted by value."""
     return (int(name), "") if name.isdecimal() else (sys.maxsize, name)
 
 
@@ -136,12 +142,12 @@ def some_labels(classes: Tensor, names: list[str], *, per_class: int, seed: int)
 
 
 class ClassLoss:
-    """The loss of a training with classes.
+    """The loss of M2, a VAE that also models the class of an image (arXiv:1406.5298).
 
     Args:
         classes: class of each training image in memory, -1 without a label.
         options: options of the loss, with its weights.
-        num_classes: number of classes K.
+        num_classes: number of classes.
     """
 
     def __init__(self, classes: Tensor, options: VariationalConfig, num_classes: int) -> None:
@@ -153,10 +159,10 @@ class ClassLoss:
         self.least = options.class_floor / num_classes
 
     def draw(self, batch: Tensor) -> Tensor:
-        """Draw images with a label by torch's global generator, and return their numbers.
+        """Draw images with a label by torch's global generator, and return their indices.
 
         Args:
-            batch: numbers of the images of the batch. If all images have a label, these numbers are
+            batch: indices of the images of the batch. If all images have a label, these indices are
                 returned.
         """
         if self.share == 1.0:
@@ -170,7 +176,7 @@ class ClassLoss:
         """Return the loss, a scalar, and values to log.
 
         Args:
-            prepared: `ClassTraining`, wrapped for all processes.
+            prepared: `ClassTraining`, wrapped by DDP if there are several processes.
             images: images of the batch.
             labelled: the drawn images with a label.
             drawn: result of `draw`.

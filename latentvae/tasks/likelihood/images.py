@@ -22,7 +22,7 @@ DRAWN_AT_ONCE = 1024  # images that are made binary at once
 def read_all(
     source: ImageSource, transform: EvalTransform, *, bad: BadImages, progress: str | None = None
 ) -> tuple[Tensor, list[int]]:
-    """Return all readable images as bytes, (N, C, H, W), uint8, and their numbers in the source.
+    """Return all readable images as bytes, (N, C, H, W), uint8, and their indices in the source.
 
     Args:
         source: the images.
@@ -78,7 +78,8 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
 
     Args:
         images: grey values in [-1, 1].
-        kind: "threshold" cuts at 0. Otherwise a pixel is 1 with probability (1 + x) / 2.
+        kind: "threshold" turns values above 0 into 1 and all others into -1. With any other kind, a
+            pixel of value x becomes 1 with probability (1 + x) / 2.
         generator: generator that draws the pixels. None takes torch's global generator.
     """
     if kind == "threshold":
@@ -88,10 +89,11 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
 
 
 def perturbed(images: Tensor, *, rate: float) -> Tensor:
-    """Return images with random values replaced, to train a background model (likelihood ratio).
+    """Return images with random values replaced, to train the background model of anomaly scores.
 
-    Each value is replaced with probability `rate` by a uniform 8-bit value (arXiv:1906.02845, which
-    uses rates of 0.1 to 0.3). torch's global generator draws the values.
+    The score is the ratio of an image's likelihoods under the model and under the background model
+    (arXiv:1906.02845). Each value is replaced with probability `rate` by a uniform 8-bit value. The
+    paper uses rates of 0.1 to 0.3. torch's global generator draws the values.
 
     Args:
         images: (B, C, H, W) in [-1, 1].

@@ -109,7 +109,7 @@ def export_network(
 
 
 def _unchanged_preset(config: LikelihoodConfig) -> str:
-    """Return the name of the run's preset, or "" if the run has another network or loss."""
+    """Return the name of the run's preset, or "" if the run changed its network or loss."""
     if config.config not in preset_names(LikelihoodConfig) or Path(config.config).is_file():
         return ""
     preset = load_preset(config.config, LikelihoodConfig)

@@ -26,7 +26,7 @@ from latentvae.models.likelihood_models import ImagesOfModel, load_likelihood_ne
 from latentvae.tasks.likelihood.images import binary_bytes, read_all
 
 SHOWN_GROUPS = 12
-MAX_POSTERIORS = 2000  # images for the mutual information, whose time grows with their square
+MAX_POSTERIORS = 2000  # most images for the mutual information (quadratic time)
 
 
 @full_float32()
@@ -50,7 +50,8 @@ def measure_folder(
         samples: number of latent samples per image.
         max_images: largest number of images.
         batch_size: number of images that are computed at once.
-        binarize: "static" or "threshold". None takes what the network expects.
+        binarize: how to make images binary, "static" or "threshold". None takes what the network
+            expects.
         seed: seed of latents and binary images.
         json: file for the results.
         device: device of the computation. None takes the GPU if there is one.
@@ -106,7 +107,7 @@ def measure_folder(
 def _read(
     data: str, shape: tuple[int, int, int], about: ImagesOfModel, *, max_images: int | None
 ) -> tuple[torch.Tensor, str | None]:
-    """Return the images as bytes, and the size of the first one if they were resized."""
+    """Return the images as bytes, and the first image's original size if images were resized."""
     channels, height, width = shape
     source = open_source(data, pixels=PixelFormat(channels, about.value_range))
     if max_images is not None:

@@ -55,11 +55,11 @@ from latentvae.tasks.likelihood.total_correlation import (
 )
 
 STATIC_SEED = 0  # seed of images that are made binary once
-START_IMAGES = 1000  # training images whose mean is the start of the decoder
+START_IMAGES = 1000  # number of training images whose mean initialises the decoder
 
 
 class LikelihoodState(State):
-    """State of a run: name and reason of each unreadable file so far."""
+    """State of a run: name of each unreadable file so far, and why it cannot be read."""
 
     bad_images: list[Named] = Field(default_factory=list)
 
@@ -92,7 +92,10 @@ class LikelihoodTask(ImageTask):
         self.kept: list[int] = []
 
     def _find_classes(self) -> Classes | None:
-        """Return the classes of the images, and set their number as an option, if they matter."""
+        """Return the classes of the images, and set `num_classes`.
+
+        The result is None if the network does not model classes.
+        """
         vae = self.config.vae
         if not vae.has_classes:
             return None
@@ -184,7 +187,7 @@ class LikelihoodTask(ImageTask):
             self.validation_pixels = binary_bytes(self.validation_pixels, seed=STATIC_SEED)
 
     def _mean_image(self) -> Tensor | None:
-        """Return the mean of some training images, (C, H, W), or None for a stream."""
+        """Return the mean of some training images, (C, H, W), or None if images are a stream."""
         if isinstance(self.train_images, ImageStream):
             return None
         chosen = some_of(self.train_images, START_IMAGES)
@@ -309,7 +312,7 @@ class LikelihoodTask(ImageTask):
         }
 
     def _class_step(self, objective: ClassLoss, batch: Batch, update: int) -> dict[str, Tensor]:
-        """Add the gradients of a micro-step with classes. Return values to log."""
+        """Add the gradients of a batch, for a network with classes. Return values to log."""
         assert self.pixels is not None
         drawn = objective.draw(batch.indices)
         labelled = Batch(self.pixels[drawn], drawn, [])
@@ -326,7 +329,8 @@ class LikelihoodTask(ImageTask):
     def prepared_images(self, batch: Batch) -> Tensor:
         """Return the images on the device.
 
-        The options may ask for random changes, which torch's global generator draws.
+        The options may ask for random changes, such as random binary values. torch's global
+        generator draws them.
         """
         images, data = batch.on(self.device), self.config.data
         if self.pixels is not None and data.random_flip:
@@ -385,7 +389,7 @@ class LikelihoodTask(ImageTask):
         return values
 
     def _class_errors(self, mine: range) -> dict[str, float]:
-        """Return the share of validation images with a wrong class, in percent."""
+        """Return the share of validation images that are classified wrongly, in percent."""
         assert self.classes is not None
         classes = self.classes.validation[self.validation_kept]
         wrong = known = 0

@@ -33,7 +33,10 @@ class TotalCorrelation(Protocol):
         ...
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
-        """Add the gradients, times `share`, of the estimate's own network. Return values to log."""
+        """Add the gradients of the network that makes the estimate, times `share`.
+
+        Return values to log. They are empty if the estimate needs no network.
+        """
         ...
 
 
@@ -50,7 +53,7 @@ class BatchEstimate:
     def of(self, bound: Bound) -> Tensor:
         assert bound.latents is not None and bound.posterior is not None
         own = (bound.latents[0][0], *bound.posterior)
-        z, mean, logvar = (gather_with_gradient(values) for values in own)  # of all ranks
+        z, mean, logvar = (gather_with_gradient(values) for values in own)  # values of all ranks
         return split_kl(z, mean, logvar, num_images=self.num_images).total_correlation.mean()
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
@@ -58,7 +61,7 @@ class BatchEstimate:
 
 
 class DiscriminatorEstimate:
-    """The total correlation as in FactorVAE, by a discriminator that learns beside the network.
+    """The total correlation as in FactorVAE, by a discriminator that learns together with the VAE.
 
     The discriminator learns to tell latents from latents whose units are permuted over the batch.
     One half of the batch gives the unchanged latents, and the other half the permuted latents.

@@ -7,61 +7,63 @@ from pydantic import Field, model_validator
 from latentvae.config.run_config import JobConfig, OptimizerConfig, RunConfig
 from latentvae.option_marks import Elsewhere, MayChange, Positive, Section, Share
 
-BYTES = "bytes"  # value of `text_encoder` for the encoder that learns with the prior
+BYTES = "bytes"  # value of `text_encoder` for the encoder that is trained with the prior
 
 
 class TokensConfig(Section):
-    """Options of the tokens that the prior learns from."""
+    """Options of the encoded images (tokens) that the prior learns from."""
 
     tokens: Annotated[tuple[str, ...], MayChange(), Elsewhere("train_data_dir data data_dir")] = (
         Field(
             default=(),
             description=(
-                "Folders of tokens that `latentvae encode` wrote with one tokenizer. Several "
-                "folders are joined."
+                "Folders of tokens that `latentvae encode` wrote. All folders must come from the "
+                "same tokenizer. The prior learns from the tokens of all folders together."
             ),
         )
     )
     validation_tokens: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Folder of tokens for validation. By default, a share of the images in `tokens` is "
-            "held out (see validation_share)."
+            "Folder of tokens for validation. By default, some of the images in `tokens` are held "
+            "out (see validation_share)."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.05,
         description=(
-            "Share of the images that is held out for validation. A hash of the image's name "
-            "decides whether an image is held out."
+            "Fraction of the images that is held out for validation. A hash of the image's name "
+            "decides whether an image is held out, so adding images does not change the choice for "
+            "the other images."
         ),
     )
     max_validation_images: Annotated[Positive, MayChange()] = Field(
         default=1000,
         description=(
             "Largest number of images in a validation. If there are more validation images, this "
-            "many of them are chosen, evenly spread."
+            "many are chosen at equal distances in the list of all validation images."
         ),
     )
     tokenizer: Annotated[str | None, MayChange(), Elsewhere("vq_model vqvae")] = Field(
         default=None,
         description=(
-            "Tokenizer that made the tokens. The run needs it for pictures of samples and for the "
-            "export. By default, the run uses the tokenizer that manifest.json in the tokens' "
-            "folder records."
+            "Tokenizer that made the tokens. Training needs this tokenizer to decode sample "
+            "pictures, and the exported model contains it. By default, training uses the tokenizer "
+            "that the file manifest.json in the tokens' folder names."
         ),
     )
     shuffle_tokens: bool = Field(
         default=False,
         description=(
-            "Shuffle the tokens of each image, separately in each level of codes. This is a "
-            "control experiment: without this option, the loss of a prior should be clearly lower."
+            "Shuffle the positions of the tokens of each image. If the tokenizer has several "
+            "levels of codes, each level is shuffled separately. Use this option only as a control "
+            "experiment: the prior's loss should then be clearly higher than without shuffling."
         ),
     )
 
 
 class NetworkConfig(Section):
-    """Options of the prior's network and of its condition."""
+    """Options of the prior's network and of its condition (class or text)."""
 
     width: Annotated[Positive, Elsewhere("dim n_embd d_model hidden_size")] = Field(
         default=256,
@@ -79,7 +81,8 @@ class NetworkConfig(Section):
     dropout: Share = Field(
         default=0.1,
         description=(
-            "Share (0 to 1) of values that are dropped in training, in each transformer block."
+            "Probability (0 to 1) with which a value is set to 0 in training, in each transformer "
+            "block."
         ),
     )
     condition: Literal["auto", "class", "text", "none"] = Field(
@@ -94,24 +97,25 @@ class NetworkConfig(Section):
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(
         default=0.1,
         description=(
-            "Probability with which an image loses its condition, drawn anew in each update. "
-            "Sampling with classifier-free guidance needs a value above 0."
+            "Probability that an image is used without its condition in an update. The choice is "
+            "random and new in each update. Sampling with classifier-free guidance needs a value "
+            "above 0."
         ),
     )
     captions: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, and `id` is the '
-            "name of an image in the tokens. By default, the captions are the ones that `latentvae "
-            "encode` found beside the images."
+            'JSON Lines file of captions. Each line is {"id": ..., "text": ...}, where `id` is the '
+            "name of the image that was encoded. By default, the captions are the ones that "
+            "`latentvae encode` found beside the images."
         ),
     )
     text_encoder: str = Field(
         default=BYTES,
         description=(
-            "Encoder of captions. `bytes` is a small encoder of the captions' bytes, which learns "
-            "together with the prior. You may also give a frozen encoder: a folder or Hub id that "
-            "the package transformers loads, such as a T5 or CLIP text encoder."
+            "Encoder of captions. `bytes` is a small network that reads a caption byte by byte and "
+            "is trained together with the prior. You may also give a frozen encoder: a folder or "
+            "Hub id that the package transformers loads, such as a T5 or CLIP text encoder."
         ),
     )
 
@@ -138,7 +142,7 @@ class NetworkConfig(Section):
 
 
 class PriorRunConfig(RunConfig):
-    """Options of the run: its length, batch size, precision, files and logs."""
+    """Options of the training run: its length, batch size, precision, files and logs."""
 
     gradient_checkpointing: bool = Field(
         default=False,
@@ -149,8 +153,8 @@ class PriorRunConfig(RunConfig):
     num_sample_images: Annotated[Positive, MayChange()] = Field(
         default=40,
         description=(
-            "Number of sampled images in each PNG of the run's folder `samples`. A PNG shows at "
-            "most 10 classes or captions."
+            "Number of sampled images in each PNG that training writes to the folder `samples` in "
+            "output_dir. A PNG shows at most 10 classes or captions."
         ),
     )
 
@@ -161,8 +165,8 @@ class PriorConfig(JobConfig):
     config: Annotated[str, MayChange()] = Field(
         default="prior_small",
         description=(
-            "YAML file with options, or the name of a preset. Flags override the values in the "
-            "file or preset."
+            "YAML file with options, or the name of a preset (a YAML file that comes with this "
+            "package). Flags override the values in the file or preset."
         ),
     )
     tokens: TokensConfig = TokensConfig()

@@ -69,7 +69,7 @@ def open_tokenizer(path: str | None, data: TokenData) -> Any:
     """Return the tokenizer that made the tokens.
 
     Args:
-        path: the tokenizer's folder. None takes the folder that the tokens' manifest names.
+        path: the tokenizer's folder. None means the tokenizer in the manifest of the tokens.
 
     Raises:
         UserError: there is no such tokenizer, or the tokens were made with other weights.
@@ -125,12 +125,12 @@ def export_prior(
 
 
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
-    """Load the parts, and compare their weights and results with the trained pipeline."""
+    """Load the exported networks. Compare their weights and results with the trained pipeline."""
     # the weights that were trained
     ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
     theirs: Any = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)
     pairs, loaded_encoder = [(ours, theirs)], encoder
-    if encoder is not None and words is None:  # it has learned with the prior
+    if encoder is not None and words is None:  # the encoder has learned with the prior
         place = folder / "text_encoder"
         loaded_encoder = ByteTextEncoder.from_pretrained(place, use_safetensors=True)
         pairs.append((encoder, loaded_encoder))

@@ -99,7 +99,10 @@ class PriorTask(GeneratorTask):
         return open_tokenizer(self.config.tokens.tokenizer, self.data)
 
     def _condition(self) -> str:
-        """Return the condition that `condition auto` stands for, after a check."""
+        """Return the kind of condition: class, text or none.
+
+        The options and the tokens decide the kind.
+        """
         asked = self.config.prior.condition
         has_classes = bool((self.data.train.classes != NO_CLASS).any())
         if asked == "auto":
@@ -184,7 +187,7 @@ class PriorTask(GeneratorTask):
         }
 
     def _reader_of_texts(self) -> str:
-        """Return the text encoder in words."""
+        """Return a description of the text encoder for the printed overview."""
         if self.encoder is None:
             return ""
         learns = "learns with the prior" if self.trains_text else "frozen"
@@ -212,8 +215,9 @@ class PriorTask(GeneratorTask):
         Args:
             batch: rows of the table.
             table: the table of tokens and captions that the batch comes from.
-            encode: return the hidden states that the text encoder computes from the captions
-                (`Text`). Otherwise return the captions as `Words`, from which it can learn.
+            encode: if true, the text encoder reads the captions, and its hidden states are returned
+                (`Text`). Otherwise the captions themselves are returned (`Words`), so that the
+                encoder can learn from them.
         """
         indices = batch.indices.to(self.device)
         if self.condition != "text":
@@ -269,11 +273,12 @@ class PriorTask(GeneratorTask):
         }
 
     def _bits(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the bits (B, T) of each token, for the right condition and for a wrong one."""
+        """Return the bits (B, T) of each token, given the right condition and a wrong one."""
         indices, classes, text = self.moved(batch, self.data.validation)
         bits = {"right": token_bits(self.net, indices, classes, text)}
         if classes is not None and (count := self.net.config["num_classes"]) > 1:
-            # Classes with near names are often similar, so the wrong class is half of them away.
+            # Classes with near names are often similar, so the wrong class is half of all classes
+            # away.
             wrong = (classes + count // 2) % count
             wrong = wrong.where(classes >= 0, NO_CLASS)
             bits["wrong_class"] = token_bits(self.net, indices, wrong, None)
@@ -286,7 +291,7 @@ class PriorTask(GeneratorTask):
         return bits
 
     def _level_bits(self, bits: Tensor) -> dict[str, float]:
-        """Return the mean bits of each level, if there are several. `bits` are (T,)."""
+        """Return the mean bits of each level (token map), if there are several. `bits` are (T,)."""
         if len(self.net.level_sizes) == 1:
             return {}
         levels = enumerate(bits.split(self.net.level_sizes))

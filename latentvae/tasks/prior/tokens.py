@@ -27,12 +27,12 @@ SAME = {
 
 
 class Batch(NamedTuple):
-    """Images of one micro-step.
+    """The tokens of the images of one batch.
 
     Attributes:
         indices: tokens of the images, (B, T), int64.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
-        numbers: number of each image in the table.
+        numbers: index of each image in the table of all tokens.
     """
 
     indices: Tensor
@@ -51,12 +51,12 @@ class TokenTable(ItemTable):
     sequences: Tensor
 
     def rows(self, numbers: Sequence[int]) -> Batch:
-        """Return the tokens and classes of the images with these numbers."""
+        """Return the tokens and classes of the images with these indices."""
         chosen = torch.as_tensor(numbers)
         return Batch(self.sequences[chosen].long(), self.classes[chosen], list(numbers))
 
     def shuffled(self, seed: int, *, level_sizes: Sequence[int]) -> "TokenTable":
-        """Return a table in which each level's tokens are shuffled, differently for each image."""
+        """Return a table with tokens shuffled in each level (token map), differently per image."""
         orders = []
         for number in range(len(self)):
             rng, ends = np.random.default_rng([seed, number]), np.cumsum([0, *level_sizes])
@@ -79,9 +79,9 @@ class TokenData:
     """Tokens to train on and to validate on, with facts about them.
 
     Attributes:
-        content: the content of the first folder's manifest.
-        model: the tokenizer that the manifest names.
-        levels: (height, width) of each level in tokens, coarsest level first.
+        content: facts from the manifest of the first folder, such as the number of codes.
+        model: name or path of the tokenizer, as recorded in the manifest.
+        levels: (height, width) in tokens of each level (token map), coarsest level first.
         num_codes: number of codes K of each level.
     """
 
@@ -121,7 +121,7 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
 
 
 def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
-    """Return (height, width) of each level of an image's tokens, coarsest level first."""
+    """Return (height, width) of each level (token map) of an image, coarsest level first."""
     if content.levels is not None:
         return content.levels
     *repeated, height, width = content.item_shape
@@ -129,7 +129,10 @@ def levels_of(content: Content) -> tuple[tuple[int, int], ...]:
 
 
 def mean_unigram_bits(data: TokenData) -> float:
-    """Return the bits per validation token if a model only knows each level's code frequencies."""
+    """Return the bits per validation token of a model that only knows the codes' frequencies.
+
+    Each level (token map) has its own frequencies. The result is the mean over all tokens.
+    """
     sizes = [height * width for height, width in data.levels]
     tables = (data.train, data.validation)
     parts = [table.sequences.split(sizes, dim=1) for table in tables]
@@ -139,10 +142,10 @@ def mean_unigram_bits(data: TokenData) -> float:
 
 
 def unigram_bits(train: Tensor, validation: Tensor, *, num_codes: int) -> float:
-    """Return the bits per validation token if a model only knows the codes' frequencies.
+    """Return the bits per validation token of a model that only knows the codes' frequencies.
 
-    The frequencies are those of the training tokens. Every code counts once more than it occurs, so
-    that no code has probability 0.
+    The frequencies are those of the training tokens. 1 is added to the count of every code, so that
+    no code has probability 0.
 
     Args:
         train: tokens of one level, any shape.
