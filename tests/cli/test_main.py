@@ -13,7 +13,8 @@ from skimage import data
 
 import latentvae
 from latentvae.cli.flags import parse_options
-from latentvae.cli.main import Evaluate, main
+from latentvae.cli.main import main
+from latentvae.cli.measure_commands import Evaluate
 from latentvae.engine.resume import write_config
 from tests.tasks.autoencoder.small import small_config
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLFlux2, AutoencoderTiny
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentvae.cli.main import run_of
+from latentvae.cli.check_commands import run_of
 from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import flat
 from latentvae.data import validation_batches

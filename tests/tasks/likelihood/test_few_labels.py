@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from latentvae.cli.main import main, run_of
+from latentvae.cli.check_commands import run_of
+from latentvae.cli.main import main
 from latentvae.config.presets import load_preset
 from latentvae.data.image_folder import ImageFolder
 from latentvae.engine.log import read_rows

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentvae.cli.main import main, run_of
+from latentvae.cli.check_commands import run_of
+from latentvae.cli.main import main
 from latentvae.config.presets import load_preset, preset_names
 from latentvae.config.run_config import flat
 from latentvae.data import Batch
