@@ -70,8 +70,8 @@ class Options:
     """Number of codes of each level, in the network with two levels of codes."""
 
     one_level_codes: tuple[int, ...] = (512, 1024)
-    """Number of codes of each network with one level of codes. One such network is trained for each
-    number."""
+    """Codebook sizes for the networks that have a single map of codes. One such network is trained
+    for each size."""
 
     updates: int = 500
     """Number of updates of each training."""

@@ -32,7 +32,7 @@ HEAD_DIM = 32
 
 
 class ProofFlow(FlowTask):
-    """Train a generator of `latentvae prove` on given latents. The training draws no pictures.
+    """Train a generator of `latentvae prove` on given latents. The training saves no pictures.
 
     Args:
         config: options of the run.
