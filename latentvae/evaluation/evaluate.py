@@ -10,7 +10,6 @@ same call again.
 """
 
 import contextlib
-import copy
 import csv
 import hashlib
 import itertools
@@ -18,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -28,30 +27,29 @@ import torch
 from tqdm import tqdm
 
 from latentvae.autoencoder import Autoencoder, NotFiniteError
-from latentvae.coding.image_codecs import CODECS, available_codecs
+from latentvae.coding.image_codecs import available_codecs
 from latentvae.compute.precision import full_float32
 from latentvae.data import ImageSource, UnreadableImage, spread
 from latentvae.data.buckets import bucket_sizes
 from latentvae.errors import UserError
+from latentvae.evaluation.checks import check_names, check_options, check_resolution, check_sides
 from latentvae.evaluation.codec_rows import codec_rows, encode_picture
 from latentvae.evaluation.curves import Curves, bd_rates
+from latentvae.evaluation.examinations import Examination, examinations
 from latentvae.evaluation.linear_baseline import baselines, verdict
 from latentvae.evaluation.measures import CSV_COLUMNS, Judge, Means, Row
 from latentvae.evaluation.model_evaluation import Encoded, ModelMeasures
-from latentvae.evaluation.passport import passport
 from latentvae.evaluation.phases import Phases
-from latentvae.evaluation.picture_source import Pictures, Seen, center_crop, to_picture
+from latentvae.evaluation.picture_source import Pictures, Seen, to_picture
 from latentvae.evaluation.protocol import protocol
 from latentvae.evaluation.saved_progress import Accumulator, Progress
 from latentvae.evaluation.settings import FULL, Plan
 from latentvae.evaluation.sheet import reconstruct_for_sheet, sheet, sheet_row
-from latentvae.evaluation.speed import MIN_REPEATS, measure_speed
 from latentvae.losses.perceptual import PerceptualLoss
 from latentvae.report.figures import rate_figure
 from latentvae.report.schema import ModelReport, Report
 
 SAVE_SECONDS = 30.0  # shortest time between two saved states
-PHASES = {"passport": "half precision and tiles", "speed": "speed and memory"}
 # Entries of the protocol that may change when a stopped evaluation continues.
 CIRCUMSTANCES = ("device", "threads")
 
@@ -90,42 +88,12 @@ def evaluate(
     Raises:
         UserError: `out` holds another evaluation, or no image can be read.
     """
-    _check_options(models, lpips, plan=plan, sheet_images=sheet_images)
+    check_options(models, lpips, plan=plan, sheet_images=sheet_images)
 
     evaluation = _Evaluation(
         models, source, out, data_name, lpips, inception, plan, max_images, device
     )
     return evaluation(sheet_images=sheet_images, overwrite=overwrite)
-
-
-def _check_options(
-    models: Mapping[str, Autoencoder],
-    lpips: Mapping[str, PerceptualLoss],
-    *,
-    plan: Plan,
-    sheet_images: int,
-) -> None:
-    # the plan
-    if sheet_images < 1:
-        raise UserError(f"sheet_images must be at least 1 (got {sheet_images}).")
-    if set(lpips) != set(plan.lpips_nets):
-        raise UserError(f"lpips needs the backbones {plan.lpips_nets} (got {tuple(lpips)}).")
-
-    # the models
-    for name, model in models.items():
-        if model.image_channels != 3:
-            raise UserError(
-                f"evaluate needs RGB models, because the codecs need RGB images ('{name}' takes "
-                f"{model.image_channels} channels). `latentvae reconstruct` measures PSNR, SSIM "
-                "and LPIPS of any model."
-            )
-
-    # names of the models
-    if clash := sorted(models.keys() & CODECS.keys()):
-        raise UserError(
-            f"a model cannot be called '{clash[0]}', because a codec has this name. "
-            "Rename the model's folder."
-        )
 
 
 class _Evaluation:
@@ -166,12 +134,7 @@ class _Evaluation:
         sizes = [(m.f, m.latent_channels) for m in self.models.values() if not m.num_codes]
         compares = "distortion" in plan.sections
         self.linear = baselines(sizes if compares else [], judge=self.judge)
-        for row in self.linear.values():
-            if row.name in self.models:
-                raise UserError(
-                    f"a model cannot be called '{row.name}', because the linear code has this "
-                    "name. Rename the model's folder."
-                )
+        check_names(self.models, [linear.name for linear in self.linear.values()])
         self.examined: dict[str, dict[str, Any]] = {name: {} for name in self.models}
         self.phases = Phases(self._num_phases())
 
@@ -183,9 +146,11 @@ class _Evaluation:
 
         # check the sizes of all images before hours of work
         for model in self.models.values():
-            self._check_size(model)
-        if self.plan.resolution is None and not progress.values:
-            self._check_sides()
+            check_resolution(model, self.plan)
+        strictest = max(self.models.values(), key=lambda model: model.smallest_side)
+        if self.plan.resolution is None and not progress.values and strictest.smallest_side > 1:
+            self.phases.say(f"reading the sizes of {len(self.pictures):,} images")
+            check_sides(self.pictures, strictest)
 
         # pictures
         if progress.values:
@@ -215,7 +180,7 @@ class _Evaluation:
     def _num_phases(self) -> int:
         own = sum(measures.priors is not None for measures in self.measures.values())
         own += len(self.linear)
-        return own + self.plan.measures_images + len(self.models) * len(self._examinations()) + 1
+        return own + self.plan.measures_images + len(self.models) * len(self._examinations) + 1
 
     def _fit_linear_codes(self) -> None:
         for linear in self.linear.values():
@@ -232,42 +197,6 @@ class _Evaluation:
                     measures.priors.fit(
                         measures.model, self.pictures, plan=self.plan, encoded=measures.encoded
                     )
-
-    def _check_size(self, model: Autoencoder) -> None:
-        only = model.fixed_size
-        if only is not None and (self.plan.size != (only, only) or self.plan.buckets):
-            raise UserError(
-                f"'{model.name}' only makes {only} x {only} images. "
-                f"Measure with --resolution {only}."
-            )
-        if self.plan.size is not None and min(self.plan.size) < model.smallest_side:
-            raise UserError(
-                f"resolution must be at least {model.smallest_side}, the f of '{model.name}' "
-                f"(got {self.plan.resolution})."
-            )
-
-    def _check_sides(self) -> None:
-        """Raise an error if an image is too small for a model. Read only the images' headers.
-
-        A small image cannot be left out for one model only, because the models would then be
-        compared on different images.
-        """
-        strictest = max(self.models.values(), key=lambda model: model.smallest_side)
-        least = strictest.smallest_side
-        if least <= 1:
-            return
-        self.phases.say(f"reading the sizes of {len(self.pictures):,} images")
-        for position in range(len(self.pictures)):
-            try:
-                width, height = self.pictures.size(position)
-            except UnreadableImage:
-                continue  # the measurement reports this image later
-            if min(width, height) < least:
-                raise UserError(
-                    f"images must have at least {least} pixels on a side, the f of "
-                    f"'{strictest.name}' ('{self.pictures.name(position)}' has {width} x {height} "
-                    f"pixels). Remove it, or resize images with --resolution {least} or more."
-                )
 
     def _measure(self, progress: Progress) -> None:
         """Measure all pictures that were not measured yet, and write their rows to per_image.csv.
@@ -355,21 +284,21 @@ class _Evaluation:
         The state is saved after each measurement. If a measurement ended the process (out of
         memory), the next call skips this measurement.
         """
-        for (name, model), (section, (examine, pixels)) in itertools.product(
-            self.models.items(), self._examinations().items()
+        for (name, model), (section, examination) in itertools.product(
+            self.models.items(), self._examinations.items()
         ):
             found = self.examined[name]
             if section in found or self.measures[name].failure is not None:
                 self.phases.skip()
                 continue
-            seconds = self.measures[name].cost.of(pixels)
-            self.phases.begin(f"{name}: {PHASES[section]}", seconds=seconds)
+            seconds = self.measures[name].cost.of(examination.pixels)
+            self.phases.begin(f"{name}: {examination.title}", seconds=seconds)
 
             # First save a reason, which stays in the report if this measurement ends the process.
             found[section] = {"skipped": "the process ended here"}
             self._save(progress, progress.done)
             try:
-                found[section] = examine(model)
+                found[section] = examination.run(model)
             except KeyboardInterrupt:
                 del found[section]
                 raise
@@ -378,50 +307,9 @@ class _Evaluation:
             finally:
                 self._save(progress, progress.done)
 
-    def _examinations(self) -> dict[str, tuple[Callable[[Autoencoder], Any], float]]:
-        """Return the functions that `_examine` calls for each model, by section of the report.
-
-        Each function comes with the approximate number of pixels that it encodes and decodes. This
-        number gives an estimate of the function's time.
-        """
-        plan, found = self.plan, {}
-        mean = self.seen.mean_pixels
-        sides = {"passport": (plan.passport_side**2, 3), "tiling": (math.prod(plan.tiling_size), 2)}
-        checks = [sides[name] for name in sides if name in plan.sections]
-        if checks and plan.passport_images:
-            pixels = plan.passport_images * sum(min(most, mean) * runs for most, runs in checks)
-            found["passport"] = self._passport, pixels
-        if "speed" in plan.sections and plan.speed_sizes:
-            pixels = sum(side**2 for side in plan.speed_sizes) * (MIN_REPEATS + 2)
-            found["speed"] = self._speed, pixels
-        return found
-
-    def _passport(self, model: Autoencoder) -> dict[str, Any]:
-        pictures = [images for _, images in self.pictures.some(self.plan.passport_images)]
-        sides = {
-            "passport": model.fixed_size or self.plan.passport_side,
-            "tiling": model.fixed_size or self.plan.tiling_size,
-        }
-        multiple = model.f * model.normalization.fold
-        images = {
-            section: [
-                center_crop(picture, side=side, multiple=multiple).to(model.net.device)
-                for picture in pictures
-                if section in self.plan.sections
-            ]
-            for section, side in sides.items()
-        }
-        net = model.net if model.net.dtype == torch.float32 else copy.deepcopy(model.net).float()
-        return passport(net, images["passport"], f=model.f, for_tiling=images["tiling"])
-
-    def _speed(self, model: Autoencoder) -> dict[str, Any]:
-        return measure_speed(
-            model.net,
-            sizes=self.plan.speed_sizes if model.fixed_size is None else (model.fixed_size,),
-            f=model.f * model.normalization.fold,
-            budget_s=self.plan.speed_budget,
-            device=model.net.device,
-        )
+    @property
+    def _examinations(self) -> dict[str, Examination]:
+        return examinations(self.plan, self.pictures, mean_pixels=self.seen.mean_pixels)
 
     def _parts(self) -> dict[str, Accumulator]:
         parts: dict[str, Accumulator] = {"codecs": self.codec_means, "curves": self.curves}

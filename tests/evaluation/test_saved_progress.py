@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentvae.autoencoder import Autoencoder
 from latentvae.errors import UserError
-from latentvae.evaluation import METRICS_ONLY, Plan, evaluate
+from latentvae.evaluation import METRICS_ONLY, Plan, evaluate, examinations
 from latentvae.evaluation.saved_progress import Progress
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.report import Report
@@ -186,7 +186,7 @@ def test_a_passport_that_ended_the_process_is_not_tried_again(
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(evaluate_module, "passport", killed)
+    monkeypatch.setattr(examinations, "passport", killed)
     with pytest.raises(Killed):
         measure(nets, Photos(*PICTURES), tmp_path, trunks, plan)
     metrics = Report.read(tmp_path / "report.json").models["pixels"].metrics  # there already
