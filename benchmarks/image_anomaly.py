@@ -122,7 +122,7 @@ class Classes:
     """Number of updates of each training."""
 
     left_out: tuple[int, ...] = tuple(range(10))
-    """Numbers of the classes to leave out. Each class is left out of one training."""
+    """Numbers of the classes to leave out. For each number, one training leaves out this class."""
 
     max_images: int = 1000
     """Largest number of test images."""

@@ -34,7 +34,7 @@ class Export:
 
     lookup_from_codebook: bool = False
     """Write a tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. This
-    pipeline gives the decoder indices of codes, and expects pixels in [0, 1]."""
+    pipeline passes indices of codes to the decoder, and expects pixels in [0, 1]."""
 
     push_to_hub: bool = False
     """Upload the exported model to the Hugging Face Hub. The upload uses the account that you

@@ -81,7 +81,7 @@ class AutoencoderRunConfig(RunConfig):
         default=False,
         description=(
             "Export the tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. "
-            "This pipeline gives the decoder indices of codes, and expects pixels in [0, 1]. Leave "
+            "This pipeline passes indices of codes to the decoder, and expects pixels in [0, 1]. Leave "
             "this option off for other pipelines."
         ),
     )
