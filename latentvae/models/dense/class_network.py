@@ -148,10 +148,11 @@ class ClassVAE(ModelMixin, ConfigMixin):
 
         Args:
             images: (B, C, H, W).
-            least: smallest probability q(y|x) of a class that is used. It is at least 0, and at most
-                one divided by the number of classes. Other classes are left out, and q is
-                normalised over the used classes. The result is still a lower bound. If the classifier is sure of most images, few classes
-                are used, and the computation is much faster.
+            least: smallest probability q(y|x) of a class that is used. It is at least 0, and at
+                most one divided by the number of classes. Other classes are left out, and q is
+                normalised over the used classes. The result is still a lower bound. If the
+                classifier is sure of most images, few classes are used, and the computation is much
+                faster.
         """
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         kept = log_q.detach().exp() >= least

@@ -81,8 +81,8 @@ class AutoencoderRunConfig(RunConfig):
         default=False,
         description=(
             "Export the tokenizer as a VQModel for aMUSEd, a text-to-image pipeline of diffusers. "
-            "This pipeline passes indices of codes to the decoder, and expects pixels in [0, 1]. Leave "
-            "this option off for other pipelines."
+            "This pipeline passes indices of codes to the decoder, and expects pixels in [0, 1]. "
+            "Leave this option off for other pipelines."
         ),
     )
 
