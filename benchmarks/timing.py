@@ -63,7 +63,10 @@ def row(
     *,
     equal_within: float | None,
 ) -> Row:
-    """Return the row for two series of costs, whose i-th values come from the same round."""
+    """Return the comparison of two series of costs (times or memory) as a `Row`.
+
+    The i-th values of both series come from the same round of alternating calls.
+    """
     ratios = [b / a for a, b in zip(ours, reference, strict=True)]
     return Row(
         name=name,

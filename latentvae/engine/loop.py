@@ -42,7 +42,7 @@ SILENT_SECONDS = 10.0  # a line announces a validation if the last validation to
 
 
 class Stopped(Exception):
-    """Raised if a signal asked the run to stop, after the run has saved a checkpoint."""
+    """Raised after a signal has asked the run to stop and the run has saved a checkpoint."""
 
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(

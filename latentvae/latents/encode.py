@@ -182,7 +182,10 @@ def encode_folder(
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
-    """Create the folder. Reject or remove shards of other encodings, and remove damaged shards."""
+    """Create the folder, and remove damaged shards that it holds from an earlier call.
+
+    Shards of another model or of other images raise an error. With `overwrite`, they are removed.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
-from latentvae.errors import UserError, nearest
+from latentvae.class_names import class_number, number_names
+from latentvae.errors import UserError
 from latentvae.models.bound import LikelihoodNet
 from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.dense.config import ClassVAEConfig, ConvVAEConfig, DenseVAEConfig
@@ -128,7 +129,7 @@ def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:
     return net
 
 
-def class_number(net: LikelihoodNet, name: str) -> int:
+def number_of_class(net: LikelihoodNet, name: str) -> int:
     """Return the number of a class of images, given its name or its number.
 
     Raises:
@@ -136,14 +137,7 @@ def class_number(net: LikelihoodNet, name: str) -> int:
     """
     if not isinstance(net, ClassVAE):
         raise UserError(f"this model has no classes, so it cannot take the class '{name}'.")
-    names = net.config["class_names"] or [str(k) for k in range(net.num_classes)]
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) < len(names):
-        return int(name)
-    raise UserError(
-        f"there is no class '{name}'. The classes are {', '.join(names)}{nearest(name, names)}"
-    )
+    return class_number(name, net.config["class_names"] or number_names(net.num_classes))
 
 
 def _class_name(folder: Path) -> str:

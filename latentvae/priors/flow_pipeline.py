@@ -26,7 +26,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from latentvae.autoencoder import Autoencoder
-from latentvae.errors import UserError, nearest
+from latentvae.class_names import class_number
+from latentvae.errors import UserError
 from latentvae.models.normalization import LatentNormalization
 from latentvae.pictures import OutputType, convert
 from latentvae.priors.dit import Condition, for_pipeline, sample_latents
@@ -198,21 +199,7 @@ class FlowPipeline(DiffusionPipeline):
                 f"this model has no classes, so it cannot take the class '{label}'."
                 + " Give a prompt." * self.reads_text
             )
-        if label in names:
-            return names.index(str(label))
-
-        # As in diffusers, each part of a name with commas also names the class.
-        split = [[part.strip() for part in name.split(",")] for name in names]
-        parts = [number for number, found in enumerate(split) if label in found]
-        if len(parts) == 1:
-            return parts[0]
-        if isinstance(label, int) or label.isdecimal():
-            if 0 <= int(label) < len(names):
-                return int(label)
-        raise UserError(
-            f"there is no class '{label}'. The classes are {', '.join(names)}"
-            f"{nearest(str(label), names)}"
-        )
+        return class_number(label, names)
 
     def sample(
         self,

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from latentvae.errors import UserError, nearest
+from latentvae.class_names import class_number, number_names
+from latentvae.errors import UserError
 from latentvae.models import calls
 from latentvae.pictures import OutputType, convert
 from latentvae.priors.sampling import Sampling, sample_tokens
@@ -107,18 +108,10 @@ class TokenPipeline(DiffusionPipeline):
             UserError: the prior has no classes, or no such class.
         """
         config = self.transformer.config
-        count, names = config["num_classes"], list(config["class_names"] or [])
+        count = config["num_classes"]
         if not count:
             raise UserError(f"this prior has no classes, so it cannot take the class '{label}'.")
-        if label in names:
-            return names.index(str(label))
-        if isinstance(label, int) or (isinstance(label, str) and label.isdecimal()):
-            if 0 <= int(label) < count:
-                return int(label)
-        known = ", ".join(names) if names else f"0 to {count - 1}"
-        raise UserError(
-            f"there is no class '{label}'. The classes are {known}{nearest(str(label), names)}"
-        )
+        return class_number(label, list(config["class_names"] or number_names(count)))
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Return the text encoder's states (B, S, C) of prompts, with their mask.

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from latentvae.compute.precision import full_float32
 from latentvae.distributed import launched_device
 from latentvae.errors import UserError
-from latentvae.models.likelihood_models import class_number, load_likelihood_net
+from latentvae.models.likelihood_models import load_likelihood_net, number_of_class
 from latentvae.pictures import save_grid, to_pil
 from latentvae.priors.sample import GRID_IMAGES, GRID_NAME, check_new_folder
 
@@ -54,7 +54,7 @@ def sample_vae_folder(
     net.to(device)  # type: ignore[attr-defined]
     chosen: dict[str, Any] = {}
     if class_name is not None:
-        chosen = {"classes": torch.tensor([class_number(net, class_name)], device=device)}
+        chosen = {"classes": torch.tensor([number_of_class(net, class_name)], device=device)}
     check_new_folder(out)
 
     paths, shown = list[Path](), []

@@ -1,0 +1,39 @@
+"""Find a class of images by what a user calls it."""
+
+from collections.abc import Sequence
+
+from latentvae.errors import UserError, nearest
+
+
+def class_number(label: str | int, names: Sequence[str]) -> int:
+    """Return the number of a class, given by its name or its number.
+
+    As in diffusers, each part of a name with commas also names the class, such as "tench" for
+    "tench, Tinca tinca".
+
+    Args:
+        label: name or number of the class.
+        names: names of the classes 0, 1, 2 and so on. Classes without names have their numbers.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    if label in names:
+        return names.index(str(label))
+    split = [[part.strip() for part in name.split(",")] for name in names]
+    parts = [number for number, found in enumerate(split) if label in found]
+    if len(parts) == 1:
+        return parts[0]
+    if str(label).isdecimal() and int(label) < len(names):
+        return int(label)
+
+    numbered = list(names) == number_names(len(names))
+    known = f"0 to {len(names) - 1}" if numbered else ", ".join(names)
+    raise UserError(
+        f"there is no class '{label}'. The classes are {known}{nearest(str(label), names)}"
+    )
+
+
+def number_names(count: int) -> list[str]:
+    """Return the numbers of `count` classes as text, the names of classes without names."""
+    return [str(number) for number in range(count)]
