@@ -31,7 +31,7 @@ class StudentConfig(Section):
         description=(
             "Part of the small autoencoder (the student) that is trained. `decoder` learns to "
             "decode the teacher's latents. `encoder` learns to make the teacher's latents. `both` "
-            "trains encoder and decoder. With `both` too, the student's decoder learns from the "
+            "trains encoder and decoder. Even with `both`, the student's decoder learns from the "
             "teacher's latents, not from the latents of the student's encoder."
         ),
     )
