@@ -179,9 +179,9 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Convert a tokenizer to a `VQModel` of diffusers that returns the same indices.
 
-    `why_no_vq_model` must return "" for the tokenizer. Codes of length 1 keep this length.
-    `VQModel` searches by Euclidean distance. For codes of length 1, the result is the same as in a
-    search by cosine similarity.
+    `why_no_vq_model` must return "" for the tokenizer. If the codes have the norm 1, so do those of
+    the `VQModel`. It searches by Euclidean distance, which finds the same code as cosine similarity
+    if all norms are 1.
 
     Args:
         net: the tokenizer, in float32 on the CPU.
