@@ -18,8 +18,8 @@ unseen photos:
 - the KL in bits per latent element. Without a flow, the KL has a closed form. With a flow, the KL
   is a mean over many samples, and the script gives its standard error.
 
-To compare the KL at equal PSNR, the KL of the plain VAE is interpolated between its weights. If you
-run the command again, finished arms are kept.
+To compare the KL at equal PSNR, the KL of the plain VAE is interpolated between its weights of the
+KL. If you run the command again, finished arms are kept.
 """
 
 import json

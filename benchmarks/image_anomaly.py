@@ -55,8 +55,8 @@ class Pairs:
     images."""
 
     others: tuple[str, ...]
-    """Data sets with images of other kinds. These images are resized to the size of the model's
-    images."""
+    """Data sets of images that the model should find anomalous. These images are resized to the
+    size of the model's images."""
 
     out: Path
     """Folder for results.json."""

@@ -3,11 +3,11 @@
     python benchmarks/large_images.py --model sd --sizes 512 1024 --json large.json
 
 Each value is measured in a new process. Memory is the rise of the process's resident memory during
-the call. Strips are this project's way to compute large images with the same result as at once. In
-every row, `ours` is the cost (time or memory) with strips, and `reference` is the cost with tiles
-or with the whole image. `equal within` is the largest difference from the output for the whole
-image. Rows that compare with the whole image give this difference for the output of strips. Rows
-that compare with tiles give this difference for the output of tiles.
+the call. Strips are this project's way to compute large images, with the same result as for the
+whole image. In every row, `ours` is the cost (time or memory) with strips, and `reference` is the
+cost with tiles or with the whole image. `equal within` is the largest difference from the output
+for the whole image. Rows that compare with the whole image give this difference for the output of
+strips. Rows that compare with tiles give this difference for the output of tiles.
 
 The script also prints the seams of diffusers' tiles (steps of the image at tile borders), in 8-bit
 levels. A seam above 2 levels is visible (latentvae/evaluation/tiling_check.py). diffusers does not

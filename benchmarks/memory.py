@@ -78,7 +78,7 @@ class Options:
     """Recompute activations in the backward pass. This needs less memory and more time."""
 
     device: Device = "cuda"
-    """Type of device. The computed memory is that of autocast on this type of device."""
+    """Type of device whose autocast rules decide the dtypes of the computed tensors."""
 
     json: Path | None = None
     """JSON file to write the results to."""

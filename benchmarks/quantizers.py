@@ -140,7 +140,7 @@ def peak(size: str, name: str) -> int:
     """Return the bytes that one call needs in addition to those that the process already uses."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
-    quantise(features[:, :, :1, :1].contiguous())  # one-time allocations do not count
+    quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count
     Path("/proc/self/clear_refs").write_text("5")  # resets the system's peak
     before = psutil.Process().memory_info().rss
     quantise(features)

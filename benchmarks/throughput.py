@@ -106,7 +106,7 @@ def checked(options: Options) -> Options:
 def measure(options: Options) -> Iterator[Row]:
     """Yield the rows of each image size: first rows of time, then rows of peak memory."""
     compared = compare(options)
-    release_freed_memory()  # new processes can use this memory
+    release_freed_memory()  # so that the new processes can use this memory
     times: dict[tuple[int, str, str], Row] = {}
     with own_process(serve, "stock", options) as stock:
         for name in dict.fromkeys(name for *_, name in compared):

@@ -60,7 +60,7 @@ class Options:
     """Number of estimates of the likelihood bound, for the comparison of the two packages."""
 
     def run(self) -> None:
-        """Measure, print a table and write the file."""
+        """Measure both packages, print a table of the results, and write them to the JSON file."""
         models = import_peer()
         images = self._images()
         rows = [self._compare(models, images, samples) for samples in (1, self.samples)]

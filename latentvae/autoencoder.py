@@ -384,7 +384,7 @@ def load(
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
             latentvae[openvino]`). The attribute `optimization` says which mode is used, and its
             PSNR against `"exact"`. If this option is set, a process on the CPU keeps the memory
-            that a call frees for its next calls, see `latentvae.compute.memory`.
+            that a call frees, and uses it in later calls, see `latentvae.compute.memory`.
         strips: compute strip by strip, for images that do not fit into memory. True, or a `Strips`
             object with options. See `Autoencoder`.
 

@@ -13,7 +13,8 @@ def class_number(label: str | int, names: Sequence[str]) -> int:
 
     Args:
         label: name or number of the class.
-        names: names of the classes 0, 1, 2 and so on. Classes without names have their numbers.
+        names: names of the classes 0, 1, 2 and so on. If the classes have no names, their numbers
+            as text, see `number_names`.
 
     Raises:
         UserError: there is no such class.

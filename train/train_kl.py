@@ -6,9 +6,9 @@
 `--config` takes a YAML file or the name of a preset. Every flag below overrides a value of this
 config. To resume a training that was interrupted, run the same command again. `--preflight` trains
 a few updates to check the training, and then exits. `--recipe fast` means `--init auto --optimizer
-muon`: the initial weights compute a PCA of image patches, and the optimizer is Muon. `--recipe
-published` means random initial weights and AdamW. `--train_data_dir samples` trains on 16 photos
-that come with scikit-image, scikit-learn and matplotlib.
+muon`: the optimizer is Muon, and the initial weights compute a PCA of image patches if the network
+supports this. `--recipe published` means random initial weights and AdamW. `--train_data_dir
+samples` trains on 16 photos that come with scikit-image, scikit-learn and matplotlib.
 """
 
 import sys

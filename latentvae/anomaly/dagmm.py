@@ -76,7 +76,7 @@ class DAGMM(Detector):
         num_components: number of components of the mixture.
         dropout: share of the hidden units of the estimation network that training drops.
         energy_weight: weight of the mean energy in the loss (lambda 1 of the paper). The energy is
-            the -log density of a row's latent.
+            the -log density of a row's latent and of its two features of the reconstruction.
         diagonal_weight: weight of the sum of inverse variances of the mixture in the loss (lambda
             2).
         variance_floor: variance added to each diagonal of the covariances.

@@ -143,8 +143,8 @@ class PooledDensity:
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
         """Return the score of each image, and a map of the -log density of each position's latent.
 
-        With "gmm", the score is the -log density in nats. With "knn", it is the distance to the
-        nearest clean images.
+        With "gmm", the score is the -log density in nats. With "knn", it is the mean distance to
+        the pooled latents of the nearest clean images.
         """
         latents = model.encode(images).float().cpu()
         batch, _, height, width = latents.shape
@@ -325,7 +325,7 @@ class Likelihood:
 
 
 def images_of(model: Autoencoder) -> ImagesOfModel:
-    """Return the size, channels and values of images that a model with a likelihood expects."""
+    """Return the format of images that a model with a likelihood expects, such as binary pixels."""
     folder = find_likelihood_export(Path(model.path)) if model.path else None
     return ImagesOfModel() if folder is None else read_images_file(folder)
 

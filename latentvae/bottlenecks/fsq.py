@@ -19,7 +19,7 @@ from latentvae.bottlenecks.gradients import straight_through
 from latentvae.bottlenecks.quantized import Quantized, Quantizer
 from latentvae.errors import UserError
 
-MARGIN = 1e-3  # the range is wider by this share, so that finite features reach the last levels
+MARGIN = 1e-3  # the range is wider by this share, so that finite features reach both end levels
 MAX_LEVELS = 1000  # with more levels, this margin would give a level that does not exist
 
 

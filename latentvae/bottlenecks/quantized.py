@@ -43,7 +43,7 @@ class Quantizer(nn.Module):
     Attributes:
         kind: name of the bottleneck, a key of `table.BOTTLENECKS`.
         num_codes: number of codes K of each level.
-        num_levels: number of codes per position L. It is 1 except for a residual quantiser.
+        num_levels: number L of codes per position. It is 1 except for a residual quantiser.
         in_channels: number of channels C of the features.
         code_channels: number of channels D of the codes `z`.
         restart_threshold: `update` replaces a code whose use is below this share of the mean use.

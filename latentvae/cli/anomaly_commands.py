@@ -74,9 +74,9 @@ class AnomalyFit:
     score closer to the exact -ln p(x)."""
 
     criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
-    """For the method `vae`: the score of a row, in nats. `reconstruction_probability` is the mean
-    of log p(x|z) over samples of z. `elbo` is the evidence lower bound. `importance` is the
-    importance-weighted bound, which is tighter."""
+    """For the method `vae`: value in nats whose negative is the score of a row.
+    `reconstruction_probability` is the mean of log p(x|z) over samples of z. `elbo` is the evidence
+    lower bound. `importance` is the importance-weighted bound, which is tighter."""
 
     epochs: int | None = None
     """For the methods `vae` and `dagmm`: number of training epochs. The default depends on the

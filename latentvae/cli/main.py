@@ -77,9 +77,9 @@ def train_command(arguments: Sequence[str]) -> None:
     the name of a preset. Every flag below overrides a value of this config. To resume a training
     that was interrupted, run the same command again. `--preflight` trains a few updates to check
     the training, and then exits. `--recipe fast` means `--init auto --optimizer muon`: the initial
-    weights compute a PCA of image patches, and the optimizer is Muon. `--recipe published` means
-    random initial weights and AdamW. `--train_data_dir samples` trains on 16 photos that come with
-    scikit-image, scikit-learn and matplotlib.
+    weights compute a PCA of image patches if the network supports this, and the optimizer is Muon.
+    `--recipe published` means random initial weights and AdamW. `--train_data_dir samples` trains
+    on 16 photos that come with scikit-image, scikit-learn and matplotlib.
     """
     from latentvae.cli.train import run_training
 

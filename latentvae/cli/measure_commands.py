@@ -44,9 +44,10 @@ class Reconstruct:
     is decoded, so raise this limit only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
-    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
-    CPU. By default, the network computes in float32 without these changes."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
+    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
+    network in OpenVINO on the CPU. By default, the network computes in float32 without these
+    changes."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
@@ -94,7 +95,7 @@ class Evaluate:
     aspect_ratio_buckets: int = 0
     """Resize and crop each image to the nearest of this many aspect ratios, as `latentvae train`
     does with the same option. All cropped images have about as many pixels as an image of the size
-    that the option `resolution` gives. With 0, all images have the same shape."""
+    that the option `resolution` gives. 0 turns this off."""
 
     ignore_icc: bool = False
     """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By

@@ -19,8 +19,8 @@ class Export:
     """Write a run's newest checkpoint as a diffusers folder.
 
     The run may come from any of the commands `latentvae train...`, and may still be training. For
-    an autoencoder, the command measures the scaling and the shift of the latents. The training
-    images of the run must still exist, because the command reads them.
+    an autoencoder, the command measures the scaling and the shift of the latents. The training data
+    of the run (images, latents or tokens) must still exist, because the command reads them.
     """
 
     folder: Annotated[Path, Positional]
@@ -181,10 +181,10 @@ class Encode:
     are other data by the names, labels and captions of the images, not by their pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
-    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
-    CPU. By default, the network computes in float32 without these changes. The file manifest.json
-    records which choice was made."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
+    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
+    network in OpenVINO on the CPU. By default, the network computes in float32 without these
+    changes. The file manifest.json records which choice was made."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -227,9 +227,10 @@ class Decode:
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes in bfloat16 if
-    bfloat16 is faster than float32 on this machine. `openvino` runs the network in OpenVINO on the
-    CPU. By default, the network computes in float32 without these changes."""
+    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
+    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
+    network in OpenVINO on the CPU. By default, the network computes in float32 without these
+    changes."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -253,8 +254,8 @@ class Convert:
     single .safetensors file. The command prints the `ddconfig` (the network's options in the
     original code) and stores it in the file's metadata. `latentvae.load` also reads such a file,
     but only for some networks. The network must be an AutoencoderKL without attention in its
-    levels, and must have the shape of the autoencoder of Stable Diffusion, SD3 or FLUX. Load all
-    other networks from their diffusers folder.
+    levels. It must have the shape of the autoencoder of Stable Diffusion (4 latent channels), or
+    of SD3 or FLUX (16 latent channels). Load all other networks from their diffusers folder.
 
     The original classes always have the layers quant_conv and post_quant_conv. Some networks, such
     as those of SD3 and FLUX, do not have these layers. For them, the command writes identity

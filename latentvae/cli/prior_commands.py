@@ -35,7 +35,8 @@ class Sample:
 
     class_name: Annotated[str | None, arg(name="class")] = None
     """Class of the pictures: name or number of the class. By default, the first picture has the
-    first class, the second picture the second class, and so on."""
+    first class, the second picture the second class, and so on. After the last class comes the
+    first one again. A variational autoencoder draws a random class for each picture instead."""
 
     prompt: str | None = None
     """Text that describes the pictures, for a prior or a flow matching model that was trained with

@@ -118,6 +118,6 @@ def encode_at_rate(
 def _share(low: int, high: int, target: float) -> float:
     """Return the position of `target` between two file sizes on a logarithmic scale.
 
-    It is 0 at `low` and 1 at `high`, and 0.5 for a target outside these sizes.
+    It is between 0 (`low`) and 1 (`high`). If `target` is not between these sizes, it is 0.5.
     """
     return math.log(target / low) / math.log(high / low) if low < target < high else 0.5

@@ -38,11 +38,11 @@ LATENT_MAGIC = b"LVZ\x01"  # The last byte is the format's version.
 MAX_ELEMENTS = 2**26  # Largest number of elements of one latent: 256 MB in float32.
 MAX_CHANNELS = 2**16
 MIN_STEP = 1e-30
-# A file stores a quantiser step as a power of 2 ** (1 / 16), so the stored step is wrong by at most
-# 2.2 percent.
+# A file stores a quantiser step as the smallest step times a power of 2 ** (1 / 16). So the stored
+# step is wrong by at most 2.2 percent.
 STEP_RESOLUTION = 16
-# A file stores a prior's scale as a power of 2 ** (1 / 8). The scale is wrong by at most 4.4
-# percent, which costs at most 0.003 bits per symbol.
+# A file stores a prior's scale as the smallest step times a power of 2 ** (1 / 8). The stored scale
+# is wrong by at most 4.4 percent, which costs at most 0.003 bits per symbol.
 SCALE_RESOLUTION = 8
 OCTAVES = 60  # steps and scales may be up to 2 ** 60 times the smallest step
 

@@ -4,7 +4,7 @@ Each block is compiled separately, for three reasons:
 
 - The adaptive weight of the adversarial loss needs only the gradient of the decoder's last
   convolution. A decoder compiled as a whole would compute all gradients.
-- Compiled code draws other random numbers. If the whole encoder were compiled, samples of the
+- Compiled code draws other random numbers. If the whole network were compiled, samples of the
   posterior would differ from those without compilation.
 - Separate blocks compile in a fraction of the time
   (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).

@@ -103,9 +103,9 @@ def build_openvino(net: Any, *, precision: str) -> Any:
 def _core() -> Any:
     """Return the process's only OpenVINO `Core` object, which is never destroyed.
 
-    With two objects, the next signal, for example Ctrl-C, would end the process with a segmentation
-    fault (OpenVINO 2026.4). The reason is that each `Core` sets a stack for signal handlers. When
-    two `Core` objects are destroyed, the second one restores a stack that the first one has freed.
+    Each `Core` sets a stack for signal handlers. When two `Core` objects are destroyed, the second
+    one restores a stack that the first one has freed. The next signal in Python, for example
+    Ctrl-C, would then end the process with a segmentation fault (OpenVINO 2026.4).
     """
     return _import_openvino().Core()
 

@@ -58,7 +58,7 @@ class Curves:
 
         A setting is the quality of a codec, or the noise PSNR of a model in dB. A point holds two
         kinds of means. The first is over the images for which all models and codecs have a finite
-        value of the metric. The second is over all images (from `means`).
+        value of the metric at every setting. The second is over all images (from `means`).
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []

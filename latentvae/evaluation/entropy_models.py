@@ -72,7 +72,9 @@ class Priors:
     def fit(
         self, model: Autoencoder, pictures: Pictures, *, plan: Plan, encoded: dict[int, Posterior]
     ) -> None:
-        """Fit both entropy models, each on at most `plan.prior_images` images of its half.
+        """Fit both entropy models.
+
+        Each model is fitted on at most `plan.prior_images` images of its half, evenly spread.
 
         Args:
             encoded: a dictionary that this function fills with the posteriors of small images, by

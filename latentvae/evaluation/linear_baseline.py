@@ -21,7 +21,7 @@ from latentvae.metrics import to_8bit
 from latentvae.report.schema import IMAGE_COLUMNS, Metrics, ModelReport, Rate
 
 LINEAR = "linear"  # name of the first linear code in the report
-FIT_IMAGES = 256  # number of images of each half that the fit uses at most
+FIT_IMAGES = 256  # largest number of images of each half that the fit uses, evenly spread
 MAX_VALUES = 3 * 32 * 32  # largest number of values of a patch
 NETS = ("alex",)  # backbones of the LPIPS that is measured for a linear code
 

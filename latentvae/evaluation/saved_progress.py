@@ -50,7 +50,7 @@ class Progress:
         self.done, self.finished = 0, False
         self.values: dict[str, Any] = {}
         self._arrays: Arrays = {}
-        self._saves = 0  # number of the next file of sums, so that no file is overwritten
+        self._saves = 0  # number of the last file of sums. Each save writes a new file.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -45,8 +45,8 @@ class Plan:
         resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
         buckets: number of shapes, each with about as many pixels as `resolution`. Each image gets
-            the shape nearest to its own, as in training with `aspect_ratio_buckets`. 0 gives all
-            images the same shape.
+            the shape nearest to its own, as in training with `aspect_ratio_buckets`. With 0, all
+            images get the shape `resolution`.
         ignore_icc: use the stored numbers of files with an embedded colour profile. By default
             these files are converted to sRGB.
     """

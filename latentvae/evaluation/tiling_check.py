@@ -130,7 +130,7 @@ def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingChe
 
 
 def seam_between(tiled: Tensor, whole: Tensor, *, tile: int, overlap: int, f: int) -> float:
-    """Return the largest visible step at a tile border (seam) in images decoded in tiles.
+    """Return the largest step at a tile border (seam) in images decoded in tiles.
 
     See `TilingCheck.seam` for the definition.
 

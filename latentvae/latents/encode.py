@@ -184,7 +184,8 @@ def encode_folder(
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
     """Create the folder, and remove damaged shards that it holds from an earlier call.
 
-    Shards of another model or of other images raise an error. With `overwrite`, they are removed.
+    Shards of another model, of other images or with other options raise an error. With `overwrite`,
+    they are removed.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,9 @@ from latentvae.likelihoods.pixels import (
 
 
 class DiscretizedLogisticMixture(PixelDistribution):
-    """A mixture of N logistic distributions for each pixel, with one component for all channels.
+    """A mixture of N logistic distributions for each pixel.
+
+    All channels of a pixel belong to the same component.
 
     Within a component, the location of a channel depends linearly on the values of the channels
     before it. For C channels, the parameter maps are N logits, N C locations, N C values of

@@ -145,9 +145,9 @@ class StyleGANDiscriminator(nn.Module):
 
     - The original flattens a 4 x 4 map. Here a mean over space allows images of any size.
     - The original has a layer with the standard deviation over the minibatch. Here this layer is
-      left out, because an image's logit would depend on the other images of the batch, and so on
-      the number of ranks. The layer prevents mode collapse of a generator, which cannot happen with
-      reconstructions.
+      left out, because an image's logit would depend on the other images of the batch, and thus
+      on ranks and micro-steps. The layer prevents mode collapse of a generator, which cannot happen
+      with reconstructions.
 
     Weights start as N(0, 1) and are scaled in each forward pass (equalised learning rate). So the
     learning rate should be 2e-3 as in the paper, not 1e-4 as for a PatchGAN.

@@ -77,7 +77,7 @@ class ActiveUnits:
         return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 
     def state(self) -> list[list[float]]:
-        """Return the sums of the current window, three lists with one number per channel.
+        """Return the statistics of the current window, three lists with one number per channel.
 
         They are the count, the mean, and the sum of squared deviations from the mean.
         """

@@ -4,8 +4,8 @@ The coarsest level has a map of h x w codes, and each further level is twice as 
 so on. The image's sequence of tokens lists the codes of one level after the other, coarsest first.
 The codes of a level are listed row by row. The tensor (B, P, h, w) holds this sequence, cut into
 P planes of h x w codes. P is the sum 1 + 4 + ... with one term for each level. Plane 0 is the
-coarsest map. Planes 1 to 4 are the next map, whose rows are cut from top to bottom into four equal
-parts. So `indices.flatten(1)` is the sequence, and the tensor's shape also gives h and w.
+coarsest map. Planes 1 to 4 are the next map, read row by row and cut into four equal parts. So
+`indices.flatten(1)` is the sequence, and the tensor's shape also gives h and w.
 
 `B` batch, `P` codes per coarsest position, `h w` size of the coarsest map.
 """

@@ -88,7 +88,7 @@ class ModelConfig(Pretrained):
 
     @property
     def kl_channels(self) -> int:
-        """Number of latent channels, for each of which the KL is computed separately."""
+        """Number of latent channels whose KL is computed separately."""
         return self.latent_channels
 
     @property

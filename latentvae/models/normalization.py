@@ -21,8 +21,8 @@ class LatentNormalization:
     """The map (z - mean) * scale, after folding `fold` x `fold` positions into channels.
 
     Args:
-        scaling_factor, shift_factor: values in the model's config, for diffusers' pipelines. This
-            package only prints them in reports.
+        scaling_factor, shift_factor: values in the model's config, for diffusers' pipelines and for
+            reports. `apply` and `invert` do not use them.
         mean, scale: one value for each channel of the folded latents, or one value for all
             channels.
         fold: side of the squares of positions that are folded into channels. 1 means no folding.

@@ -36,7 +36,7 @@ FAMILIES: dict[str, TrainableFamily] = {
     "vqvae2": VQVAE2Family(),
 }
 
-# Keys are names of diffusers' classes. Older releases of diffusers do not have all these classes.
+# Keys are names of classes. Older releases of diffusers do not have all of its classes below.
 FOREIGN: dict[str, Family] = {
     **{name: LikelihoodFamily() for name in LIKELIHOOD_NETWORKS},
     "VQModel": StockVQFamily(),

@@ -33,7 +33,7 @@ def variant_of(name: str) -> str | None:
 
 
 def names_of(repository: str, subfolder: str | None) -> list[str]:
-    """Return the names of the files in a local folder, or in a repository on the Hugging Face Hub.
+    """Return the names of the files in a local folder, or in a folder of a repository on the Hub.
 
     Without an internet connection, the names are those of files that were downloaded before.
     """

@@ -37,7 +37,7 @@ class TrainingWrapper(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradients set the size of the adversarial loss.
+        """The weight whose gradients set the adaptive weight of the adversarial loss.
 
         See equation 7 of arXiv:2012.09841.
         """

@@ -109,7 +109,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         raise NotImplementedError  # Each classifier defines its own method.
 
     def _learned(self) -> dict[str, Tensor]:
-        """Return the tensors that training learned, without those of a VAE given as `vae`."""
+        """Return the tensors that training learned, without those of the VAE `vae_`."""
         raise NotImplementedError  # Each classifier defines its own method.
 
     def _relearn(self, tensors: dict[str, Tensor]) -> None:

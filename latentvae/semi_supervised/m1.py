@@ -70,7 +70,7 @@ class LatentModel(SemiSupervisedClassifier):
 
 
 class M1Classifier(LatentModel):
-    """A VAE trained on all rows, and a simple classifier of the latents of labelled rows.
+    """A VAE trained on all rows, and a simple classifier trained on latents of labelled rows.
 
         model = M1Classifier(random_state=0).fit(X, y)      # y = -1: no label
         labels = model.predict(X_new)

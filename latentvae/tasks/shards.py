@@ -118,7 +118,8 @@ def open_split(
         The first folder, the items to train on, and the items to validate on.
 
     Raises:
-        UserError: a folder holds no items or is damaged, or the folders do not fit together.
+        UserError: a folder does not hold such items, or is damaged. Or the folders do not fit
+            together.
     """
     if not folders:
         raise UserError(

@@ -34,8 +34,8 @@ class Price:
 
     Args:
         seconds: estimated time in seconds. Other programs that run on the CPU make it longer.
-        map_bytes: largest size in bytes of the feature maps that exist at the same time. There are
-            at most two of them.
+        map_bytes: largest total size in bytes of the feature maps that exist at the same time.
+            There are at most two of them.
         on_disk: whether these feature maps are on the disk.
     """
 

@@ -1,9 +1,9 @@
 """Compute diffusers' blocks strip by strip (several rows at a time) on large feature maps.
 
-The maps may be in a file, and only strips of them are in memory. A 3 x 3 convolution needs one row
-above and one row below its strip. A group norm needs the statistics of the whole map, which are
-summed while the map is written. So a residual block with input map x and inner map h has two
-passes:
+The maps may be in a file. In that case, only strips of them are in memory. A 3 x 3 convolution
+needs one row above and one row below its strip. A group norm needs the statistics of the whole map,
+which are summed while the map is written. So a residual block with input map x and inner map h has
+two passes:
 
     norm1 -> activation -> conv1 -> h       reads x
     norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if channels differ)

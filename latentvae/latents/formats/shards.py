@@ -20,8 +20,8 @@ Some tokenizers have levels of several sizes. `Content.levels` lists the sizes, 
 
 Shard s starts at item s * shard_items of the data and takes `shard_items` items. Items that cannot
 be read are left out. Every file is written under a temporary name, synced and renamed, so a file
-that exists is complete. A shard's header says to which encoding the shard belongs. The bytes of all
-files depend only on the `Content` of the manifest.
+that exists is complete. A shard's header says to which encoding the shard belongs. The bytes of a
+file depend only on what the file holds, not on when or by which process it was written.
 
 Symbols: `n` items, `L` codes per position, `d` latent channels, `h w` latent positions,
 `K` codes.

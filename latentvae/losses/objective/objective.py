@@ -161,7 +161,7 @@ class Objective(nn.Module):
         *,
         background: Tensor | float = MID_GREY,
     ) -> Loss:
-        """Return the part of the loss that depends on ``recon`` alone, a negative log-likelihood.
+        """Return the reconstruction part of the loss, a negative log-likelihood.
 
         It contains the pixel losses, LPIPS, the distance of features and the output's log-variance.
         """

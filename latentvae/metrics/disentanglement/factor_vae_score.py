@@ -23,8 +23,8 @@ CHUNK = 2048  # number of images whose codes are computed at once
 class FactorVAEScore:
     """The result of `factor_vae_score`.
 
-    A vote is the pair of the factor that was fixed in some images and of the dimension that varied
-    least in their codes. The classifier predicts the factor from the dimension.
+    A vote is a pair: the factor that is fixed in some images, and the dimension whose variance
+    shrinks most in their codes. The classifier predicts the factor from the dimension.
 
     Attributes:
         score: accuracy on votes that the classifier has not seen, from 0 to 1. Guessing gives 1/F.
@@ -53,8 +53,8 @@ def factor_vae_score(
 ) -> FactorVAEScore:
     """Return how well the codes of images with one fixed factor tell which factor is fixed.
 
-    Each group of images gives a vote: its fixed factor, and the dimension of the code that varies
-    least. A classifier predicts the factor from the dimension.
+    Each group of images gives a vote: its fixed factor, and the dimension of the code whose
+    variance shrinks most. A classifier predicts the factor from the dimension.
 
     The library disentanglement_lib (arXiv:1811.12359) makes 10,000 votes for the classifier and
     5,000 for the test. With 800 test votes, the standard error of a score is at most 0.018. By

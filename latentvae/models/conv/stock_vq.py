@@ -180,8 +180,8 @@ def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQMode
     """Convert a tokenizer to a `VQModel` of diffusers that returns the same indices.
 
     `why_no_vq_model` must return "" for the tokenizer. If the codes have the norm 1, so do those of
-    the `VQModel`. It searches by Euclidean distance, which finds the same code as cosine similarity
-    if all norms are 1.
+    the `VQModel`. It searches by Euclidean distance. If all codes have the norm 1, this search
+    finds the same code as cosine similarity, for features of any norm.
 
     Args:
         net: the tokenizer, in float32 on the CPU.

@@ -236,7 +236,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         if not self.up:
             return self.encode(images)
 
-        # The mean of z_2 .. z_L given the image is estimated by a mean over draws of the vector
+        # The posterior mean of each of z_2 .. z_L is estimated by a mean over draws of the vector
         # before it.
         means, z = [first.mean], first.sample(count=MEAN_DRAWS)
         for layer in self.up:

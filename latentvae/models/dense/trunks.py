@@ -61,7 +61,7 @@ class DenseDecoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Add the outputs of two 3 x 3 convolutions and of a 3 x 3 convolution beside them.
+    """Add the output of two successive 3 x 3 convolutions to that of a 3 x 3 skip convolution.
 
     A stride above 1 makes the maps smaller.
     """

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
     """Return the sum of the largest singular values of all convolutions, float32, with gradient.
 
-    The weight of a convolution is read as a matrix (out channels, in channels * kernel size).
-    Matrices of the same shape are stacked and processed together. The largest absolute scale of
-    each batch norm is added.
+    The weight of a convolution is read as a matrix (out channels, in channels * side * side) for a
+    kernel of side x side. Matrices of the same shape are stacked and processed together. The
+    largest absolute scale of each batch norm is added.
 
     Args:
         net: any network.
@@ -49,7 +49,7 @@ def _norms(matrices: Tensor, iterations: int) -> Tensor:
 
 
 def _start(matrices: Tensor) -> Tensor:
-    """Return N random unit vectors (N, 1, out), the same ones in every call with this shape."""
+    """Return one random unit vector N times, (N, 1, out), the same in every call of this shape."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(1, 1, matrices.shape[1], generator=generator)
     u = F.normalize(u, dim=-1).to(matrices.device)

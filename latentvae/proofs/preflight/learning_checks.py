@@ -40,7 +40,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def updates(rehearsal: Rehearsal) -> Check:
-    """Check that all gradients are finite. With other gradients, no other check makes sense."""
+    """Check that all gradients are finite. If one is not, no other check makes sense."""
     finite = [seen.result.finite for seen in rehearsal.seen]
     return Check(
         name="updates",

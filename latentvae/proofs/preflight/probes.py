@@ -58,7 +58,7 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
 
 def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tensor:
-    """Add up the gradients of the batches of one update, and return them in one tensor.
+    """Make the forward and backward passes of one update, and return all gradients in one tensor.
 
     The decoder gets the posterior's mode instead of a sample.
 

@@ -55,7 +55,7 @@ def duration(rehearsal: Rehearsal) -> Check:
 
 
 def _seconds(seen: list[Seen]) -> float:
-    """Return the shortest time of an update, because the first update is slower."""
+    """Return the shortest time of these updates, because the first of them is slower."""
     return min(update.seconds for update in seen)
 
 

@@ -1,4 +1,4 @@
-"""Check that every schedule of the run, such as a warm-up, ends before the end of the run.
+"""Check that all scheduled changes, such as the end of a warm-up, happen before the run ends.
 
 The rehearsal (the few updates of the preflight) does not reach the late updates of the run. So
 these checks compute the schedule of the complete run with the trainer's own code.

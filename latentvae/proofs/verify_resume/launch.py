@@ -158,7 +158,7 @@ class Launch:
     def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
         """Watch the training to its end with a progress bar.
 
-        Return the exit code, and the measured durations of updates and saves.
+        Return the exit code, and the measured durations of updates, of saves and of the end.
         """
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:

@@ -63,7 +63,7 @@ def _check_resolution(config: TrainConfig) -> None:
 
 
 def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
-    """Return what to change if images must be larger for a metric or network, `part`."""
+    """Return what to change if images with the shorter side `side` are too small for `part`."""
     f = config.model.f
     least = -(-SSIM_MIN_SIZE // f) * f
     if part.startswith("LPIPS"):

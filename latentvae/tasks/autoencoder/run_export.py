@@ -251,7 +251,7 @@ def write_adapters(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _sample_size(config: TrainConfig, base: Base | None) -> int:
-    """Return the `sample_size` of the export's config, which sets the tile size of tiled decoding.
+    """Return the `sample_size` of the export's config, from which diffusers computes tile sizes.
 
     If the pretrained network has a larger value, that value is kept.
     """

@@ -42,7 +42,9 @@ class KLTargetState(State):
 
 
 class AutoencoderState(State):
-    """State of the discriminator's schedule, the KL weight and the collapse watch, on all ranks.
+    """State of the discriminator's schedule, the KL weight and the collapse watch.
+
+    The state is equal on all ranks.
 
     Attributes:
         discriminator_start: the first update (counted from 0) in which the discriminator learns.

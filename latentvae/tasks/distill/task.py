@@ -49,7 +49,7 @@ class DistillTask(ImageTask):
         teacher: the opened teacher, frozen.
         kind: the kind of the student.
         net: the student, not wrapped by DDP.
-        pair: the teacher and the student, which encode and decode images together.
+        pair: the teacher and the student, which encode and decode without gradients.
         objective: the student's loss.
         metric: LPIPS for the validation, in float32.
     """

@@ -1,4 +1,4 @@
-"""Compare reconstructions of student, reconstructions of teacher, and images."""
+"""Compare the student's reconstructions, the teacher's reconstructions, and the images."""
 
 from pathlib import Path
 

@@ -64,9 +64,9 @@ class LatentsConfig(Section):
     posterior_sample: bool = Field(
         default=True,
         description=(
-            "In each update, draw a new sample from the posterior of each image. This needs "
-            "latents that were encoded with `latentvae encode --moments`. If this option is off, "
-            "the model learns from the posterior means."
+            "In each update, draw a new sample from the posterior of each image. This has an "
+            "effect only on latents that were encoded with `latentvae encode --moments`. "
+            "Otherwise, or if this option is off, the model learns from the posterior means."
         ),
     )
 

@@ -61,7 +61,7 @@ class FlowTask(GeneratorTask):
         condition: the condition that the model gets with an image: "class", "text" or "none".
         num_classes: number of classes, 0 if the condition is not "class".
         words, encoder: tokenizer and frozen text encoder for captions, or None.
-        shift: factor that moves the noise levels of training towards more noise, 1 for no change.
+        shift: shift of the noise levels in training and sampling. 1 is no shift.
         gaussian: validation loss of the best model that assumes independent Gaussian latent values,
             for comparison.
     """

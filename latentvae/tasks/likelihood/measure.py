@@ -26,7 +26,7 @@ from latentvae.models.likelihood_models import ImagesOfModel, load_likelihood_ne
 from latentvae.tasks.likelihood.images import binary_bytes, read_all
 
 SHOWN_GROUPS = 12
-MAX_POSTERIORS = 2000  # most images for the mutual information (quadratic time)
+MAX_POSTERIORS = 2000  # largest number of images for the mutual information (quadratic time)
 
 
 @full_float32()
