@@ -43,11 +43,12 @@ class SamplePhotos:
             raise UserError(
                 f"the sample photos have no split '{split}', only train and validation{near}"
             )
-        self.files = [
+        found = [
             _folder(package) / folder / name
             for (package, folder), names in SAMPLE_PHOTOS[split].items()
             for name in names
         ]
+        self.files = sorted(found, key=lambda file: file.name)
         if missing := [file for file in self.files if not file.is_file()]:
             raise UserError(f"the sample photo '{missing[0]}' is missing. Use images of your own.")
         self.pixels = pixels

@@ -231,9 +231,10 @@ def test_a_copy_sent_to_a_worker_is_the_same(form: str, tmp_path: Path) -> None:
         assert all(map(torch.equal, tensors(copy), tensors(each)))
 
 
-def test_the_sample_photos_keep_it_too() -> None:
-    source = open_source("samples")
-    assert names(source) == sorted(names(source)) == names(open_source("samples"))
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_sample_photos_keep_it_too(split: str) -> None:
+    source = open_source("samples", split=split)
+    assert names(source) == sorted(names(source)) == names(open_source("samples", split=split))
     copy = pickle.loads(pickle.dumps(source))
     assert all(map(torch.equal, tensors(copy), tensors(source)))
     for index in range(len(source)):

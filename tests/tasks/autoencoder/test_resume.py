@@ -442,11 +442,11 @@ def test_other_images_are_told_by_number_and_names(straight: Path) -> None:
     snapshot = load_checkpoint(straight / "checkpoint-4")
     restore(training, snapshot)
     assert training.progress.update == 4
-    snapshot.values["identity"] = {"images": 13, "names_sha256": "0"}
-    with pytest.raises(UserError, match=r"\(13 with other names\)"):
+    snapshot.values["identity"] = {"images": 16, "names_sha256": "0"}
+    with pytest.raises(UserError, match=r"\(16 with other names\)"):
         restore(training, snapshot)
     snapshot.values["identity"] = {"images": 12, "names_sha256": "0"}
-    with pytest.raises(UserError, match=r"\(images: 12 then, 13 now\)"):
+    with pytest.raises(UserError, match=r"\(images: 12 then, 16 now\)"):
         restore(training, snapshot)
 
 
