@@ -208,7 +208,7 @@ def test_the_command_takes_the_flags_of_the_training_scripts(
         main(["preflight", "kl_small", *flags, "--json", str(tmp_path / "checks.json")])
     assert end.value.code == 0 and not failed(read(tmp_path / "checks.json"))
     for wrong, said in (
-        (["preflight"], "Preset or YAML file"),
+        (["preflight"], "preset, or a YAML file"),
         (["preflight", "kl_smal"], "did you mean 'kl_small'"),
         (["preflight", "kl_small", "--jso", "x"], "did you mean '--json'"),
         (["preflight", "kl_small", "--learning_rat", "1"], "did you mean '--learning_rate'"),
