@@ -84,8 +84,8 @@ class AnomalyFit:
 
     num_networks: int | None = None
     """For the method `dagmm`: number of networks to train, each from other random weights. The
-    score is the average of their scores. The default is 1. With 5 networks, scores are more stable,
-    but training takes five times as long."""
+    score is the average of their scores. The default is 1. With 8 networks, scores are more stable,
+    but training takes eight times as long."""
 
     false_alarm_rate: float = 0.01
     """Fraction of the clean rows or images that may be flagged by mistake."""
