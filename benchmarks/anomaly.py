@@ -1,13 +1,17 @@
-"""Compare detectors of anomalies on labelled tables, by the protocol of DAGMM (Zong et al. 2018).
+"""Compare detectors of anomalies on labelled tables, by the protocol of the DAGMM paper (2018).
 
     python benchmarks/anomaly.py --data tables --out anomaly.json --seeds 20
 
-For each table and seed, half of all rows (drawn at random) are for training, and only their normal
-rows are used. The other half is the test set. The test rows with the largest scores are called
-anomalies. The share of these rows is the share of anomalies that the paper states (20 % for KDDCUP,
-2.5 % for Thyroid, 15 % for Arrhythmia), or the share in the whole table. The script prints the mean
-and standard deviation over the seeds, and the mean rank of each detector among the measured
-detectors. It writes every single result as JSON. After an interruption, the same command continues.
+For each table and seed, the rows are split at random into two halves. The detectors are trained on
+the normal rows of one half, and tested on the other half. On KDDCUP, some detectors use only a part
+of these rows. The test rows with the largest scores are predicted to be anomalies. The fraction of
+predicted anomalies is the fraction of anomalies that the DAGMM paper states (20 % for KDDCUP, 2.5 %
+for Thyroid, 15 % for Arrhythmia). For other tables, the fraction of predicted anomalies is the
+fraction of anomalies in the whole table.
+
+The script prints the mean and standard deviation of F1 and AUROC over the seeds, and the mean rank
+of each detector among the measured detectors. The script writes all results to one JSON file. To
+continue after an interruption, run the same command again.
 """
 
 import copy
@@ -105,7 +109,10 @@ class Options:
 
 
 def dagmm(name: str, seed: int, full: bool = False, **changes: Any) -> DAGMM:
-    """Return a DAGMM of several networks, with the paper's options for a table."""
+    """Return a DAGMM of several networks, with the paper's options for the table `name`.
+
+    Unless `full` is true, the training is shorter than in the paper.
+    """
     options = PAPER_OPTIONS[LIKE.get(name, name)] | ({} if full else SHORTER[name]) | changes
     return DAGMM(**options, num_networks=NETWORKS, constant_columns="keep", random_state=seed)
 
@@ -143,7 +150,7 @@ class Plain:
 
 
 class PyodVAE:
-    """PyOD's VAE with its default options. It has no seed option, so torch is seeded."""
+    """PyOD's VAE with its default options. Both torch and PyOD's VAE get the seed."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -207,14 +214,14 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(rows: np.ndarray, labels: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
-    """Return the normal rows of one half, and rows and labels of the other half."""
+    """Return the normal rows of one random half, and rows and labels of the other half."""
     order = np.random.default_rng(seed).permutation(len(labels))
     first, second = order[: len(order) // 2], order[len(order) // 2 :]
     return rows[first[labels[first] == 0]], rows[second], labels[second]
 
 
 def flag_top(scores: np.ndarray, share: float) -> np.ndarray:
-    """Return 1 for the given share of items with the largest scores, else 0."""
+    """Return 1 for the fraction `share` of rows with the largest scores, else 0."""
     flags = np.zeros(len(scores), dtype=int)
     flags[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = 1
     return flags
@@ -306,7 +313,9 @@ def run(options: Options) -> None:
     """Measure all results that are not in the JSON file yet."""
     for given, known in ((options.tables, TABLES), (options.detectors, DETECTORS)):
         if unknown := set(given) - set(known):
-            raise UserError(f"'{sorted(unknown)[0]}' is not one of {', '.join(known)}")
+            raise UserError(
+                f"table or detector '{sorted(unknown)[0]}' is not one of {', '.join(known)}"
+            )
     results = json.loads(options.out.read_text()) if options.out.exists() else []
     done = {(r["table"], r["detector"], r["seed"]) for r in results}
 

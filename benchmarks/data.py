@@ -10,12 +10,12 @@ The JPEGs are in a temporary folder and also in tar files. Crops have 256 pixels
 file is read once before the timing, so that the time of the disk does not count. torch has one
 thread, so a row without workers shows the speed of one core.
 
-The plain folder does what training scripts do. Pillow opens a file and converts it to RGB. A random
-square is cropped, resized and mirrored. torchvision converts the crop to a tensor and normalises
-it. torch's DataLoader makes the batch. Our loader also returns floats in [-1, 1]. Both loaders draw
-random squares in the same way, with sides of 0.5 to 1 of the image's shorter side. The name of a
-table row contains the resize kernel of both loaders. Only the last row compares different kernels:
-our default, Lanczos, and torchvision's default, bilinear.
+The plain folder reads images as many training scripts do. Pillow opens a file and converts it to
+RGB. A random square is cropped, resized and mirrored. torchvision converts the crop to a tensor and
+normalises it. torch's DataLoader makes the batch. Our loader also returns floats in [-1, 1]. Both
+loaders draw random squares in the same way, with sides of 0.5 to 1 of the image's shorter side. The
+name of a table row contains the resize kernel of both loaders. Only the last row compares different
+kernels: our default, Lanczos, and torchvision's default, bilinear.
 
 `equal within` is the largest difference between the pixels of both loaders for the same crop. The
 range of pixels is [-1, 1]. The outer three pixels of a crop are not compared. These pixels differ,
@@ -69,7 +69,8 @@ class Options:
     """Which images to read, how to measure, and where to write the results."""
 
     data: str = "samples"
-    """Folder of photos to make the JPEGs from, or `samples`."""
+    """Folder of photos to make the JPEGs from. `samples` means 16 photos that come with
+    scikit-image, scikit-learn and matplotlib."""
 
     json: Path | None = None
     """JSON file to write the results to."""

@@ -1,18 +1,20 @@
-"""Compare beta-VAE, beta-TCVAE and FactorVAE on sprites of known factors.
+"""Compare beta-VAE, beta-TCVAE and FactorVAE on sprites with known factors of variation.
 
     python benchmarks/disentanglement.py --out runs --updates 5000 --json out.json
 
 For each seed, the script trains the preset `beta_sprites` with several weights of the KL, and the
-preset `factor_sprites` with several weights of the total correlation. It measures on sprites that
-are drawn at random:
+preset `factor_sprites` with several weights of the total correlation. The script measures these
+values on sprites that are drawn at random:
 
 - the reconstruction error (negative log-likelihood in nats) and the KL
 - the total correlation, estimated from 400 codes and 100,000 posteriors (see
-  `losses.total_correlation.measure_kl_parts`). A KL of 10 nats needs that many posteriors.
+  `losses.total_correlation.measure_kl_parts`). For a KL of 10 nats, an estimate from far fewer
+  posteriors is too large.
 - the FactorVAE score, MIG, SAP and DCI
 
 To compare at equal reconstruction error, the total correlation of the beta-VAE is interpolated
-between its weights of the KL. Finished runs are kept if you run the command again.
+between the trainings with different weights of the KL. If you run the command again, finished runs
+are not repeated.
 """
 
 import json
@@ -72,7 +74,7 @@ class Options:
     """Number of updates of each training."""
 
     def run(self) -> None:
-        """Train, measure, compare, print a table and write the file."""
+        """Train, measure and compare all networks, print the results, and write the JSON file."""
         rows = []
         for seed in self.seeds:
             arms = [("beta-VAE", "beta_sprites", {"kl_scale": b}) for b in self.betas]
@@ -158,7 +160,7 @@ def batches(factors: np.ndarray, side: int) -> Iterator[Tensor]:
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare each FactorVAE with the beta-VAE of the same seed, at equal reconstruction error.
 
-    Runs whose error lies outside the errors of the beta-VAEs are left out.
+    FactorVAEs whose error is outside the range of the beta-VAEs' errors are left out.
     """
     pairs = []
     for row in rows:

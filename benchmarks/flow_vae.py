@@ -9,17 +9,17 @@ models (arms) are:
 - "flow": a learned prior, as with the option `--posterior_flow`
 - "flow, fixed variance": a learned prior, and a fixed variance, as with `--posterior_logvar`
 
-All arms have the same first weights, images, order, noise and number of updates. The loss is the
-mean squared error plus the weighted KL, as in `latentvae.losses.objective`. The script measures on
-unseen photos:
+All compared models have the same initial weights, images, order of images, noise and number of
+updates. The loss is the mean squared error plus the weighted KL, as in
+`latentvae.losses.objective`. The script measures these values on unseen photos:
 
-- the PSNR of 8-bit reconstructions from posterior samples and from the posterior's mean, from the
-  mean squared error over all photos
+- the PSNR of 8-bit reconstructions, from posterior samples and from the posterior's mean. The PSNR
+  is computed from the mean squared error over all photos.
 - the KL in bits per latent element. Without a flow, the KL has a closed form. With a flow, the KL
   is a mean over many samples, and the script gives its standard error.
 
-To compare the KL at equal PSNR, the KL of the plain VAE is interpolated between its weights of the
-KL. If you run the command again, finished arms are kept.
+To compare the KL at equal PSNR, the KL of the plain VAE is interpolated between its trainings with
+different weights of the KL. If you run the command again, finished trainings are not repeated.
 """
 
 import json
@@ -146,7 +146,7 @@ class Options:
 
 
 def train(images: Tensor, options: Options, *, arm: str, kl_weight: float, seed: int) -> Any:
-    """Return the training wrapper of a trained network, in eval mode."""
+    """Train a network, and return its training wrapper in eval mode."""
     # network, and its linear start
     torch.manual_seed(seed)
     model = options.model(arm)
@@ -230,10 +230,11 @@ def run_arm(
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare each run with a flow with the plain VAE of the same seed, at equal PSNR.
+    """Compare each VAE with a flow and the plain VAE of the same seed, at equal PSNR.
 
-    `plain_bits` is interpolated between the weights of the plain VAE: the logarithm of the bits is
-    linear in the PSNR of samples. Runs outside the PSNR range of the plain VAE are left out.
+    `plain_bits` is the KL of the plain VAE at the PSNR of the VAE with a flow. The logarithm of the
+    bits is interpolated linearly in the PSNR of posterior samples. VAEs with a flow are left out if
+    their PSNR is outside the range of the plain VAE.
     """
     rows = []
     for run in runs:
@@ -282,12 +283,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 def run(options: Options) -> dict[str, Any]:
     """Make all trainings whose results are not in the file, and return all results."""
     if unknown := [arm for arm in options.arms if arm not in (PLAIN, FLOW, FIXED)]:
-        raise UserError(f"arms must be of {PLAIN}, {FLOW} and '{FIXED}' (got '{unknown[0]}').")
+        raise UserError(f"arms must be {PLAIN}, {FLOW} or '{FIXED}' (got '{unknown[0]}').")
     result: dict[str, Any] = {"settings": options.settings(), "runs": {}}
     if options.json.exists():
         result = json.loads(options.json.read_text())
         if result["settings"] != options.settings():
-            raise UserError(f"'{options.json}' has results of other settings. Give another file.")
+            raise UserError(f"'{options.json}' has results of other options. Give another file.")
 
     # images
     images = _loaded(options.data, "train", options.resolution, at_most=options.max_images)

@@ -1,4 +1,4 @@
-"""Measure how well likelihoods under a VAE tell one kind of images from another.
+"""Measure how well likelihoods under a VAE separate one kind of images from another.
 
     python benchmarks/image_anomaly.py pairs --model runs/vae --background runs/vae-perturbed \
         --normal cifar/validation.parquet --others mnist/test.parquet --out out
@@ -6,10 +6,11 @@
     python benchmarks/image_anomaly.py classes --train mnist/train.parquet \
         --test mnist/test.parquet --out out
 
-`pairs` scores unseen normal images, and images of other data sets. `classes` leaves out one class
-after the other: it trains a VAE on all other classes, and scores test images of all classes. Both
-commands print the AUROC of the likelihood alone and of the corrected likelihoods. Finished runs are
-kept if you run the command again.
+The command `pairs` scores unseen normal images, and images of other data sets. The command
+`classes` trains, for each class, a VAE on all other classes, and scores test images of all classes.
+Both commands print the AUROC of the likelihood alone, and of the likelihood corrected by image
+complexity or by a background model. If you run the command again, finished trainings are not
+repeated.
 """
 
 import json
@@ -104,13 +105,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Classes:
-    """Train without one class after the other, and detect the images of the missing class."""
+    """For each class, train a VAE without this class, and detect its images as anomalies."""
 
     train: str
     """Training images with classes."""
 
     test: str
-    """Test images of the same classes."""
+    """Test images of the same classes as the training images."""
 
     out: Path
     """Folder for the trainings and results.json."""
@@ -122,7 +123,7 @@ class Classes:
     """Number of updates of each training."""
 
     left_out: tuple[int, ...] = tuple(range(10))
-    """Numbers of the classes to leave out. For each number, one training leaves out this class."""
+    """Indices of the classes to leave out. For each index, a VAE is trained without this class."""
 
     max_images: int = 1000
     """Largest number of test images."""
@@ -138,7 +139,7 @@ class Classes:
     """Seed of the trainings."""
 
     def run(self) -> None:
-        """Train, score and print the table."""
+        """Train all VAEs, score the test images, and print the table."""
         rows = []
         for label in self.left_out:
             model = self._trained(label, 0.0)
@@ -211,7 +212,7 @@ def scores_of(
     max_images: int,
     samples: int,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Return anomaly scores (N,) in nats for each correction, and the indices of the images."""
+    """Return anomaly scores (N,) in nats for each likelihood correction, and image indices."""
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f
     pixels, kept = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())
@@ -232,7 +233,7 @@ def batches(pixels: Tensor) -> Sequence[Tensor]:
 
 
 def aurocs(normal: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return the AUROC of each score. 1 means that all other images have the larger scores."""
+    """Return the AUROC of each score. 1 means that all `other` images score above all `normal`."""
     truth = np.repeat([0, 1], [len(normal["none"]), len(other["none"])])
     return {
         name: float(roc_auc_score(truth, np.concatenate([normal[name], other[name]])))

@@ -81,7 +81,7 @@ def run(options: Options) -> None:
 
 
 def measured(options: Options) -> Iterator[Row]:
-    """Measure each image size, encode and decode. Yield the rows, and print the tiles' seams."""
+    """Measure encode and decode at each image size. Yield table rows, and print tiles' seams."""
     tile = _build(options.model).tile_sample_min_size
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for size in options.sizes:

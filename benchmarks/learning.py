@@ -9,13 +9,14 @@ script, reference.py). A YAML file may name the preset that it changes: `preset:
 First, the script measures each recipe's start (the seconds before the first update) and its seconds
 per update, before and after the start of the discriminator. The machine should be idle during this
 phase. From these times, the script computes how many updates fit into the given time. The script
-then trains every recipe with every seed, for this number of updates. So the machine may do other
-work during the trainings. The script measures the weights at several points of each training, on
-unseen images. The weights are averaged if the recipe averages them.
+then trains every recipe with every seed, for this number of updates. The number of updates is
+fixed, so the machine may do other work during the trainings. The script measures the weights at
+several points of each training, on unseen images. If the recipe uses EMA, the averaged weights are
+measured.
 
 The script writes the JSON file and, in the same folder, a plot (learning.png). If you run the same
 command again, the script keeps finished measurements and trainings. The script continues an
-interrupted training of a preset. It starts an interrupted `reference` from the beginning.
+interrupted training of a preset. An interrupted training of `reference` starts from the beginning.
 """
 
 import bisect
@@ -98,15 +99,15 @@ class Options:
     """Number of points on each learning curve, at equal distances in updates."""
 
     threads: int = 2
-    """Number of CPU threads. All of them are used while the speed is measured. Trainings that run
-    at the same time share them."""
+    """Number of CPU threads. All threads are used while the speed is measured. Trainings that run
+    at the same time share the threads."""
 
     jobs: int = 1
     """Number of trainings that run at the same time. The CPU threads are divided among these
     trainings."""
 
     speed_updates: int = 40
-    """Number of updates for the measurement of the speed. The first 10 are not timed."""
+    """Number of updates for the measurement of the speed. The first 10 updates are not timed."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ class Speed:
     """Median seconds per update, while the discriminator learns."""
 
     def updates_in(self, minutes: float, recipe: "Recipe") -> int:
-        """Return the largest number of updates that fit into the time."""
+        """Return the largest number of updates that fit into `minutes`."""
         most = max(int(60 * minutes / self.update), 0)
         return bisect.bisect_right(
             range(1, most + 1), minutes, key=lambda n: self.minutes_of(n, recipe, total=n)
         )
 
     def minutes_of(self, updates: int, recipe: "Recipe", *, total: int) -> float:
-        """Return the minutes of the first `updates` updates of a training of `total` updates."""
+        """Return the minutes that the first `updates` of `total` updates of a training take."""
         later = max(updates - recipe.discriminator_start(total), 0)
         cost = self.update if self.with_discriminator is None else self.with_discriminator
         return (self.start + (updates - later) * self.update + later * cost) / 60
@@ -138,9 +139,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: the options of a training, or the plain script.
+    """A recipe: the options of a training, or the plain script reference.py.
 
-    `values` is a dict from sections to options, or None for the plain script.
+    `values` is a dict from sections to options, or None for reference.py.
     """
 
     name: str
@@ -149,9 +150,9 @@ class Recipe:
     def config(self, updates: int | None = None) -> TrainConfig:
         """Return all options for a training of `updates` updates.
 
-        For the plain script, the options are those of the preset kl_small.
+        For the plain script reference.py, the options are those of the preset kl_small.
 
-        Options that are shares of the training length depend on the number of updates.
+        Options that are fractions of the training length depend on the number of updates.
         """
         if self.values is None:
             return load_preset("kl_small")
@@ -197,7 +198,9 @@ def read_recipe(name: str) -> Recipe:
 def _read_sections(path: Path) -> dict[str, Any]:
     values = read_yaml(path) or {}
     if not isinstance(values, dict):
-        raise UserError(f"recipe '{path}' must hold sections, not a {type(values).__name__}")
+        raise UserError(
+            f"recipe '{path}' must hold sections of options, not a {type(values).__name__}"
+        )
     return values
 
 
@@ -458,7 +461,7 @@ def run(options: Options) -> None:
 
 
 def _precision(folder: Path) -> str:
-    """Return the precision that a training used. The plain script computes in float32."""
+    """Return the precision that a training used. The script reference.py uses float32."""
     path = folder / CONFIG_NAME
     return (read_yaml(path)["run"]["mixed_precision"] or "no") if path.exists() else "no"
 
@@ -517,7 +520,7 @@ def plot(runs: Sequence[Any], path: Path) -> None:
 
 def table(runs: Sequence[Any]) -> Table:
     """Return a table of the last point of every run, and the mean over the seeds of a recipe."""
-    shown = Table(title="at the end of each training, on the unseen images")
+    shown = Table(title="measurements at the end of each training, on the unseen images")
     columns = ("recipe", "seed", "updates", "minutes", "PSNR (dB)", "SSIM", "LPIPS alex")
     for column in (*columns, "LPIPS vgg"):
         shown.add_column(column)

@@ -3,17 +3,19 @@
     python benchmarks/memory.py --json memory.json                  # every preset, its batch size
     python benchmarks/memory.py --presets kl_f8 --batch_sizes 4 8 12
 
-The script needs no GPU and little memory. It makes the same updates as a real run, in the precision
-of the preset. The memory of an update includes that of the model, LPIPS, the discriminator, both
-optimizers and the moving average of the weights. All tensors are torch's fake tensors, which have
-shapes, dtypes and lifetimes but no values. A tracker adds up the sizes of all tensor storages in
-use, and records the largest sum. The script makes two updates, because the optimizers have their
-state only after the first update. The discriminator learns from the start.
+The script needs no GPU and little memory. The script makes the same updates as a real run, in the
+precision of the preset. The memory of an update includes that of the model, LPIPS, the
+discriminator, both optimizers and the moving average of the weights. All tensors are torch's fake
+tensors, which have shapes, dtypes and lifetimes but no values. A tracker adds up the sizes of all
+tensor storages in use, and records the largest sum. The script makes two updates, because the
+optimizers have their state only after the first update. The discriminator learns from the first
+update on.
 
 Autocast on a GPU computes normalisation layers in float32, but autocast on a CPU does not. So
-`--device cuda`, the default, casts the inputs of these layers to float32. Only tensors are counted.
-A GPU also needs memory for the CUDA context (about 0.5 GiB), for the workspaces of convolutions and
-for unused parts of allocated blocks. So keep a tenth of the GPU's memory free.
+`--device cuda`, the default, casts the inputs of normalisation layers to float32. Only tensors are
+counted. A GPU also needs memory for the CUDA context (about 0.5 GiB), for the workspaces of
+convolutions and for unused parts of allocated blocks. So choose a batch size that leaves a tenth of
+the GPU's memory free.
 """
 
 import json
@@ -58,7 +60,7 @@ Device = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Options:
-    """Options: which presets to compute, in which way, and where to write the results."""
+    """Options: presets whose memory is computed, settings of the updates, and the output file."""
 
     presets: tuple[str, ...] = ()
     """Names of presets whose memory is computed. Default: all presets."""
@@ -72,10 +74,10 @@ class Options:
 
     accumulate: bool = False
     """Compute two micro-steps (forward and backward passes) per update. The gradients of the first
-    micro-step are in memory during the second."""
+    micro-step are in memory during the second micro-step."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass. This needs less memory and more time."""
+    """Recompute activations in the backward pass. Updates then need less memory but more time."""
 
     device: Device = "cuda"
     """Type of device whose autocast rules decide the dtypes of the computed tensors."""
@@ -108,7 +110,8 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
     Args:
         config: options of the run. `train_batch_size` is the number of images in one forward pass.
         device: device whose autocast rules are imitated.
-        fake: use fake tensors. False uses real tensors on the CPU, to check this computation.
+        fake: use fake tensors. False uses real tensors on the CPU, to check the result of fake
+            tensors.
     """
     with ExitStack() as stack:
         if fake:
@@ -137,8 +140,8 @@ def peak(config: TrainConfig, *, device: Device = "cuda", fake: bool = True) -> 
 class _LivingStorages(TorchDispatchMode):
     """Adds up the bytes of all tensor storages that exist now, and records the largest sum.
 
-    `torch.distributed._tools.mem_tracker` does the same. But the hooks of that module fail in the
-    call of `torch.autograd.grad` that computes the adaptive weight.
+    `torch.distributed._tools.mem_tracker` does the same. But the hooks of `mem_tracker` fail in the
+    call of `torch.autograd.grad` that computes the discriminator's adaptive weight.
     """
 
     def __init__(self) -> None:
@@ -184,7 +187,7 @@ class _LearningTask(AutoencoderTask):
 
 @contextmanager
 def _training(config: TrainConfig) -> Iterator[Training]:
-    """Build and yield the `Training` of a run. The weights of its LPIPS network are zeros."""
+    """Build and yield the `Training` of a run. The weights of the LPIPS network are zeros."""
 
     def empty_lpips(net: Any, **_: Any) -> Any:
         model = _build_empty(net).eval()
@@ -247,8 +250,8 @@ def _norms_in_float32() -> Iterator[None]:
 def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
     """Return the options of a preset, with a discriminator that learns from the start.
 
-    The network has random weights, because a linear start (`--init linear`) needs memory before the
-    first update.
+    The network has random weights. With `--init linear`, a PCA before the first update would also
+    need memory, which this script does not compute.
     """
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}

@@ -1,28 +1,30 @@
-"""Compare the samples of priors with real photos, reconstructions and independent tokens.
+"""Compare samples of priors with photos, reconstructions and images of random tokens.
 
     python benchmarks/prior_quality.py --priors runs/prior0 runs/prior1 runs/prior2 \
         --data imagenette/train --unseen imagenette/val --json prior.json
 
 `data` holds the photos that the prior and its tokenizer learned from, in one folder per class, and
-`unseen` holds other photos of the same classes. All photos are resized as the tokens were encoded.
+`unseen` holds other photos of the same classes. The script resizes all photos as in the encoding of
+the prior's training tokens.
 
 The columns of the table:
 
-- kd: kernel distance to the unseen photos, the unbiased MMD^2 of (x . y / D + 1)^3. The features
-  are relu5_3 of LPIPS' VGG16, so this distance is not an FID. Lower is better.
-- class: share of the images whose class is the intended one. The ten nearest training photos vote
-  for the class, with the same features (`class vgg`) or with the tokenizer's features (`class
-  codes`).
-- near: median distance of the images to the nearest training photo. This is divided by the same
-  median for reconstructions of the unseen photos. A value far below 1 means that the images are
+- kd: kernel distance to the unseen photos: the unbiased MMD^2 with the kernel (<x, y> / D + 1)^3.
+  kd uses relu5_3 features of LPIPS' VGG16, not Inception features, so kd is not an FID or KID. A
+  lower kd is better.
+- class: share of the images whose predicted class is the class given to the prior, or the class of
+  the photo. The ten training photos nearest to an image predict its class by vote. Distances are
+  those of VGG16 features (`class vgg`) or of the tokenizer's features (`class codes`).
+- near: median distance of the images to the nearest training photo, divided by the same median for
+  reconstructions of the unseen photos. A value of `near` far below 1 means that the images are
   copies of training photos.
 - copies: share of the images that are nearer to a training photo than 99 % of the reconstructions
-  of the unseen photos. Without copies, this share is about 0.01.
+  of the unseen photos. If no image is a copy, `copies` is about 0.01.
 
-The table also has rows for real training photos, their reconstructions, and tokens drawn
-independently with the frequencies of the training tokens (unigram). Samples have all classes
-equally often. Several priors, such as those of several seeds, get a row each, a mean and a standard
-deviation.
+The table also has rows for real training photos, their reconstructions, and images of tokens drawn
+independently with the frequencies of the training tokens (unigram). All classes have equally many
+samples. If there are several priors (such as trainings with several seeds), each prior has a row,
+and two more rows have the mean and the standard deviation over the priors.
 """
 
 import json
@@ -82,8 +84,8 @@ class Options:
     """Divide the logits by this number. Values below 1 prefer likely tokens."""
 
     top_k: int = 0
-    """Draw each token only from this many codes, which are the most likely ones. With 0, each token
-    is drawn from all codes."""
+    """Number of codes from which each token is drawn: the most likely codes. With 0, each token is
+    drawn from all codes."""
 
     seed: int = 0
     """Seed of the samples."""
@@ -94,7 +96,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Images:
-    """Features and codes of a set of images, and their classes.
+    """VGG16 features, tokenizer features and classes of a set of images.
 
     Attributes:
         vgg, codes, classes: VGG16 features (N, 512), tokenizer's features (N, D h w), classes (N,).
@@ -106,7 +108,7 @@ class Images:
 
 
 class Features:
-    """Computes features of images, and the codes of the tokenizer."""
+    """Computes VGG16 features and tokenizer features of images, and reconstructs images."""
 
     def __init__(self, tokenizer: Autoencoder) -> None:
         self.tokenizer = tokenizer
@@ -133,13 +135,16 @@ def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
     """Return batches of photos with their classes, and the number of photos.
 
     Raises:
-        UserError: the folder has other classes than the tokens.
+        UserError: the classes of the folder are not those of the prior's training tokens.
     """
     pixels = PixelFormat(content.image_channels, content.value_range, ignore_icc=content.ignore_icc)
     source = ImageFolder(folder, pixels=pixels)
     labels = find_labels(source, label_column=None)
     if labels is None or labels.class_names != names:
-        raise UserError(f"'{folder}' has other classes than the tokens ({', '.join(names)}).")
+        raise UserError(
+            f"The folder '{folder}' must have the classes of the prior's training tokens: "
+            f"{', '.join(names)}."
+        )
     transform, classes = (
         EvalTransform(content.resolution, interpolation=content.interpolation),
         torch.tensor(labels.values),
@@ -155,7 +160,7 @@ def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
 
 
 def class_share(images: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
-    """Return the share of images whose class is that of most of their nearest training images."""
+    """Return the share of images whose class is the commonest of their nearest training images."""
     nearest = torch.cdist(images, train).topk(NEIGHBOURS, largest=False).indices
     votes = F.one_hot(train_classes[nearest]).sum(dim=1)
     return (votes.argmax(dim=1) == classes).double().mean().item()
@@ -167,7 +172,7 @@ def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
 
 
 def measured(images: Images, train: Images, own: Images) -> dict[str, float]:
-    """Return the classes of images, and how near they are to training images.
+    """Return the table columns `class`, `near` and `copies` of a set of images.
 
     Args:
         own: reconstructions of the unseen photos, which are certainly not copies of training
@@ -201,7 +206,7 @@ def samples(options: Options, prior: Path) -> Iterator[tuple[Tensor, Tensor]]:
 def unigram(
     options: Options, tokenizer: Autoencoder, train: Any, num_classes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of images whose tokens are drawn independently, by their frequencies."""
+    """Yield images and classes. Tokens are drawn independently, by their training frequencies."""
     tokens = torch.cat([tokenizer.encode_tokens(images) for images, _ in train])
     assert tokenizer.num_codes is not None
     counts = torch.bincount(tokens.flatten(), minlength=tokenizer.num_codes).double()
@@ -216,13 +221,16 @@ def unigram(
 
 
 def run(options: Options) -> None:
-    """Measure all sets of images, print the table, and write the results."""
+    """Measure photos, reconstructions and samples, print the table, and write the results."""
     # priors and photos
     folders = [find_export(Path(prior)) for prior in options.priors]
     content, names = read_content(folders[0]), list(read_content(folders[0]).class_names or [])
     for folder in folders[1:]:
         if read_content(folder).model_sha256 != content.model_sha256:
-            raise UserError(f"'{folder}' has another tokenizer than '{folders[0]}'.")
+            raise UserError(
+                "All priors must have the same tokenizer, but the tokenizers of "
+                f"'{folder}' and '{folders[0]}' differ."
+            )
     tokenizer = Autoencoder(open_prior(folders[0], device="cpu").vqvae, name="tokenizer")
     features = Features(tokenizer)
     seen, count = photos(options.data, content, names)

@@ -27,15 +27,17 @@ Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of quantiser that both packages have.
+    """A kind of quantiser that both this package and vector-quantize-pytorch have.
 
     Attributes:
         ours: type and arguments of our quantiser, for `build_quantizer`.
         weights: weights of the losses of our quantiser, by the name of the loss.
-        theirs: function that builds the quantiser of vector-quantize-pytorch. Its argument is a
-            limit in vectors per update. A code restarts if fewer vectors choose it on average.
-        start_alike: function that copies the initial codes of our quantiser to theirs. By default,
-            it does nothing, because k-means sets the codes.
+        theirs: function that builds the quantiser of vector-quantize-pytorch. The function's
+            argument is a number of vectors: a code restarts if, on average, fewer vectors per
+            update choose this code.
+        start_alike: function that copies the initial codes of our quantiser to that of
+            vector-quantize-pytorch. The default function does nothing, because k-means sets the
+            initial codes.
     """
 
     ours: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Compare this package with others in the time and peak memory of quantising 16,384 vectors.
+"""Compare time and peak memory of quantising 16,384 vectors with this package and with others.
 
     python benchmarks/quantizers.py --json quantizers.json
 
@@ -12,10 +12,11 @@ compared:
 - the formulas of taming-transformers' VectorQuantizer2, which expand the squared distance
 - vector-quantize-pytorch's `VectorQuantize`
 
-First, the script counts the vectors for which two quantisers choose the same code. For all other
-vectors, both chosen codes must be almost equally near to the vector: their distances in float64
-differ by less than 1e-5 of the distance. Then the quantisers are timed alternately. The peak memory
-is the rise of the resident memory of a new process during the call.
+First, the script counts the vectors for which this package and another choose the same code. If the
+two chosen codes of a vector differ, the script checks that they are almost equally near to the
+vector: their squared distances in float64 differ by at most a factor of 1 + 1e-5. Then the
+quantisers are timed alternately. Peak memory is the rise of the resident memory of a new process
+during one call of a quantiser.
 """
 
 import json
@@ -137,7 +138,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
 
 @torch.no_grad()
 def peak(size: str, name: str) -> int:
-    """Return the bytes that one call needs in addition to those that the process already uses."""
+    """Return the bytes that one quantiser call needs beyond the memory that the process has."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
     quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count
@@ -188,7 +189,7 @@ def measure(size: str, options: Options) -> Iterator[dict[str, Any]]:
     room = psutil.virtual_memory().available
     fitting = [name for name in QUANTISERS if MATRICES[name] * full < room]
     if left_out := QUANTISERS.keys() - fitting:
-        print(f"{size}: not enough memory for {', '.join(sorted(left_out))}")
+        print(f"{size}: not enough memory for the quantisers of {', '.join(sorted(left_out))}")
 
     # results, times and peaks
     quantisers = {name: QUANTISERS[name](codebook, l2) for name in fitting}

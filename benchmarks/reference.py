@@ -1,25 +1,26 @@
 """Train a KL autoencoder as a widely copied script does, but without the script's faults.
 
 The script is examples/research_projects/autoencoderkl/train_autoencoderkl.py of
-huggingface/diffusers at 58eb52c. Losses, defaults and order of computation are the same here:
+huggingface/diffusers at 58eb52c. This benchmark has the same losses, defaults and order of
+computation as that script:
 
 - The loss is the squared error summed over pixels, plus 0.5 LPIPS (VGG) and 1e-6 times the KL.
 - Gradients are clipped to norm 1. AdamW has weight decay 0.01. All computation is in float32.
 - Images are centre-cropped, without augmentation.
-- In every update, values for the progress bar are read from the device.
+- In every update, the losses for the progress bar are copied from the device to the CPU.
 
-The script's discriminator starts at update 50,001 and is left out here. These faults of the script
-are corrected:
+The discriminator of diffusers' script starts at update 50,001. This benchmark has no discriminator.
+The benchmark corrects these faults of diffusers' script:
 
 - LPIPS has the true pretrained weights, and its gradient reaches the model.
-- The weights of the model are not cast after the optimiser is built.
+- The weights of the model are not cast to another dtype after the optimiser is built.
 - The learning-rate schedule counts the updates of the model.
-- There is no computation for a discriminator before it starts.
+- Nothing is computed for a discriminator that does not learn yet.
 
     python benchmarks/reference.py --train_data_dir photos --updates 3000 --out plain
 
-The script writes the weights as <update>.safetensors, and log.jsonl with the speed. The weights are
-not averaged, as in the original script without --use_ema.
+This benchmark writes the weights as <update>.safetensors, and log.jsonl with the speed. Like
+diffusers' script without --use_ema, the benchmark computes no moving average of the weights.
 """
 
 import sys
@@ -164,7 +165,7 @@ def _endless(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
 
 
 def run(options: Options) -> None:
-    """Train the plain script's network, and save its weights."""
+    """Train the network of the preset `kl_small` like diffusers' script, and save the weights."""
     # images and network, as in the preset `kl_small`
     keep_freed_memory(torch.device("cpu"))
     config = load_preset("kl_small").with_changes(

@@ -8,31 +8,32 @@ of these scripts:
 - CompVis/taming-transformers at 3ba01b2, taming/models/vqgan.py with
   taming/modules/losses/vqperceptual.py
 
-The code here is written anew, not copied from the scripts. There are three references. In one
-update, they do the following:
+This module reimplements the scripts instead of copying their code. The three reimplementations are
+called references. In one update, the references do the following:
 
 1. "diffusers as-is" starts with the model's step: a forward pass of the model, of LPIPS and of the
-   discriminator. In this step, the discriminator also collects gradients. The adaptive weight takes
-   two backward passes down to the decoder's last layer, one through LPIPS and one through the
-   discriminator. Then one backward pass of the summed loss goes through both networks again. The
-   discriminator's step has another forward pass of the model with its autograd graph. Then the
-   discriminator sees images and reconstructions. The reconstructions are not detached, so the
-   backward pass of the discriminator's loss goes through the whole model. The gradients of the
-   model are then deleted.
+   discriminator. In the model's step, the discriminator's weights also get gradients, which are not
+   used. The adaptive weight takes two backward passes down to the decoder's last layer, one through
+   LPIPS and one through the discriminator. Then the backward pass of the summed loss goes through
+   LPIPS and the discriminator again, and through the model. The discriminator's step has a second
+   forward pass of the model, with an autograd graph. Then the discriminator sees images and
+   reconstructions. The reconstructions are not detached, so the backward pass of the
+   discriminator's loss goes through the whole model. The discriminator's step deletes the resulting
+   gradients of the model without using them.
 2. "diffusers mended" corrects two faults of "diffusers as-is". In the model's step, the
    discriminator is frozen. In the discriminator's step, the model has no autograd graph.
-3. "taming" is like "diffusers mended", but with two optimisers of Lightning. In each step,
-   Lightning freezes the parameters of the other network. LPIPS is also computed in the
-   discriminator's step.
+3. "taming" also freezes the discriminator in the model's step, and the model in the
+   discriminator's step, as Lightning does for two optimisers. Unlike "diffusers mended", "taming"
+   computes LPIPS also in the discriminator's step.
 
-In diffusers' script, LPIPS has no gradient. Here LPIPS has a gradient in all references, so that
-all of them compute the same gradient. All references have the following in common:
+In diffusers' script, LPIPS has no gradient. In this module, LPIPS has a gradient in all references,
+so that all references compute the same gradient. All references have the following in common:
 
 - LPIPS, computed by the forward pass of the package `lpips`
 - the same discriminator (with GroupNorm instead of BatchNorm), and no dropout
 - torch's default AdamW, diffusers' default `EMAModel`, clipping to norm 1, and float32
 
-Each reference reads as many values for the log as its script does. Losses are sums over pixels in
+Each reference copies as many logged values to the CPU as its script. Losses are sums over pixels in
 diffusers' script, and means over pixels in taming's script. `ReferenceStep.scale` is the ratio of a
 script's losses to this project's losses.
 
@@ -95,18 +96,18 @@ SCRIPTS = {
 
 
 class ReferenceStep:
-    """Makes updates of a model and its discriminator in the order of a script.
+    """Makes updates of a model and its discriminator, with the computations of a public script.
 
     Args:
         script: an entry of `SCRIPTS`.
-        net, discriminator: the networks. They are copied, so that all references start from the
-            same weights.
+        net, discriminator: the networks. The reference copies the networks, so that all references
+            start from the same weights.
         lpips: the frozen LPIPS network.
         weights: weights of the loss terms.
-        autocast: run both steps in bfloat16 autocast. The scripts themselves do not do this
-            correctly.
+        autocast: run the steps of model and discriminator in bfloat16 autocast. The public scripts
+            do not use bfloat16 correctly.
         stock: use the layers of torch and diffusers, as the scripts do. False keeps the layers of
-            `net`.
+            this project's networks, of which some are faster.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class ReferenceStep:
         return float(images[0].numel()) if self.script.summed else 1.0
 
     def backward_model(self, images: Tensor) -> dict[str, float]:
-        """Compute the model's losses, and add their gradient to that of each weight.
+        """Compute the model's losses, and add the loss gradient to the `grad` of each weight.
 
         The added gradient is `scale` times the gradient of this project's update.
 
@@ -209,7 +210,7 @@ class ReferenceStep:
         return recon
 
     def backward_discriminator(self, images: Tensor, recon: Tensor) -> dict[str, float]:
-        """Add the gradient of the discriminator's loss. Return this loss and the mean logits."""
+        """Add the loss gradient to the discriminator's `grad`. Return the loss and mean logits."""
         with self._precision(images):
             real, fake = self.discriminator(images).float(), self.discriminator(recon).float()
             loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())

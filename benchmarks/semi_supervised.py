@@ -1,10 +1,11 @@
-"""Measure the semi-supervised classifiers with few labels.
+"""Measure the test error of semi-supervised classifiers that learn from few labels.
 
     python benchmarks/semi_supervised.py --train digits --test digits_test --json out.json
 
-For each seed, the script keeps the labels of a few images of each class, drawn at random. It fits
-every classifier on all training images, and counts its errors on the test images. It also fits a
-logistic regression on the labelled images alone, to show how much the images without labels help.
+For each seed, the script keeps the labels of a few images of each class, drawn at random. The
+script fits every classifier on all training images, and counts the classifier's errors on the test
+images. The script also fits a logistic regression on the labelled images alone, to show how much
+the images without labels help.
 """
 
 import json
@@ -35,10 +36,10 @@ class Options:
     """Options: which classifiers to measure, and on which images."""
 
     train: str
-    """Training images: a folder that has one folder per class, or a table."""
+    """Training images: a folder that has one folder per class, or a parquet file with labels."""
 
     test: str
-    """Test images of the same classes."""
+    """Test images, with the same classes as the training images."""
 
     json: Path
     """JSON file for the results."""

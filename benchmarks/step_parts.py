@@ -1,12 +1,12 @@
-"""Measure the time of each part of an update, and compare its speed with the machine's peak.
+"""Compare the speed of each part of a training update with the machine's peak speed.
 
     python benchmarks/step_parts.py --resolution 64 --precision fp32 bf16
 
 Each part of an update is timed alone. `torch.utils.flop_counter` counts the floating-point
-operations of the part's convolutions, matrix products and attention. It does not count the
-operations of normalisation and activation layers. The machine's peak speed is the higher speed of
-two operations in the same precision: a product of 4096 x 4096 matrices, and a 3 x 3 convolution of
-256 channels. If the speed of a part is near the peak, this part can become faster only by fewer
+operations of the part's convolutions, matrix products and attention. `flop_counter` does not count
+the operations of normalisation and activation layers. The machine's peak speed is the higher speed
+of two operations in the same precision: a product of 4096 x 4096 matrices, and a 3 x 3 convolution
+of 256 channels. A part whose speed is near the peak can become faster only if it needs fewer
 operations.
 """
 
@@ -155,7 +155,7 @@ def table(parts: list[Part], best: float, title: str) -> Table:
 
 
 def run(options: Options) -> None:
-    """Measure all precisions and resolutions, and print a table of each."""
+    """Measure each precision at each resolution, and print a table for each such pair."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     keep_freed_memory(torch.device("cpu"))  # as `train` does
     for precision in options.precision:

@@ -1,17 +1,17 @@
-"""Compare time and peak memory of encode, decode and round trip with plain diffusers.
+"""Compare plain diffusers with other ways to encode and decode images, by time and peak memory.
 
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
-Without `--model`, the script trains a network of Stable Diffusion's shape for some updates. The
-reference runs the network in float32 on the whole image, without compilation. The script compares
-the reference with other ways to run the network. The ways `exact`, `fast`, `openvino` and `strips`
-are modes of `latentvae.load`. The ways `tiled`, `cast` (to bfloat16) and `compiled` (by torch) use
-diffusers. The calls of each way alternate with calls of the reference. Whether a process keeps
-memory that it frees is a setting of the whole process (`latentvae.compute.memory`). So each way and
-the reference run in separate processes.
+Without `--model`, the script trains a network with the layers of Stable Diffusion's autoencoder for
+some updates. The reference runs the network in float32 on the whole image, without compilation. The
+script compares the reference with other ways to run the network. The ways `exact`, `fast`,
+`openvino` and `strips` are modes of `latentvae.load`. The ways `tiled`, `cast` (to bfloat16) and
+`compiled` (by torch) use diffusers. The calls of each way alternate with calls of the reference.
+Each way and the reference run in separate processes, because the setting to keep freed memory
+(`latentvae.compute.memory`) applies to a whole process.
 
 `equal_within` is the largest difference from the output of the reference: of latents, or of pixels
-in [-1, 1]. Peak memory is the memory of a call, without the memory of the network's weights.
+in [-1, 1]. Peak memory is the most memory in use during a call, without the network's weights.
 """
 
 import sys
@@ -64,12 +64,12 @@ class Options:
     """Number of images per call."""
 
     ways: tuple[str, ...] = ()
-    """Names of the ways to run the network, such as exact, fast or tiled (see the text above). Each
-    way is compared with the unchanged network in float32 (the reference). Default: all ways whose
-    packages are installed."""
+    """Names of the ways to run the network, such as exact, fast or tiled. The description of the
+    script explains these ways. Each way is compared with the unchanged network in float32 (the
+    reference). Default: all ways whose packages are installed."""
 
     runs: int = 5
-    """Number of timed calls of each way to run the network, after two untimed calls. These calls
+    """Number of timed calls of each way to run the network, after two untimed calls. The calls
     alternate with calls of the unchanged network (the reference)."""
 
     memory: bool = True
@@ -83,7 +83,7 @@ class Options:
 
     quick: bool = False
     """Make a short measurement: only the ways `exact` and `fast`, only the first size (256 px),
-    three timed calls, and no memory."""
+    three timed calls, and no measurement of memory."""
 
 
 def checked(options: Options) -> Options:
@@ -99,7 +99,7 @@ def checked(options: Options) -> Options:
         if name not in WAYS or name == "stock":
             known = [way for way in WAYS if way != "stock"]
             allowed, hint = ", ".join(known), nearest(name, known)
-            raise UserError(f"A way must be one of {allowed} (got '{name}'){hint}")
+            raise UserError(f"Each value of `ways` must be one of {allowed} (got '{name}'){hint}")
     return replace(options, ways=options.ways or installed())
 
 
@@ -142,9 +142,9 @@ class Compared:
 
 
 def compare(options: Options) -> dict[tuple[int, str, str], Compared]:
-    """Return the differences of outputs by (size, call, way), in the order of the rows.
+    """Return the output differences of each way from plain diffusers, by (size, call, way).
 
-    The function also prints what each way does on this machine.
+    The function also prints how each way computes on this machine.
     """
     # ways
     net = network(_model(options), options.device)
@@ -179,7 +179,7 @@ def _model(options: Options) -> str:
 
 
 def serve(name: str, options: Options) -> Callable[[str, int], Tensor]:
-    """Return a function that encodes, decodes or does a round trip in one way.
+    """Return a function that encodes, decodes or reconstructs images in the way called `name`.
 
     Call `serve` in a new process. The arguments of the returned function are the name of the
     call and the side of the images.
@@ -199,7 +199,7 @@ def inputs_of(way: Way, side: int, options: Options) -> dict[str, Tensor]:
 
 
 def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, options: Options) -> Row:
-    """Time a call of a way and of plain diffusers alternately. Print the speed, return the row."""
+    """Time calls of a way and of plain diffusers alternately. Print both speeds, return the row."""
     _, call, name = key
     seconds = alternate(
         {"stock": partial(stock, call, found.side), name: partial(way, call, found.side)},
@@ -210,7 +210,7 @@ def time(key: tuple[int, str, str], stock: Any, way: Any, found: Compared, optio
     )
     ours, theirs = seconds[name], seconds["stock"]
     title = f"{call}, {found.side} px, {found.way}, {found.precision}"
-    compared = f"{speed(ours)}, stock {speed(theirs)}, mean squared error {found.mse:.1e}"
+    compared = f"{speed(ours)}, plain diffusers {speed(theirs)}, mean squared error {found.mse:.1e}"
     print(f"{title}: {compared}", flush=True)
     return row(title, "s/image", ours, theirs, equal_within=found.largest)
 

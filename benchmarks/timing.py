@@ -1,8 +1,9 @@
-"""Time calls alternately, and print and save the results. All benchmarks use this module.
+"""Time calls alternately, and print and save the results. Several benchmarks use this module.
 
 Absolute times depend on the load of the machine. But the load slows two calls about equally if they
-run one after the other. So each round of calls gives a ratio of their times. The median, minimum
-and maximum of these ratios are reported. No benchmark checks that a time is below a limit.
+run one after the other. So calls are made in rounds, and each round gives the ratio of the times of
+two calls. Benchmarks report the median, minimum and maximum of the ratios of all rounds. No
+benchmark checks that a time is below a limit.
 
     seconds = alternate({"ours": ours, "diffusers": plain}, runs=5)
     rows = [row("decode, fp32", "s", seconds["ours"], seconds["diffusers"], equal_within=2e-6)]
@@ -31,7 +32,7 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison of a cost (time or memory). A lower cost is better.
+    """A cost (time or memory) of our code and of a reference. A lower cost is better.
 
     Attributes:
         name: what was measured, with `fp32` or `bf16` if the precision matters.
@@ -40,8 +41,8 @@ class Row:
         ratio_median, ratio_min, ratio_max: median, minimum and maximum over the rounds of the ratio
             reference / ours. A ratio above 1 means that ours is better.
         runs: number of rounds.
-        equal_within: the largest difference between the outputs of both calls, as the benchmark
-            defines this difference. None if the outputs are not meant to be equal.
+        equal_within: the largest difference between our output and the reference's output, as the
+            benchmark defines this difference. None if the outputs are not compared.
     """
 
     name: str
@@ -96,8 +97,8 @@ def alternate(
         runs: number of timed rounds.
         warmup: number of untimed rounds before the timed rounds.
         per: number that the seconds are divided by, for example the number of images per call.
-        clock: function that returns the seconds of a call. Default: `timed`. Functions of
-            `own_process` return their own seconds, so they need `lambda call: call()`.
+        clock: function that returns the seconds of a call. Default: `timed`. For functions from
+            `own_process`, which return seconds themselves, pass `lambda call: call()`.
     """
     clock = clock or timed
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -125,7 +126,7 @@ def timed(call: Callable[[], object]) -> float:
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
     """Yield a function that runs `build(*args)(*given)` in a new process and returns its seconds.
 
-    Use this for calls that change a setting of the whole process, such as its allocator.
+    Use `own_process` for calls that change a setting of the whole process, such as its allocator.
 
         with own_process(build, 64) as ours, own_process(build_plain, 64) as plain:
             alternate({"ours": ours, "stock": plain}, runs=5, clock=lambda call: call())
@@ -149,7 +150,7 @@ def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iter
             process.join(1)
             raise RuntimeError(
                 f"The process of {build.__name__}{args} has ended with exit code "
-                f"{process.exitcode}. Its error is printed above."
+                f"{process.exitcode}. The error of this process is printed above."
             ) from error
 
     try:
@@ -191,7 +192,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name. On Linux, only /proc/cpuinfo contains this name."""
+    """Return the processor's name. On Linux, only /proc/cpuinfo contains the processor's name."""
     listed = Path("/proc/cpuinfo")
     if listed.exists():
         for line in listed.read_text(encoding="utf-8").splitlines():

@@ -5,7 +5,7 @@
 The script prints a table of metrics on unseen images and writes JSON. For each quantiser and seed,
 there are two trainings, called arms. One arm trains the network of `vq_small` with our quantiser.
 The other arm uses the quantiser of vector-quantize-pytorch ("theirs"). If you run the command
-again, it keeps the trained arms, so you can add quantisers and seeds later.
+again, the script does not repeat finished trainings, so you can add quantisers and seeds later.
 
 Both arms have the following in common:
 
@@ -15,24 +15,26 @@ Both arms have the following in common:
 - the decay of moving averages, and the features that k-means starts from
 - the initial codes of SimVQ, which has no k-means
 
-The following differs, because the packages define it differently:
+The arms differ in these points, because the two packages define them differently:
 
-- A code counts as unused if the moving average of its use is too low. Our limit is 6% of the mean
-  use. Our average covers about the time in which a code at this limit is used once. The limit of
-  vector-quantize-pytorch is 2%, and its average has a decay of 0.8. In both packages, an unused
-  code restarts after 17 updates of K vectors.
+- A code counts as unused if the moving average of its use is too low. Our quantiser restarts codes
+  below 6% of the mean use. The moving average of our quantiser covers about as many updates as a
+  code with 6% of the mean use needs to be chosen once. vector-quantize-pytorch restarts codes below
+  2% of the mean use, and the decay of its moving average is 0.8. In both packages, an unused code
+  restarts after 17 updates, if each update has as many vectors as there are codes.
 - In vector-quantize-pytorch, a learned codebook has one weight for both the commitment loss and the
-  codebook loss. Our quantiser gets this weight for each of these losses.
-- With cosine distance, the codes of vector-quantize-pytorch can only be moving averages. So our
-  codes are moving averages too.
+  codebook loss. Our quantiser uses the weight of vector-quantize-pytorch for both of its losses.
+- With cosine distance, the codes of vector-quantize-pytorch can only be moving averages. So with
+  cosine distance, our codes are moving averages too.
 - In the residual quantiser of vector-quantize-pytorch, each level passes the decoder's gradient to
-  the features. Our residual quantiser passes this gradient to the features only once.
-- The moving averages start with the counts of k-means. Our quantiser scales these counts to the
-  number of vectors in an update.
+  the features. Our residual quantiser passes the decoder's gradient to the features only once.
+- In both packages, the moving averages of codes start with the number of vectors per k-means
+  cluster. Our quantiser scales these numbers so that their sum is the number of vectors in an
+  update.
 
-Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. The
-speeds of both arms are measured alternately. All times are CPU times, so other work on the machine
-hardly changes them.
+Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. To
+measure the speeds, updates of both arms alternate. All times are CPU times, so other work on the
+machine hardly changes them.
 """
 
 import json
@@ -110,11 +112,11 @@ class Options:
     """Number of images per update."""
 
     channels: int = PRESET.model.shape()["block_out_channels"][0]
-    """Number of channels of the network's first level. The other levels have as many times more
-    channels as in the preset vq_small."""
+    """Number of channels of the network's first level. The ratios between the channels of all
+    levels are those of the preset vq_small."""
 
     speed_updates: int = 10
-    """Number of updates with each of the two quantisers in the measurement of speed. Updates with
+    """Number of timed updates with each of the two quantisers, to measure their speed. Updates with
     this package's quantiser alternate with updates with the quantiser of
     vector-quantize-pytorch."""
 
@@ -274,14 +276,14 @@ class Comparison:
             self.result = json.loads(options.json.read_text())
             if self.result["settings"] != options.settings():
                 raise UserError(
-                    f"'{options.json}' has results of other settings ({self.result['settings']}). "
-                    "Give another file."
+                    f"'{options.json}' has results of trainings with other settings "
+                    f"({self.result['settings']}). Give another file to --json."
                 )
         self.images = _loaded(options.data, "train", options.resolution)
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
-        """Measure the speed of all trainings, and make those whose results are not in the file."""
+        """Measure the speed of all trainings, and run those without results in the JSON file."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:
@@ -346,8 +348,8 @@ def _loaded(spec: str, split: str, resolution: int) -> Tensor:
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per quantiser and metric, with means over the seeds that both arms have.
 
-    `spread` is the range of an arm's values over the seeds: the largest value minus the smallest.
-    An arm is the trainings with one of the two packages. The larger range of the two arms is used.
+    The range of an arm (the trainings with one package) is its largest value minus its smallest
+    value over the seeds. `spread` is the larger range of the two arms.
     """
     found: list[dict[str, Any]] = []
     for name in KINDS:

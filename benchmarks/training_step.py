@@ -2,16 +2,17 @@
 
     python benchmarks/training_step.py --resolution 64 128 256 --json training_step.json
 
-The network is an AutoencoderKL. The losses are LPIPS on VGG16, KL, and a PatchGAN with adaptive
-weight. The images are the sample photos. The scripts in reference_step.py compute the same losses
-and gradients. They are called references.
+The network is an AutoencoderKL. The losses are L1, LPIPS on VGG16, KL, and a PatchGAN with adaptive
+weight. The images are the sample photos (`samples`). reference_step.py reimplements the well-known
+scripts. These reimplementations, called references, compute the same losses and gradients as this
+project.
 
-First, losses and gradients are compared, to show that they are equal. This project and the
-references start with equal weights and equal posterior noise. The gradients of the discriminator
-are computed from the same reconstruction. `equal_within` is the largest relative difference. For
-gradients, it is the norm of the difference between the vectors of all gradients, divided by the
-norm of the expected vector. For the adversarial loss, it is the absolute difference, because this
-loss is a mean of logits near 0.
+First, the losses and gradients of this project and of each reference are compared, to show that
+they are equal. This project and the references start with equal weights and equal posterior noise,
+and compute the discriminator's gradients from the same reconstruction. `equal_within` is the
+largest relative difference of all losses and gradients. The relative difference of gradients is the
+norm of (our gradient - reference's gradient), divided by the norm of the reference's gradient. The
+difference of the adversarial loss is absolute, because this loss is a mean of logits near 0.
 
 Then this project and a reference make updates alternately, each in its own process, as in real
 training. This project's updates are the functions that `train` calls, with all logging and with the
@@ -86,8 +87,8 @@ class Options:
     """Device to run on: cpu or cuda."""
 
     bf16_references: bool = False
-    """Measure the scripts that this project is compared with also in bf16 autocast, in additional
-    rows."""
+    """Also measure, in bf16 autocast, the scripts that this project is compared with. The results
+    are additional rows."""
 
     peer_script: Path | None = None
     """Folder of a clone of the repository CompVis/taming-transformers. If you give this folder, an
@@ -123,11 +124,11 @@ class OurStep:
         return self.updates.make(iter([self.batch]))
 
     def backward(self) -> dict[str, Tensor]:
-        """Add the gradients of the model, and return the losses that a run logs."""
+        """Add the loss gradients to the `grad` of the model, and return the logged losses."""
         return self.updates.micro_step(self.batch)
 
     def backward_discriminator(self, recon: Tensor) -> Tensor:
-        """Add the gradients of the discriminator, and return its loss."""
+        """Add the loss gradient to the discriminator's `grad`, and return the loss."""
         adversary = self.task.adversary(0)
         assert adversary is not None
         return backward_discriminator(self.batch.images, recon, adversary=adversary)[
@@ -179,9 +180,9 @@ def photos(resolution: int, count: int) -> Tensor:
 
 
 def difference(ours: OurStep, reference: ReferenceStep, images: Tensor) -> float:
-    """Return the largest relative difference of losses and gradients between us and a reference.
+    """Return the largest relative difference of our losses and gradients from a reference's.
 
-    Both must have the same weights.
+    This project's networks and the reference's networks must have the same weights.
     """
     # losses of the model, with equal noise
     seed_everything(Stream.MICRO_STEP, ours.task.config.run.seed, 0, 0)
@@ -294,7 +295,10 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 
 
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
-    """Return a reference with our weights. With `stock`, its layers are torch's and diffusers'."""
+    """Return a reference with our weights.
+
+    With `stock`, the reference has the layers of torch and diffusers.
+    """
     task = ours.task
     assert task.discriminator is not None
     parts: Any = (task.net, task.discriminator, task.metric.lpips)

@@ -1,18 +1,18 @@
-"""Compare a training update of our VAE and IWAE with that of pythae.
+"""Compare our VAE and IWAE with those of the package pythae: bound and time of an update.
 
     pip install --no-deps --target peers pythae==0.1.2
     PYTHONPATH=peers python benchmarks/vae_peers.py --data mnist/train.parquet --json out.json
 
-Both packages train the dense network of Burda et al. (784-200-200-50) by Adam, on the same images.
-The script
+Both packages train the dense network 784-200-200-50 of the IWAE paper (arXiv:1509.00519) by Adam,
+on the same images.
 
-- copies our weights into pythae's network and compares the mean bound of the same images. Each mean
-  has a standard error, because the two packages draw different latents. For the IWAE, the compared
-  value is the weighted mean of ln w, which pythae reports. This value is above the
-  importance-weighted bound.
-- times updates of both packages alternately, in rounds. It reports the median, minimum and maximum
-  ratio of pythae's time to our time. An update is a forward pass, a backward pass and Adam. The
-  time to make the batch does not count.
+- The script copies our weights into pythae's network, and compares the mean likelihood bounds of
+  both packages for the same images. Each mean has a standard error, because the two packages draw
+  different latents. For the IWAE, the compared value is the weighted mean of ln w (w: importance
+  weight), which pythae reports. This weighted mean is above the importance-weighted bound.
+- The script times updates of both packages alternately, in rounds. The script reports the median,
+  minimum and maximum ratio of pythae's time to our time. An update is a forward pass, a backward
+  pass and a step of Adam. The time to make the batch does not count.
 """
 
 import importlib
@@ -39,7 +39,7 @@ class Options:
     """Options: on which images to measure, and how often."""
 
     data: str
-    """Images of digits, in any form that --train_data_dir takes."""
+    """Images of digits, in any form that --train_data_dir of `latentvae train-vae` takes."""
 
     json: Path
     """JSON file for the results."""
@@ -68,7 +68,8 @@ class Options:
             print(
                 f"{row['name']}: bound ours {row['ours']:.3f} ± {row['ours_error']:.3f}, pythae "
                 f"{row['theirs']:.3f} ± {row['theirs_error']:.3f} nats; an update of pythae takes "
-                f"{row['ratio']:.2f} times as long ({row['least']:.2f} to {row['most']:.2f})"
+                f"{row['ratio']:.2f} times as long as ours "
+                f"({row['least']:.2f} to {row['most']:.2f})"
             )
         self.json.write_text(json.dumps({"options": str(self), "rows": rows}, indent=1) + "\n")
 
@@ -123,7 +124,7 @@ def import_peer() -> Any:
             importlib.import_module(f"pythae.{name}")
     except ImportError as error:
         raise UserError(
-            f"pythae cannot be imported ({error}). Install it: pip install --no-deps --target "
+            f"pythae cannot be imported ({error}). Install pythae: pip install --no-deps --target "
             "peers pythae==0.1.2, and set PYTHONPATH=peers."
         ) from error
     return pythae
@@ -205,7 +206,7 @@ def their_step(net: Any) -> Any:
 
 
 def update(loss: Tensor, adam: torch.optim.Optimizer, learn: bool) -> float:
-    """Return the bound in nats. With `learn`, also make an update."""
+    """Return the bound in nats. If `learn` is True, also make a training update."""
     if learn:
         adam.zero_grad()
         loss.backward()

@@ -1,15 +1,16 @@
-"""Compare whole trainings with pythae by the time to a bound of the likelihood.
+"""Compare our trainings with pythae's by the time until a given likelihood bound is reached.
 
     pip install --no-deps --target peers pythae==0.1.2
     PYTHONPATH=peers python benchmarks/vae_trainers.py --data mnist/test.parquet --out out
 
-Both packages train the dense network of Burda et al. on the same binary images, from the same
-weights, with batches of the same size and the same constant learning rate. After each epoch, the
-same function measures the bound on the same unseen images. The clock counts CPU seconds of the
-process, and stops while the bound is measured. The trainings of both packages alternate. Our
-package trains twice: in bfloat16 if the processor can multiply bfloat16 (`--mixed_precision auto`),
-and in float32, as pythae does. Our time includes all other work of our trainer: clipping, checks of
-gradients, log rows, sample pictures and the last checkpoint.
+Both packages train the dense network of the IWAE paper (arXiv:1509.00519) on the same binary
+images, from the same weights, with batches of the same size and the same constant learning rate.
+After each epoch, the same function measures the bound of both packages on the same unseen images.
+The clock counts CPU seconds of the process, and stops while the bound is measured. The trainings of
+both packages alternate. Our package trains twice: in bfloat16 if the processor can multiply
+bfloat16 (`--mixed_precision auto`), and in float32, as pythae does. Our time includes all other
+work of our trainer: clipping, checks of gradients, log rows, sample pictures and the last
+checkpoint.
 """
 
 import json
@@ -39,7 +40,7 @@ from latentvae.tasks.likelihood.task import LikelihoodTask
 
 BATCH = 100
 Curve = list[tuple[float, float]]
-"""CPU seconds and nats after each epoch."""
+"""CPU seconds and negative likelihood bound (in nats) after each epoch."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Options:
     """What to train, and for how long."""
 
     data: str
-    """Images of digits, in any form that --train_data_dir takes."""
+    """Images of digits, in any form that --train_data_dir of `latentvae train-vae` takes."""
 
     out: Path
     """Folder for this project's trainings and results.json. This folder must be new."""
@@ -70,9 +71,12 @@ class Options:
     """Learning rate of Adam."""
 
     def run(self) -> None:
-        """Train, print a table and write the file."""
+        """Train in all rounds, print a line for each round, and write results.json."""
         if len(self.samples) != len(self.bounds):
-            raise UserError(f"bounds needs {len(self.samples)} values (got {len(self.bounds)}).")
+            raise UserError(
+                f"`bounds` must have as many values as `samples`: {len(self.samples)} "
+                f"(got {len(self.bounds)})."
+            )
         rows = []
         for samples, bound in zip(self.samples, self.bounds, strict=True):
             for seed in range(self.rounds):
@@ -174,7 +178,7 @@ class Options:
 
 
 class Clock:
-    """CPU seconds of this process, without the time in `stopped`."""
+    """Counts CPU seconds of this process, without the time inside `with clock.stopped()`."""
 
     def start(self) -> None:
         self.begin = time.process_time()
@@ -194,7 +198,7 @@ class Clock:
 
 
 class TimedTask(LikelihoodTask):
-    """Our training task, whose validation adds a point to a curve instead of writing to the log."""
+    """Our training task, whose validation also adds (CPU seconds, negative bound) to a curve."""
 
     def __init__(self, config: LikelihoodConfig, *, samples: int) -> None:
         super().__init__(config)
@@ -221,7 +225,7 @@ class TimedTask(LikelihoodTask):
 
 @torch.no_grad()
 def measure(net: VectorVAE, task: LikelihoodTask, samples: int) -> float:
-    """Return the bound on the unseen images of a task, in nats."""
+    """Return the negative bound on the unseen images of a task, in nats per image."""
     net.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -253,7 +257,10 @@ def ours_of(model: Any) -> VectorVAE:
 
 
 def seconds_to(curve: Sequence[tuple[float, float]], bound: float) -> float | None:
-    """Return the CPU seconds at which the bound is reached, interpolated, or None."""
+    """Return the CPU seconds until the bound is reached, or None if it is never reached.
+
+    The seconds are interpolated between two epochs.
+    """
     for (early, above), (late, nats) in pairwise([(0.0, math.inf), *curve]):
         if nats <= bound:
             if above == math.inf:
@@ -263,9 +270,9 @@ def seconds_to(curve: Sequence[tuple[float, float]], bound: float) -> float | No
 
 
 def shown(row: dict[str, Any]) -> str:
-    """Return a row as text."""
+    """Return the results of a round as a line of text."""
     parts = [
-        f"{name} {'not reached' if value is None else f'{value:.1f} s'} (last "
+        f"{name} {'not reached' if value is None else f'{value:.1f} s'} (last epoch: "
         f"{row['last'][name][1]:.2f} nats after {row['last'][name][0]:.1f} s)"
         for name, value in row["seconds"].items()
     ]

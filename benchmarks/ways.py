@@ -1,6 +1,7 @@
-"""The ways to encode and decode that throughput.py compares. Their inputs and outputs are float32.
+"""The ways to encode and decode that throughput.py compares.
 
-The way `stock` is the reference: the network's own methods in float32, on the whole image.
+The inputs and outputs of all ways are float32 tensors. The way `stock` is the reference: the
+network's own methods in float32, on the whole image.
 """
 
 import warnings
@@ -29,8 +30,8 @@ class Way:
 
     Args:
         net: the network.
-        precision: `"fp32"` or `"bf16"`, the precision of matrix products. The name of a row
-            contains it.
+        precision: `"fp32"` or `"bf16"`, the precision of matrix products. The name of each row of
+            results contains the precision.
         strips: settings to compute large images in strips. None computes the whole image at once.
         note: text for the user that says how the network is computed on this machine.
         fallback: name of the way that is used instead, if this way is too inexact or not useful on
@@ -78,10 +79,10 @@ def network(model: str, device: str) -> Any:
 
 
 def trained(channels: tuple[int, ...], *, updates: int, images: Tensor, device: str) -> Any:
-    """Return a network of Stable Diffusion's shape, trained on images for some updates.
+    """Return a new network with the layers of Stable Diffusion's autoencoder, trained on images.
 
-    Random weights are not suitable, because they amplify rounding errors. With them, bfloat16 would
-    be too inexact, and the mode `fast` would fall back to float32.
+    Random weights are not suitable, because they amplify rounding errors. With random weights,
+    bfloat16 would be too inexact, and the mode `fast` would fall back to float32.
 
     Args:
         channels: number of channels of each level.

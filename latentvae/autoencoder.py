@@ -67,12 +67,12 @@ class Autoencoder:
             require gradients. Pass a `copy.deepcopy` if you want to train the network further.
         name: name of the model in reports.
         path: the folder, file or Hub id that the network was loaded from.
-        optimize: method that makes the computation faster, see `compute.optimization`. None means
-            that `net` itself computes.
-        strips: compute large images strip by strip (in bands of rows). The results are the same as
-            for the whole image, and the computation needs little memory. Before a call of more than
-            ten seconds, the estimated time is printed on stderr, once per image size. Only
-            `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
+        optimize: method that makes the computation faster, see `compute.optimization`. With None,
+            `net` itself computes the results.
+        strips: compute large images strip by strip (in bands of rows). Strips give the same results
+            as the whole image, and need little memory. Before a call of more than ten seconds, the
+            estimated time is printed on stderr, once per image size. Only `AutoencoderKL` and
+            tokenizers (`VQModel`) can compute in strips.
 
     Attributes:
         optimization: the network that computes the results. `str(optimization)` says how close
@@ -138,7 +138,7 @@ class Autoencoder:
         """Return latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
 
         d is the number of latent channels, and f is the downsampling factor. The latents of a
-        tokenizer are not quantised. `decode` and `encode_tokens` quantise them.
+        tokenizer are not quantised. The methods `decode` and `encode_tokens` quantise latents.
 
         Args:
             images: PIL image(s) of one size, or a NumPy array, or a torch tensor. Arrays are (B, H,
@@ -192,9 +192,9 @@ class Autoencoder:
 
         Args:
             z: the latents, (B, d, h, w), with d latent channels.
-            size: (H, W) of the result, which is cropped from the top left. With None, nothing is
-                cropped, and the result has the size f * h by f * w, where f is the downsampling
-                factor.
+            size: (H, W) of the result, which is the top-left part of the decoded image. With None,
+                nothing is cropped, and the result has the size f * h by f * w, where f is the
+                downsampling factor.
             scaled: whether the latents come from `encode(..., scaled=True)`.
             output_type: `"pt"` for (B, C, H, W) float32 in [-1, 1], `"np"` for (B, H, W, C) float32
                 in [0, 1], or `"pil"` for a list of PIL images.
@@ -235,10 +235,11 @@ class Autoencoder:
         return convert(images.clone(), output_type)
 
     def reconstruct(self, images: AnyImages) -> AnyImages:
-        """Encode and decode pictures. The result has the kind, dtype and size of the input.
+        """Encode and decode pictures.
 
-        Encoding takes the mode of the posterior. A list may hold PIL images of different sizes.
-        Tensors are clamped to [-1, 1].
+        The result has the type (PIL, NumPy or torch), dtype and size of the input. Encoding takes
+        the mode of the posterior. A list may hold PIL images of different sizes. Tensors are
+        clamped to [-1, 1].
         """
         if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
@@ -334,7 +335,7 @@ class Autoencoder:
         """Print how long a call in strips will take, if this time is long and was not printed yet.
 
         Args:
-            call: the call that follows.
+            call: the method that runs next, "encode" or "decode".
             shape: shape of the call's images or latents.
         """
         f = 1 if call == "encode" else self.f
@@ -376,15 +377,15 @@ def load(
         device: device of the network. None means the CPU, as in diffusers.
         dtype: dtype of the weights. None means float32. float16 may overflow unless the config's
             `force_upcast` is false.
-        family: model family of the autoencoder in a single file. This argument is needed if the
-            file does not say how its latents are scaled: `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or
-            `"other"` (not scaled).
+        family: model family of the autoencoder in a single file. Give `family` if the file does not
+            say how its latents are scaled: `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not
+            scaled).
         variant: variant of the weights in a folder, such as `"fp16"`.
         optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
             that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
             latentvae[openvino]`). The attribute `optimization` says which mode is used, and its
-            PSNR against `"exact"`. If this option is set, a process on the CPU keeps the memory
-            that a call frees, and uses it in later calls, see `latentvae.compute.memory`.
+            PSNR against `"exact"`. If `optimize` is set, a process on the CPU keeps the memory that
+            a call frees, and uses it in later calls, see `latentvae.compute.memory`.
         strips: compute strip by strip, for images that do not fit into memory. True, or a `Strips`
             object with options. See `Autoencoder`.
 

@@ -1,4 +1,4 @@
-"""Find a class of images by what a user calls it."""
+"""Find a class of images by the name or the number that a user gives."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from latentvae.errors import UserError, nearest
 def class_number(label: str | int, names: Sequence[str]) -> int:
     """Return the number of a class, given by its name or its number.
 
-    As in diffusers, each part of a name with commas also names the class, such as "tench" for
-    "tench, Tinca tinca".
+    As in diffusers, one part of a name with commas is enough, such as "tench" for the class "tench,
+    Tinca tinca".
 
     Args:
         label: name or number of the class.
-        names: names of the classes 0, 1, 2 and so on. If the classes have no names, their numbers
-            as text, see `number_names`.
+        names: names of the classes 0, 1, 2 and so on. For classes without names, this argument is
+            their numbers as text, see `number_names`.
 
     Raises:
-        UserError: there is no such class.
+        UserError: no class has this name or number.
     """
     if label in names:
         return names.index(str(label))
@@ -36,5 +36,5 @@ def class_number(label: str | int, names: Sequence[str]) -> int:
 
 
 def number_names(count: int) -> list[str]:
-    """Return the numbers of `count` classes as text, the names of classes without names."""
+    """Return the numbers 0 to `count` - 1 as text, which are the names of unnamed classes."""
     return [str(number) for number in range(count)]

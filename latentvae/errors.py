@@ -35,7 +35,7 @@ def printable(text: str) -> str:
     """Return the text as one line that every terminal and file can show.
 
     File names may hold line breaks, escape codes, and bytes that are not UTF-8 (surrogates in
-    Python). The result shows them as ``\\n``, ``\\x1b`` and ``\\udcff``.
+    Python). The returned text shows such characters as ``\\n``, ``\\x1b`` and ``\\udcff``.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -45,19 +45,19 @@ def printable(text: str) -> str:
 def check_no_password(value: str) -> None:
     """Check that a URL holds no password. `https://name:password@host` holds one.
 
-    Logs and model cards would show the password.
+    Without this check, logs and model cards would show the password.
 
     Raises:
-        UserError: the URL holds a password. The message does not show it.
+        UserError: the URL holds a password. The error message does not show the password.
     """
     if _WITH_PASSWORD.search(value):
         raise UserError(
-            f"'{value}' holds a password, which would be written into files. Remove it, and log in "
-            "with `hf auth login` or an environment variable."
+            f"'{value}' holds a password, which would be written into files. Remove the password "
+            "from the URL, and log in with `hf auth login` or an environment variable."
         )
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of ``allowed``, or ``""``."""
+    """Return ``"; did you mean 'x'?"`` for the allowed text most like ``value``, or ``""``."""
     matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""

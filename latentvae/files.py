@@ -86,7 +86,7 @@ def _check_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
 
     sizes[id(node)] = 1 + sum(_check_nodes(part, sizes) for part in below)
     if sizes[id(node)] > MAX_NODES:
-        raise ValueError(f"its aliases expand to more than {MAX_NODES:,} values")
+        raise ValueError(f"the aliases of the file expand to more than {MAX_NODES:,} values")
     return sizes[id(node)]
 
 

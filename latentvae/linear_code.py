@@ -1,9 +1,10 @@
 """Compute the best linear code of image patches, by their principal components.
 
 The code turns each patch of f x f pixels into d numbers: the coordinates of the patch along d
-principal components. Decoding computes the patch again from these numbers. Among all linear codes
-with d numbers, this code has the smallest squared error on the images that it was fitted on (Eckart
-and Young 1936). An autoencoder with the same f and d should have a smaller error than this code.
+principal components. Decoding computes an approximation of the patch from its d numbers. Among all
+linear codes with d numbers, this code has the smallest squared error on the images that it was
+fitted on (Eckart and Young 1936). An autoencoder with the same f and d should have a smaller error
+than this code.
 
 Symbols: `B` batch size, `C` image channels, `H W` pixels, `f` side of a patch, `d` numbers per
 patch, `h w` patches.
@@ -40,7 +41,8 @@ class LinearCode:
     def encode(self, images: Tensor) -> Tensor:
         """Return the code (B, d, h, w) of images (B, C, H, W) of any size.
 
-        If a side is not a multiple of f (the side of a patch), the last row or column is repeated.
+        If a side of the images is not a multiple of f (the side of a patch), the last row or column
+        of pixels is repeated.
         """
         height, width = images.shape[2:]
         right, below = -width % self.f, -height % self.f
@@ -100,7 +102,8 @@ class PatchMoments:
         """
         if d > self.moments.num_features:
             raise ValueError(
-                f"a patch has {self.moments.num_features} values, so it has no {d} components"
+                f"d must be at most {self.moments.num_features}, the number of values in a patch "
+                f"(got {d})"
             )
         variances, vectors = torch.linalg.eigh(self.moments.covariance())  # in rising order
         basis = vectors.T.flip(0)[:d]

@@ -25,16 +25,16 @@ class RunningMoments:
 
     Args:
         num_features: number of features D. None means the number of features of the first batch.
-        covariance: whether to keep the products of all pairs of features. Otherwise only the
-            squares of features are kept.
-        device: device of the sums.
+        covariance: whether to sum the products of all pairs of features. Without `covariance`, only
+            the squares of the features are summed.
+        device: device of `mean` and `scatter`.
 
     Attributes:
         count: number of observations per feature. The count is a Python number, so updates never
             wait for a GPU.
         mean: mean of each feature, (D,).
         scatter: with `covariance`, the sum over observations x of (x - mean)(x - mean)^T, (D, D).
-            Otherwise the sum of (x - mean)^2, (D,).
+            Without `covariance`, the sum of (x - mean)^2, (D,).
     """
 
     def __init__(

@@ -5,7 +5,8 @@ the option:
 
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(default=None, ...)
 
-`marked` and `marks` find the marks of a section, also in nested sections and in union types.
+`marked` and `marks` find the marks of all options in a section, which is a class of options. Nested
+sections and union types are searched too.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +51,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class MayChange(Mark):
-    """When a run is resumed, the option may have another value. Other options must not change."""
+    """The option may have another value when a run is resumed.
+
+    Options without the mark `MayChange` must keep their values.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,15 @@ class Private(Mark):
 
 @dataclass(frozen=True)
 class ChosenByPreset(Mark):
-    """The option decides which other options exist. It has no flag, so only a config can set it."""
+    """The option decides which other options exist.
+
+    The option has no command-line flag, so only a config can set it.
+    """
 
 
 @dataclass(frozen=True)
 class OfTheRun(Mark):
-    """The option is for the training, and is no argument of the module built from the section."""
+    """The option belongs to the training run, so networks and quantisers are built without it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Elsewhere(Mark):
 class ShareOfRun(Mark):
     """A value of the option between 0 and 1 is a fraction of max_train_steps.
 
-    `JobConfig` replaces such a value by a number of updates (optimizer steps).
+    `JobConfig` replaces such a fraction by a number of updates (optimizer steps).
     """
 
 
@@ -95,8 +102,8 @@ def _whole(value: float) -> float:
     if value >= 1 and value % 1:
         raise PydanticCustomError(
             "updates",
-            "should be a whole number of updates, or a share of max_train_steps below 1. The "
-            "nearest is {near}.",
+            "should be a whole number of updates (optimizer steps), or a fraction of "
+            "max_train_steps below 1. The nearest whole number is {near}.",
             {"near": round(value)},
         )
     return value if 0 < value < 1 else int(value)
@@ -154,10 +161,10 @@ def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
 
 
 def tag_in(name: str, default: str) -> Callable[[Any], str]:
-    """Return a function that reads the option `name` from values.
+    """Return a function that reads the option `name` from the values of a section.
 
-    The option's value decides which class of a union type parses the values. Without a value, the
-    function returns `default`.
+    With the option's value, pydantic chooses the class of a union type that parses the section. If
+    the section does not set the option, the function returns `default`.
     """
 
     def tag(values: Any) -> str:

@@ -1,4 +1,4 @@
-"""Define the outputs of networks in training, which every network must return.
+"""Define the classes of outputs that every network must return in training.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
 tensor in a `BaseOutput`, also inside a tuple of outputs. Both libraries would silently skip the
@@ -54,7 +54,7 @@ class Latent(BaseOutput):
     def kl_elements(self) -> int:
         """Number of latent elements of an image over which the KL is summed.
 
-        This number is d * h * w, or h * w for a KL over tokens.
+        The number of elements is d * h * w, or h * w for a KL over tokens.
         """
         if self.kl_per_channel is None:
             return self.z[0].numel()

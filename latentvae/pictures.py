@@ -85,7 +85,7 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
         return _from_pil([images], channels), Kind("pil", single=True)
     if not isinstance(images, Sequence) or not all(isinstance(i, Image.Image) for i in images):
         raise UserError(
-            f"images are PIL images, a NumPy array or a tensor, not {type(images).__name__}"
+            f"images must be PIL images, a NumPy array or a tensor, not {type(images).__name__}"
         )
     return _from_pil(images, channels), Kind("pil")
 
@@ -166,19 +166,19 @@ def to_uint16(images: Tensor) -> np.ndarray:
 
 def _from_tensor(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.numel() == 0:
-        raise UserError(f"a tensor of images is (B, C, H, W), not {tuple(images.shape)}")
+        raise UserError(f"a tensor of images must be (B, C, H, W), not {tuple(images.shape)}")
     if not images.is_floating_point():
-        raise UserError(f"a tensor of images is float in [-1, 1], not {images.dtype}")
+        raise UserError(f"a tensor of images must be float in [-1, 1], not {images.dtype}")
     low, high = (value.item() for value in images.aminmax())
     if not -2.0 <= low <= high <= 2.0:
-        raise UserError(f"a tensor of images lies in [-1, 1], not in [{low:g}, {high:g}]")
+        raise UserError(f"a tensor of images must lie in [-1, 1], not in [{low:g}, {high:g}]")
     return images.float()
 
 
 def _from_array(images: np.ndarray, channels: int) -> Tensor:
     if images.ndim not in (3, 4) or images.shape[-1] != channels or images.size == 0:
         raise UserError(
-            f"an array of images is (H, W, {channels}) or (B, H, W, {channels}), not "
+            f"an array of images must be (H, W, {channels}) or (B, H, W, {channels}), not "
             f"{tuple(images.shape)}"
         )
     if images.dtype == np.uint8:
@@ -188,11 +188,13 @@ def _from_array(images: np.ndarray, channels: int) -> Tensor:
     elif np.issubdtype(images.dtype, np.floating):
         low, high = images.min(), images.max()
         if not -1e-3 <= low <= high <= 1 + 1e-3:
-            raise UserError(f"a float array of images lies in [0, 1], not in [{low:g}, {high:g}]")
+            raise UserError(
+                f"a float array of images must lie in [0, 1], not in [{low:g}, {high:g}]"
+            )
         unit = images.astype(np.float32) * 2 - 1
     else:
         raise UserError(
-            f"an array of images is uint16, uint8 or float in [0, 1], not {images.dtype}"
+            f"an array of images must be uint16, uint8 or float in [0, 1], not {images.dtype}"
         )
     batch = torch.from_numpy(unit).reshape(-1, *images.shape[-3:])
     return batch.permute(0, 3, 1, 2).contiguous()

@@ -3,9 +3,9 @@
     reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
-Each picture is measured at its own size, after rounding to 8 bits. Two kinds of pictures are not
-rounded: pictures of more than 8 bits with a grey or RGBA model, and pictures that are read with a
-`value_range`.
+Each picture is measured at its own size, after rounding to 8 bits. Pictures of more than 8 bits are
+not rounded if the model is grey or RGBA. Pictures that are read with a `value_range` are never
+rounded.
 """
 
 import csv
@@ -98,14 +98,14 @@ def reconstruct(
         out: folder of the results. Existing files of the same name are overwritten.
         max_side: shrink pictures whose longer side has more pixels than this. None means that no
             picture is shrunk.
-        strips: compute each picture strip by strip to save memory, see `Autoencoder`. The option
-            has an effect only if `model` is a folder or Hub id.
-        value_range: the numbers that files store for black and white, as in training. Files of
-            floats need this argument if the model is grey or RGBA.
-        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
-            such files are converted to sRGB.
+        strips: compute each picture strip by strip to save memory, see `Autoencoder`. `strips` has
+            an effect only if `model` is a folder or Hub id.
+        value_range: the numbers that files store for black and white, as in training. Files with
+            floating-point values need `value_range` if the model is grey or RGBA.
+        ignore_icc: keep the stored numbers of files with an embedded colour profile. By default,
+            files with a colour profile are converted to sRGB.
         max_pixels: read images of up to this many pixels, see `data.set_pixel_limit`.
-        optimize: mode of faster computation, see `load`. The option has an effect only if `model`
+        optimize: mode of faster computation, see `load`. `optimize` has an effect only if `model`
             is a folder or Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
 
@@ -205,7 +205,7 @@ def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Pa
 
 
 def _name_pictures(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, str]]:
-    """Yield each file and the name of its PNG. A number is added to equal names."""
+    """Yield each file and the name of its PNG. A name that is already taken gets a number."""
     taken: set[str] = set()
     for path, below in files:
         name, number = below.with_suffix(".png"), 1

@@ -343,7 +343,7 @@ def test_a_mistyped_path_is_told_where_it_goes_wrong(
             load(mistyped)
     with pytest.raises(UserError, match=r"no such model folder.*did you mean 'first'"):
         load("runs/frist/nothing")
-    with pytest.raises(UserError, match=r"'rums/x' is neither a folder here nor.*'runs'"):
+    with pytest.raises(UserError, match=r"'rums/x' is not a local folder.*'runs'"):
         load("rums/x")
     assert load("runs/first/export").path == "runs/first/export"
 
@@ -492,7 +492,7 @@ def test_a_name_on_the_hub_is_looked_up(name: str, monkeypatch: pytest.MonkeyPat
         raise OSError("offline")
 
     monkeypatch.setattr("latentvae.models.loading.AutoencoderKL.load_config", load_config)
-    with pytest.raises(UserError, match=f"'{name}' is neither a folder here nor .*offline"):
+    with pytest.raises(UserError, match=f"'{name}' is not a local folder, .*offline"):
         load(name)
     assert asked == [("nobody/nothing", "vae" if name.endswith("vae") else None)]
 

@@ -79,7 +79,7 @@ def test_reconstruct_with_a_grey_model(tmp_path: Path) -> None:
     # without a value range
     found = reconstruct(model(1), [folder], out=tmp_path / "a")
     assert [reason for _, reason in found.left_out] == [
-        "its values are floats: value_range must say what is black and white"
+        "the file's values are floats: value_range must say what is black and white"
     ]
 
     # with a value range

@@ -113,7 +113,7 @@ def test_the_limit_of_pixels_is_said_and_can_be_raised(
     result = reconstruct(model, inputs, out=out)
     ((path, reason),) = result.left_out
     assert Path(path).name == "a.png" and [row.width for row in result.rows] == [40]
-    assert reason.startswith("it has 2,867 pixels, more than the limit of 2,000.")
+    assert reason.startswith("the image has 2,867 pixels, more than the limit of 2,000.")
     assert "set max_pixels to 2867 or more" in reason
     assert len(reconstruct(model, inputs, out=out, max_pixels=2867).rows) == 2
     with pytest.raises(UserError, match=r"max_pixels must be at least 1 \(got 0\)"):

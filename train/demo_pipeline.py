@@ -3,15 +3,15 @@
     python train/demo_pipeline.py runs/demo/export runs/demo/pipeline.png
 
 An export with 16 latent channels runs in the pipelines of Stable Diffusion 3, and any other export
-runs in the pipelines of Stable Diffusion 1. The other networks of the pipelines are tiny and have
-random weights. The script writes three pictures side by side.
+runs in the pipelines of Stable Diffusion 1. All networks except the autoencoder are tiny and
+have random weights. The script writes three pictures side by side.
 
 1. A held-out photo.
 2. The photo after image-to-image at low strength. The steps are `vae.encode`, a little noise, two
     steps of an untrained network and `vae.decode`.
 3. A text-to-image picture from the same networks. The picture shows decoded noise, because of
-    the random weights. The autoencoder alone also decodes the pipeline's latents. Both decoded
-    pictures must be equal, bit by bit.
+    the random weights. The script also decodes the pipeline's latents with the autoencoder alone.
+    The result must equal the pipeline's picture, bit by bit.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train a flow matching model on latents.
 
-The class of its options is `tasks.flow.LatentFlowConfig`.
+All options are in the class `latentvae.tasks.flow.LatentFlowConfig`.
 
     accelerate launch train/train_flow.py --latents latents --output_dir runs/flow
 

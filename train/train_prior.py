@@ -1,4 +1,6 @@
-"""Train a prior on the tokens of images. The class of its options is `tasks.prior.PriorConfig`.
+"""Train a prior on the tokens of images.
+
+All options are in the class `latentvae.tasks.prior.PriorConfig`.
 
     accelerate launch train/train_prior.py --tokens tokens --output_dir runs/prior
 

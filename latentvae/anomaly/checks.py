@@ -15,8 +15,8 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
     Args:
         detector: the detector, which stores the names and the number of columns.
         rows: array, list of lists or pandas table.
-        reset: whether to store the columns, as in `fit`. False compares the columns with the stored
-            columns.
+        reset: whether to store the columns, as in `fit`. If False, the columns of `rows` are
+            compared with the stored columns.
         minimum: smallest number of rows.
 
     Raises:
@@ -57,8 +57,9 @@ def check_constant_columns(rows: np.ndarray, names: Any, *, action: str) -> None
     first = constant[0] if names is None else f"'{names[constant[0]]}'"
     more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
     raise UserError(
-        f"column {first}{more} has the same value in all {len(rows)} training rows. Remove it, or "
-        "set constant_columns='keep': then every other value of it counts as a deviation."
+        f"column {first}{more} has the same value in all {len(rows)} training rows. Remove the "
+        "column, or set constant_columns='keep', so that any other value in the column counts as a "
+        "deviation."
     )
 
 
@@ -80,7 +81,7 @@ def check_range(
     If `high` is None, there is no upper limit.
 
     Raises:
-        UserError: the number lies outside this range, or is not finite.
+        UserError: the number lies outside the allowed range, or is not finite.
     """
     below = value <= low if open_low else value < low
     if below or (high is not None and value > high) or not np.isfinite(value):
@@ -94,7 +95,7 @@ def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
     if (num_rows + 1) * rate < 1:
         warnings.warn(
             f"{num_rows} clean rows are too few for a false-alarm rate of {rate:g}: the threshold "
-            f"is their largest score, which stands for a rate of {1 / (num_rows + 1):.3g}. Give "
-            f"at least {int(np.ceil(1 / rate)) - 1} held-out rows.",
+            f"is the largest score of these rows, which gives a rate of {1 / (num_rows + 1):.3g}. "
+            f"Give at least {int(np.ceil(1 / rate)) - 1} held-out rows.",
             stacklevel=3,  # the caller of `calibrate`
         )

@@ -1,14 +1,14 @@
-"""Correct log-likelihoods, which are too high for simple images that differ from the training.
+"""Correct log-likelihoods, which are too high for simple images unlike the training images.
 
 A likelihood model of photos gives plain images a higher likelihood than its own training images
-(arXiv:1810.09136). Both corrections subtract the log-likelihood of a more general model (a
-background model or a codec):
+(arXiv:1810.09136). The likelihood ratio and the input complexity subtract the log-likelihood of a
+more general model (a background model or a codec):
 
     likelihood ratio    log p(x) - log p_background(x)       arXiv:1906.02845
     input complexity    log p(x) + L(x) log 2                arXiv:1909.11480, minus its score S
 
-`L(x)` is the size in bits of the image under a lossless codec. Both results are larger for images
-that are more like the training images.
+`L(x)` is the size in bits of the image under a lossless codec. Both corrected log-likelihoods are
+larger for images that are more like the training images.
 
 Symbols: `N` images, `C` channels, `H W` pixels.
 """
@@ -38,9 +38,8 @@ def likelihood_ratio(
 
     The result is larger for images that are more like the training images.
 
-    The background model is trained on images whose pixels were changed at random. The command is
-    `latentvae train-vae --perturb_rate 0.2`. So the background model learns colours and textures
-    but not what the images show.
+    The background model learns colours and textures but not what the images show, because some
+    pixels of its training images have random values (`latentvae train-vae --perturb_rate 0.2`).
 
     Args:
         log_likelihood: log-likelihood of each image under the model, in nats, (N,).
@@ -52,7 +51,8 @@ def likelihood_ratio(
     own, other = _checked(log_likelihood, "log_likelihood"), _checked(background, "background")
     if own.shape != other.shape:
         raise UserError(
-            f"both models need the same images, but there are {len(own)} and {len(other)} values."
+            "the model and the background model need the same images, but there are "
+            f"{len(own)} and {len(other)} values."
         )
     return own - other
 
@@ -61,8 +61,8 @@ def input_complexity(log_likelihood: np.ndarray | Tensor, bits: np.ndarray | Ten
     """Return log p(x) + L(x) log 2 of each image in nats, (N,).
 
     L(x) is the size in bits of the image under a lossless codec. The log-likelihood must come from
-    a probability of 8-bit pixels, not from a density, so that both terms have the same unit. For a
-    density of pixels in [0, 1], subtract C H W log 256 first.
+    a probability of 8-bit pixels, not from a density, so that log p(x) and L(x) log 2 have the same
+    unit. For a density of pixels in [0, 1], first subtract C H W log 256 from the log-likelihood.
 
     Args:
         log_likelihood: log-likelihood of each image, in nats, (N,).

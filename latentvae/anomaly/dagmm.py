@@ -86,8 +86,9 @@ class DAGMM(Detector):
         schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0,
             and the result depends less on the seed.
         num_networks: number of networks that are trained from different random weights. The score
-            of a row is the mean of their energies. 1 is the paper's DAGMM. With 8, the result
-            depends less on the seed, and training takes eight times as long.
+            of a row is the mean of its energies under all networks. The paper's DAGMM has 1
+            network. With 8 networks, the result depends less on the seed, and training takes eight
+            times as long.
         scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
             "minmax" ([0, 1]) or "none".
         constant_columns: "error" rejects columns with only one value in the training rows, and

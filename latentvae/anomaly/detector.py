@@ -108,7 +108,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
         """Restore what a detector with equal options learned.
 
-        `tensors` is the result of the other detector's `learned`.
+        `tensors` is the result of `learned` of the detector to restore.
         """
         own = {"columns.shift", "columns.scale", "offset"}
         self.shift_ = tensors["columns.shift"].numpy()
@@ -161,13 +161,14 @@ def column_scaling(rows: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarr
 
 
 def clean_threshold(scores: np.ndarray, rate: float) -> float:
-    """Return a threshold. The score of a new clean row is below it with probability at most `rate`.
+    """Return the threshold for a false-alarm rate.
 
-    Clean rows are rows without anomalies. The threshold is the conformal quantile: the floor(rate
-    (n + 1))-th smallest of n scores of clean rows. If a new row has the same distribution, all
-    ranks of its score among n + 1 scores are equally likely. If there are too few rows for the
-    rate, the quantile is the smallest score. The threshold lies just below the quantile, so that
-    rounding never flags the row whose score is the quantile.
+    The score of a new clean row is below the threshold with probability at most `rate`. Clean rows
+    are rows without anomalies. The threshold is the conformal quantile: the floor(rate (n + 1))-th
+    smallest of n scores of clean rows. If a new row has the same distribution as the n clean rows,
+    all ranks of its score among the n + 1 scores are equally likely. If there are too few clean
+    rows for the rate, the quantile is the smallest score. The threshold lies just below the
+    quantile, so that rounding never flags the row whose score is the quantile.
 
     Args:
         scores: `score_samples` of clean rows, (N,).

@@ -143,8 +143,8 @@ class PooledDensity:
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
         """Return the score of each image, and a map of the -log density of each position's latent.
 
-        With "gmm", the score is the -log density in nats. With "knn", it is the mean distance to
-        the pooled latents of the nearest clean images.
+        With "gmm", the score is the -log density in nats. With "knn", the score is the mean
+        distance to the pooled latents of the nearest clean images.
         """
         latents = model.encode(images).float().cpu()
         batch, _, height, width = latents.shape
@@ -229,7 +229,7 @@ class Likelihood:
 
     Raises:
         UserError: `background` is missing for the correction "ratio", or given for another
-            correction. Or `samples` is below 1.
+            correction, or `samples` is below 1.
     """
 
     def __init__(self, options: ImageOptions) -> None:
@@ -237,8 +237,9 @@ class Likelihood:
         self.background: tuple[Any, ImagesOfModel] | None = None
         if (options.correction == "ratio") != (options.background is not None):
             raise UserError(
-                "correction ratio and background belong together. Give both or none (got "
-                f"correction {options.correction} and background {options.background})."
+                "correction ratio needs a background, and other corrections use no background. "
+                f"Give both or none (got correction {options.correction} and background "
+                f"{options.background})."
             )
         if options.samples < 1:
             raise UserError(f"samples must be at least 1 (got {options.samples}).")
@@ -287,8 +288,8 @@ class Likelihood:
         if not same or other.image_shape != net.image_shape:
             raise UserError(
                 f"the background model '{self.options.background}' has another likelihood, binary "
-                "images or image size than the model. Train it with the same options, and "
-                "--perturb_rate."
+                "images or image size than the model. Train the background model with the model's "
+                "options and --perturb_rate."
             )
 
     def _log_likelihood(self, net: LikelihoodNet, images: Tensor) -> Tensor:
@@ -304,7 +305,7 @@ class Likelihood:
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a hash of the background model's weights, by which a change is noticed."""
+        """Return a hash of the background model's weights, to detect changes of the weights."""
         if self.background is None:
             return {}
         return {"background": fingerprint(self.background[0])}
@@ -318,8 +319,8 @@ class Likelihood:
         if self.background is not None:
             if not torch.equal(tensors["background"], fingerprint(self.background[0])):
                 raise UserError(
-                    f"the background model '{self.options.background}' has other weights than in "
-                    "the fit. Run the fit again."
+                    f"the background model '{self.options.background}' has other weights than when "
+                    "the detector was fitted. Run the fit again."
                 )
         return self
 

@@ -88,11 +88,12 @@ def fit_images(
     Args:
         data: folder of clean images (images without anomalies).
         out: folder for the detector.
-        model: folder or Hub id of an autoencoder. Only its name is stored, not its weights.
+        model: folder or Hub id of an autoencoder. The detector stores only the name of the
+            autoencoder, not the weights.
         method: name of the scoring method, a key of `image_methods.METHODS`.
-        resolution: side in pixels. None takes the model's image size if the model supports only one
-            size, else 128.
-        options: options of the method. Their `seed` also decides which images are held out.
+        resolution: side in pixels. By default, the side is the model's image size if the model
+            supports only one size, else 128.
+        options: options of the method. The option `seed` also decides which images are held out.
         held_out_share: share of the clean images that are used only for the threshold. A method
             that learns nothing uses all clean images for the threshold.
         false_alarm_rate: share of clean images that may be flagged as anomalies.
@@ -164,7 +165,7 @@ def score_images(
         data: folder of images.
         out: folder for the pictures.
         normal_folder: first-level folder of `data` with the normal images. The images of all other
-            folders are anomalies. None if it is unknown which images are normal.
+            folders are anomalies. Give None if you do not know which images are normal.
         num_pictures: number of images in the picture of the most anomalous images.
         heat_maps: whether to write the heat map of every image too.
 
@@ -243,14 +244,14 @@ def _same_model(run: dict, folder: Path) -> Autoencoder:
     network = load(run["model"], device="cuda" if torch.cuda.is_available() else "cpu")
     if network.info()["weights_sha256"] != run["weights_sha256"]:
         raise UserError(
-            f"the weights of '{run['model']}' are not those that '{folder}' was fitted with. Run "
-            "the fit again."
+            f"the weights of '{run['model']}' have changed since the detector in '{folder}' was "
+            "fitted. Run the fit again."
         )
     return network
 
 
 def _labels(names: Sequence[str], normal_folder: str, data: Path) -> np.ndarray:
-    """Return 0 for images in the normal folder and 1 for all others."""
+    """Return 0 for images in the normal folder and 1 for all other images."""
     labels = np.array([0 if name.split("/")[0] == normal_folder else 1 for name in names])
     if not (labels == 0).any():
         raise UserError(f"'{data}' has no folder '{normal_folder}' of normal images.")

@@ -24,7 +24,8 @@ def heat_picture(heat: Tensor, *, low: float, high: float) -> Image.Image:
 
     Args:
         heat: the heat map.
-        low, high: ends of the colour scale. Use the same values for all pictures to compare.
+        low, high: ends of the colour scale. Use the same ends for all pictures that you want to
+            compare.
     """
     unit = ((heat.float() - low) / max(high - low, 1e-12)).clamp(0, 1).cpu().numpy()
     return Image.fromarray((colormaps["inferno"](unit)[..., :3] * 255).round().astype(np.uint8))
@@ -33,7 +34,7 @@ def heat_picture(heat: Tensor, *, low: float, high: float) -> Image.Image:
 def sheet(
     images: Tensor, maps: Tensor, texts: Sequence[str], *, low: float, high: float
 ) -> Image.Image:
-    """Return a picture with one row per image: image, heat map, and both together.
+    """Return a picture with one row per image: image, heat map, and heat map over the image.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
@@ -65,7 +66,7 @@ def legible(pixels: Tensor) -> Tensor:
 
 
 def shortened(text: str, *, width: int) -> str:
-    """Return the end of a text, as long as fits into a `width` in pixels."""
+    """Return a text, or only its end if the whole text is wider than `width` pixels."""
     letters = max(width // 6, 4)
     return text if len(text) <= letters else f"...{text[3 - letters :]}"
 
@@ -85,7 +86,7 @@ def colour_scale(clean_maps: Tensor, maps: Tensor) -> tuple[float, float]:
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """Return the quantile of many values at `share`, 0 to 1.
+    """Return the quantile of many values at the fraction `share`, from 0 to 1.
 
     Unlike `torch.quantile`, this function accepts more than 16 million values.
     """

@@ -72,7 +72,7 @@ class Results:
 
 
 def check_both_classes(labels: np.ndarray, where: str) -> None:
-    """Check that labels hold normal items and anomalies. Measures such as AUROC need both.
+    """Check that labels hold normal items and anomalies. Measures such as AUROC need both classes.
 
     Raises:
         UserError: the labels hold only one class.
@@ -80,7 +80,7 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
     if len(set(labels.tolist())) < 2:
         raise UserError(
             f"{where} hold(s) one class only, {labels[0]}, in all {len(labels)} items. AUROC, "
-            "average precision and F1 need both: leave --labels out."
+            "average precision and F1 need both classes: leave --labels out."
         )
 
 

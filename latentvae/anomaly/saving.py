@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Load a detector that `save_detector` wrote. The scores are exactly the same as before.
+    """Load a detector that `save_detector` wrote, with exactly the scores of the saved detector.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

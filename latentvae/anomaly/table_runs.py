@@ -128,7 +128,9 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise UserError(f"'{folder}' holds no detector: `latentvae anomaly fit` writes one.")
     content = read_json(folder / RUN_NAME)
     if not isinstance(content, dict) or content.get("format") != RUN_FORMAT:
-        raise UserError(f"'{folder / RUN_NAME}' is not of format {RUN_FORMAT}. Run the fit again.")
+        raise UserError(
+            f"'{folder / RUN_NAME}' is not a detector of format {RUN_FORMAT}. Run the fit again."
+        )
     return content
 
 
@@ -139,7 +141,7 @@ def _check_columns(table: pd.DataFrame) -> None:
         UserError: a column is constant, or there is no column.
     """
     if not len(table.columns):
-        raise UserError("the table has no columns left: drop fewer.")
+        raise UserError("the table has no columns left: drop fewer columns.")
     if len(table) < 2:
         raise UserError(f"{len(table)} clean row(s) are too few: give at least 4.")
     for name in table.columns:

@@ -6,7 +6,7 @@
 
 A column of numbers stays one column. A column of text, of categories or of true and false becomes
 one column of zeros and ones for each value (one-hot). A value that was not in the table of `fit`
-becomes zeros in all of these columns. The encoder is stored as JSON.
+becomes zeros in all one-hot columns of its column. The encoder is stored as JSON.
 
 Symbols: `N` rows, `F` columns of numbers.
 """
@@ -32,8 +32,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Return the table in a file.
 
     Columns of .npy and .npz files are named x0, x1 and so on. In an .npz file, the rows are the
-    array `X`, or the only array with two axes. Each array with one axis of the same length is a
-    column with its own name, such as `y`.
+    array `X`, or the only array with two axes. Each array with one axis and one value per row is a
+    column with the array's name, such as `y`.
 
     Args:
         path: a .csv, .parquet, .npz or .npy file.
@@ -119,7 +119,7 @@ def labels_of(table: pd.DataFrame, column: str) -> np.ndarray:
     """Return a column of labels as 0 (normal) and 1 (anomaly), (N,).
 
     Raises:
-        UserError: there is no such column, or the column holds other values.
+        UserError: there is no such column, or a label is neither 0 nor 1.
     """
     without(table, [column])
     found: Any = table[column]
@@ -142,7 +142,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
 
     Attributes:
         numbers_: names of the columns of numbers.
-        categories_: values of each other column.
+        categories_: different values of each column that does not hold numbers.
         names_: names of the columns of the result. A one-hot column is named `column=value`.
     """
 
@@ -175,8 +175,8 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         if len(values) > self.max_categories:
             raise UserError(
                 f"column '{column.name}' holds {len(values)} different texts, such as "
-                f"'{values[0]}', more than {self.max_categories}. Leave it out if it is a name "
-                "or a date."
+                f"'{values[0]}', more than {self.max_categories}. Leave the column out if it "
+                "holds names or dates."
             )
         return values
 
@@ -205,7 +205,9 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         wanted = [*self.numbers_, *self.categories_]
         if missing := [name for name in wanted if name not in table.columns]:
             near = nearest(missing[0], table.columns)
-            raise UserError(f"the table has no column '{missing[0]}', which fit had{near}")
+            raise UserError(
+                f"the table has no column '{missing[0]}', which the training table had{near}"
+            )
         _check_complete(table.loc[:, wanted])
 
         parts = [self._numbers(table)]
@@ -263,7 +265,8 @@ def _check_complete(table: pd.DataFrame) -> None:
         if bad.any():
             raise UserError(
                 f"column '{name}' has {bad.sum()} missing or infinite value(s), first in data row "
-                f"{int(bad.argmax()) + 1} (NaN). Fill them, or remove the rows or the column."
+                f"{int(bad.argmax()) + 1} (NaN). Fill in the values, or remove the rows or the "
+                "column."
             )
 
 

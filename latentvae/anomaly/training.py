@@ -1,4 +1,4 @@
-"""Train small dense networks on rows in memory. Global random generators do not change."""
+"""Train small dense networks on rows in memory, without changing global random generators."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -41,7 +41,8 @@ def train_network(
     """Train by Adam in float32. Return the mean loss of each epoch.
 
     Each epoch splits the shuffled rows into batches of almost equal size, with at most `batch_size`
-    rows. Otherwise the last batch could have one row, from which no mixture can be estimated.
+    rows. If only the last batch were smaller, it could have one row, from which no mixture can be
+    estimated.
 
     Args:
         network: the network, changed in place.
@@ -95,12 +96,12 @@ def _diverged(epoch: int) -> str:
 def in_batches(
     rows: np.ndarray, function: Callable[[Tensor], Tensor], *, num_rows: int = SCORE_ROWS
 ) -> Tensor:
-    """Return the results of a function on all rows. It is called with `num_rows` rows at a time."""
+    """Return the results of a function on all rows, computed for `num_rows` rows at a time."""
     data = torch.from_numpy(np.ascontiguousarray(rows))
     return torch.cat([function(batch) for batch in data.split(num_rows)])
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with a prefix, by their names without the prefix."""
+    """Return the tensors whose names start with a prefix, and remove the prefix from the names."""
     found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): value for name, value in found.items()}

@@ -1,7 +1,8 @@
-"""Options that several bottlenecks share. Each bottleneck's own options are beside its class.
+"""Options that several bottlenecks share. Options of one bottleneck are in the file of its class.
 
 A class of options also has properties that a training run reads before it builds the bottleneck.
-The base class `BottleneckConfig` defines these properties, with values that fit most bottlenecks.
+The base class `BottleneckConfig` defines properties such as `has_kl`, with values that fit most
+bottlenecks.
 
 `K` codes, `D` code width.
 """
@@ -160,9 +161,9 @@ class CommitmentConfig(BottleneckConfig):
     ] = Field(
         default=0.25,
         description=(
-            "Weight of the commitment loss (beta). This loss is the mean squared distance of the "
-            "encoder's vectors to their codes. With a larger weight, the vectors stay closer to "
-            "their codes."
+            "Weight of the commitment loss (beta). The commitment loss is the mean squared "
+            "distance of the encoder's vectors to their codes. With a larger weight, the vectors "
+            "stay closer to their codes."
         ),
     )
 
@@ -170,7 +171,8 @@ class CommitmentConfig(BottleneckConfig):
 class EntropyConfig(CommitmentConfig):
     """Options of the entropy losses.
 
-    These losses make each vector clearly nearest to one code, and make the batch use all codes.
+    The entropy losses make each vector clearly nearest to one code, and make the batch use all
+    codes.
     """
 
     entropy_weight: Annotated[
@@ -191,8 +193,8 @@ class EntropyConfig(CommitmentConfig):
         description=(
             "Weight of the batch entropy, as a multiple of entropy_weight. A soft assignment is a "
             "softmax over codes for one vector. The batch entropy is the entropy of the average of "
-            "these assignments over the batch. Training maximises the batch entropy, so that all "
-            "codes are used."
+            "the soft assignments over the batch. Training maximises the batch entropy, so that "
+            "all codes are used."
         ),
     )
     entropy_temperature: Annotated[float, Field(gt=0.0)] | None = Field(
@@ -230,15 +232,16 @@ class CodebookConfig(CommitmentConfig):
     num_codes: NumCodes = Field(
         default=1024,
         description=(
-            "Number of codes. If the quantiser has several levels, each level has this many codes."
+            "Number of codes. If the quantiser has several levels, num_codes is the number of "
+            "codes of each level."
         ),
     )
     code_channels: CodeChannels = Field(default=256, description="Number of channels of each code.")
     codebook_weight: Annotated[Weight, WeightOf("codebook")] = Field(
         default=1.0,
         description=(
-            "Weight of the codebook loss. This loss is the mean squared distance of the codes to "
-            "the encoder's vectors."
+            "Weight of the codebook loss. The codebook loss is the mean squared distance of the "
+            "codes to the encoder's vectors."
         ),
     )
 
@@ -255,9 +258,9 @@ class LearnedCodebookConfig(CodebookConfig):
         default=None,
         description=(
             "Compute each code as a moving average of the encoder's vectors for which this code is "
-            "the nearest one. This option is the decay of the average per update, such as 0.99. A "
-            "larger decay averages over more updates. By default, codes are not averages but learn "
-            "by gradient descent."
+            "the nearest one. The value of codebook_decay is the decay of the average per update, "
+            "such as 0.99. A larger decay averages over more updates. By default, codes are not "
+            "averages but learn by gradient descent."
         ),
     )
     gradient: GradientName = Field(
@@ -278,7 +281,7 @@ class LearnedCodebookConfig(CodebookConfig):
         description=(
             "Replace each rarely used code by one of the encoder's vectors in the batch. A code is "
             "rarely used if its use is below this fraction (0 to 1) of the mean use of all codes. "
-            "The smaller this fraction is, the more updates the program needs to find rarely used "
+            "With a smaller restart_threshold, the program needs more updates to find rarely used "
             "codes. With 0, no code is replaced."
         ),
     )
@@ -303,7 +306,7 @@ class LearnedCodebookConfig(CodebookConfig):
             raise ValueError(
                 f"codebook_weight {self.codebook_weight:g} has no effect with codebook_decay "
                 f"{self.codebook_decay:g}, because codes that are moving averages have no codebook "
-                "loss. Leave one of them out."
+                "loss. Leave one of the two options out."
             )
         return self
 

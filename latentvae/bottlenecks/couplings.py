@@ -4,9 +4,10 @@ z (B, d, h, w) -> coupling -> ... -> coupling -> f(z) (B, d, h, w), log |det df/
 
 A coupling (Dinh et al. 2016, arXiv:1605.08803) leaves one part of its input as it is. A small
 network reads the unchanged part and chooses an affine map and a spline (Durkan et al. 2019,
-arXiv:1906.04032) for each element of the other part. The parts are the two colours of a
-checkerboard of positions, or two halves of the channels. The small network is convolutional, so the
-map works for latents of any size. The affine maps and splines come from the package zuko.
+arXiv:1906.04032) for each element of the other part. The two parts of the input are the positions
+of the two colours of a checkerboard, or two halves of the channels. The small network is
+convolutional, so the map works for latents of any size. The affine maps and splines come from the
+package zuko.
 
 `B` batch, `d` latent channels, `h w` latent positions, `w` hidden channels, `K` bins of a spline.
 """
@@ -31,8 +32,8 @@ class Coupling(nn.Module):
     Args:
         channels: number of latent channels d.
         width: number of hidden channels.
-        pattern: which part is mapped. 0 and 1 map the positions of one colour of a checkerboard. 2
-            and 3 map one half of the channels.
+        pattern: which part is mapped. Patterns 0 and 1 map the positions of one colour of a
+            checkerboard. Patterns 2 and 3 map one half of the channels.
     """
 
     def __init__(self, channels: int, width: int, *, pattern: int) -> None:
@@ -57,7 +58,7 @@ class Coupling(nn.Module):
         return torch.where(mapped, inverse(result), result)
 
     def mapped_part(self, z: Tensor) -> Tensor:
-        """Return a bool mask (d, h, w) that is True for the elements of a latent to map."""
+        """Return a bool mask (d, h, w) that is True for the elements that the layer maps."""
         d, h, w = (torch.arange(side, device=z.device) for side in z.shape[1:])
         if self.pattern < 2:
             chosen = (h[:, None] + w) % 2 == self.pattern
@@ -66,7 +67,7 @@ class Coupling(nn.Module):
         return chosen[:, None, None].expand(z.shape[1:])
 
     def _map(self, z: Tensor, mapped: Tensor) -> ComposedTransform:
-        """Return a map of single elements. It depends on the part of `z` that stays unchanged."""
+        """Return an elementwise map that depends on the part of `z` that stays unchanged."""
         hidden = F.silu(_convolved(self.first, z.masked_fill(mapped, 0.0)))
         hidden = F.silu(_convolved(self.middle, hidden))
         numbers = rearrange(_convolved(self.last, hidden), "b (d n) h w -> b d h w n", d=z.shape[1])
@@ -100,7 +101,7 @@ class CouplingFlow(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mapped latents f(z), (B, d, h, w), and log |det df/dz|, (B,).
 
-        Both are float32, also under autocast.
+        Both results are float32, also under autocast.
         """
         with torch.autocast(z.device.type, enabled=False):
             result, log_determinant = z.float(), z.new_zeros(len(z), dtype=torch.float32)

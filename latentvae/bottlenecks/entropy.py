@@ -2,10 +2,10 @@
 
 p(k | v) = softmax_k(-|v - c_k|^2 / temperature)
 
-Training lowers the entropy of p for each vector, so that each vector is clearly nearest to one
-code. Training raises the entropy of the mean of p over the batch, so that all codes are used. The
-N x K probabilities are never all in memory at the same time. They are computed for a few vectors at
-a time, and computed again in the backward pass.
+Training lowers the entropy of p(k | v) for each vector v, so that each vector is clearly nearest to
+one code. Training raises the entropy of the mean of p over the batch, so that all codes are used.
+The N x K probabilities are never all in memory at the same time. The probabilities are computed for
+a few vectors at a time, and computed again in the backward pass.
 
 `N` vectors, `K` codes, `D` code width.
 """
@@ -38,8 +38,8 @@ def code_entropies(
         codebook: the K codes, (K, D), float32.
         temperature: temperature of the softmax, above 0, in squared units of the vectors.
         over_ranks: take the mean over the vectors of all ranks. Every rank must have the same
-            number of vectors. DDP averages the ranks' gradients. With `over_ranks`, this average is
-            the gradient for one large batch of the vectors of all ranks.
+            number of vectors. DDP averages the ranks' gradients. With `over_ranks`, the averaged
+            gradient equals the gradient for one large batch of the vectors of all ranks.
         chunk: number of probabilities in memory at a time. The default is 2^21 on the CPU and 2^24
             on other devices.
     """

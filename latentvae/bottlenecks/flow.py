@@ -6,7 +6,7 @@ moments (B, 2d, h, w) -> z (B, d, h, w) -> decoder
     KL = E_q[log q(z|x) - log N(f(z); 0, I) - log |det df/dz|]
 
 The flow changes neither the posterior nor the decoder's input. Only the KL in training depends on
-the flow. So the trained network without the flow encodes and decodes in the same way.
+the flow. So the trained network encodes and decodes in the same way with and without the flow.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -68,8 +68,8 @@ class FlowBottleneck(GaussianBottleneck):
         """Return the latent and an estimate of its KL from one sample, without a KL per channel.
 
         The estimate is the KL from the posterior q to N(0, I), which has a closed form, plus a
-        second term. This term is the log-density of N(0, I) minus that of the learned prior, at a
-        sample z. With the flow f:
+        second term. The second term is the log-density of N(0, I) minus that of the learned prior,
+        at a sample z. With the flow f:
 
             KL = KL(q, N(0, I)) + (f(z)^2 - z^2) / 2 - log |det df/dz|
 
@@ -78,12 +78,14 @@ class FlowBottleneck(GaussianBottleneck):
 
         Args:
             moments: mean and log-variance of d channels, (B, 2d, h, w).
-            sample: draw the latent. If False, it is the mean, but the KL still draws a sample.
+            sample: draw the latent. If `sample` is False, the latent is the mean. The KL always
+                uses a sample.
             temperature: factor on the standard deviation of the drawn latent, not of the KL.
         """
         posterior = self.posterior(moments)
         drawn = posterior.sample()
         z = posterior.mean + temperature * (drawn - posterior.mean) if sample else posterior.mean
+
         kl = gaussian_kl(posterior).sum(dim=1) + self.kl_difference(drawn)
         return GaussianLatent(z, posterior.mean, kl, None)
 

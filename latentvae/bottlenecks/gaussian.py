@@ -82,7 +82,7 @@ class GaussianBottleneck(nn.Module):
         Args:
             moments: mean and log-variance concatenated along the channel axis, (B, 2d, h, w). The
                 log-variance is clamped to [-30, 20], as in diffusers.
-            sample: draw from the posterior with torch's global generator. If this is False, the
+            sample: draw from the posterior with torch's global generator. If `sample` is False, the
                 latent is the posterior's mean.
             temperature: factor on the posterior's standard deviation. With 1, the latent is drawn
                 from the posterior itself.
@@ -105,8 +105,8 @@ class GaussianBottleneck(nn.Module):
 def gaussian_kl(posterior: DiagonalGaussianDistribution) -> Tensor:
     """Return the KL from a posterior to N(0, I) for each image and channel, (B, d), in nats.
 
-    The KL has a closed form (arXiv:1312.6114, appendix B). It is the sum over positions of
-    0.5 * (mean^2 + var - 1 - logvar).
+    The KL has a closed form (arXiv:1312.6114, appendix B). The KL of a channel is the sum over
+    positions of 0.5 * (mean^2 + var - 1 - logvar).
     """
     mean, var, logvar = posterior.mean, posterior.var, posterior.logvar
     return 0.5 * (mean.square() + var - 1.0 - logvar).sum(dim=(2, 3))

@@ -1,7 +1,7 @@
 """Functions that pass the decoder's gradient through a quantiser to the encoder.
 
-Quantisation has no useful gradient of its own. Each function here returns the values of the codes,
-and passes the gradient of the codes to the encoder's vectors.
+Quantisation has no useful gradient of its own. Each function of this module returns the values of
+the codes, and passes the gradient of the codes to the encoder's vectors.
 
 `N` vectors, `D` code width.
 """
@@ -27,8 +27,8 @@ def straight_through(vectors: Tensor, quantised: Tensor) -> Tensor:
 def rotation(vectors: Tensor, quantised: Tensor) -> Tensor:
     """Return ``quantised`` exactly, and pass its rotated and scaled gradient to ``vectors``.
 
-    Both have N rows of D channels, (N, D). Each row of ``quantised`` is the same row of
-    ``vectors``, rotated and scaled. The gradient treats the rotation and the scale as constants
+    ``vectors`` and ``quantised`` have N rows of D channels, (N, D). Row i of ``quantised`` is row i
+    of ``vectors``, rotated and scaled. The gradient treats the rotation and the scale as constants
     (rotation trick, arXiv:2410.06424, section 4.2).
     """
     vector, quantised = vectors.detach(), quantised.detach()

@@ -40,7 +40,7 @@ class GumbelConfig(BottleneckConfig):
         default=False,
         description=(
             "In training, give the decoder one code at each position instead of a mixture of "
-            "codes. The gradient is still that of the mixture (straight-through estimator)."
+            "codes. The gradient is still the gradient of the mixture (straight-through estimator)."
         ),
     )
     temperature: Temperature = Field(
@@ -73,7 +73,7 @@ class GumbelConfig(BottleneckConfig):
 
     @property
     def has_kl(self) -> bool:
-        """Whether the latent has a KL divergence to a prior. Always true: the prior is uniform."""
+        """True, because the latent has a KL divergence to a prior (uniform over all codes)."""
         return True
 
     @property
@@ -93,18 +93,19 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the positions of the largest logits without noise, also in training. Tokens of an
-    image are these indices (arXiv:2102.12092, section 2.2). In evaluation, `z` is equal to
-    `codes(indices)`. In training, `z` depends on noise and is not.
+    `indices` are the positions of the largest logits without noise, also in training. The tokens of
+    an image are its `indices` (arXiv:2102.12092, section 2.2). In evaluation, `z` is equal to
+    `codes(indices)`. In training, `z` depends on noise, so `z` differs from `codes(indices)`.
 
     The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
-    It is between 0 and log K nats per token.
+    With K codes, `kl` is between 0 and log K nats per token.
 
     Args:
         num_codes: number of codes K, also the number of feature channels.
         code_channels: code width D.
         straight_through: in training, `z` is the single code with the largest weight, but the
-            gradient is that of the weighted mean of codes. By default `z` is the weighted mean.
+            gradient is that of the weighted mean of codes. By default, `z` is the weighted mean of
+            codes.
 
     Raises:
         UserError: there are fewer than 2 codes, or no channel.
@@ -131,8 +132,8 @@ class GumbelQuantizer(Quantizer):
 
         Args:
             features: the logits.
-            temperature: temperature of the softmax, above 0. The caller computes this value by a
-                schedule. The temperature has no effect in evaluation.
+            temperature: temperature of the softmax, above 0. In a training, this value comes from
+                `GumbelConfig.temperature_at`. The temperature has no effect in evaluation.
         """
         assert features.shape[1] == self.in_channels, features.shape
         with torch.autocast(features.device.type, enabled=False):

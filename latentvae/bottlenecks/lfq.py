@@ -2,20 +2,22 @@
 
 features h (B, D, h, w) [-> h / |h|] -> sign -> z (B, D, h, w), each element -s or s
 
-LFQ has s = 1. BSQ divides each vector h by its length and has s = 1 / sqrt(D). The entropy losses
-are computed from a softmax over all K codes:
+In LFQ, each element of z is -1 or 1 (s = 1). BSQ divides each vector h by its length, and each
+element of z is -s or s with s = 1 / sqrt(D). The entropy losses are computed from a softmax over
+all K codes:
 
     p(c | h) = softmax_c(-|h - c|^2 / t) = prod_i sigmoid(4 s h_i b_i / t),  c = s b, b_i = -1 or 1
 
-The probability p is a product over bits for two reasons. First, -|h - c|^2 is, up to a constant, a
-sum over bits of 2 s h_i b_i. Second, the codes are all combinations of bits. (arXiv:2406.07548
-shows this for vectors on the unit sphere, but the proof holds for all vectors.) So the entropy of a
-token is exactly the sum of its bits' entropies.
+This softmax over codes is a product over the bits of a code, for two reasons. First, -|h - c|^2 is,
+up to a constant, the sum over bits i of 2 s h_i b_i. Second, every combination of bits is a code.
+(arXiv:2406.07548 proves that the softmax is a product for vectors on the unit sphere, but the proof
+holds for all vectors.) So the entropy of a token is exactly the sum of its bits' entropies.
 
-The mean of p over tokens is not a product. So the bits are divided into groups. The entropy of the
-mean is computed exactly within each group, and the entropies of the groups are added. No table of
-all K codes is needed. The sum is an upper bound of the exact entropy, because entropy is
-subadditive. The sum is exact if the groups are independent.
+The mean of the softmax over tokens is not a product over bits, so the bits are divided into groups.
+Within each group, the entropy of the mean is computed exactly. The entropies of the groups are
+added, so no table of all K codes is needed. The sum of the groups' entropies is an upper bound of
+the exact entropy, because entropy is subadditive. If the groups of bits are independent, this upper
+bound is equal to the exact entropy.
 
 `B` batch, `D` bits, `K` = 2^D codes, `N = B * h * w` tokens, `s` scale, `t` entropy temperature.
 """
@@ -81,8 +83,9 @@ class LookupFreeQuantizer(Quantizer):
         spherical: use BSQ instead of LFQ: divide each vector by its length.
         entropy_temperature: temperature of the softmax in the entropy losses, in squared units of
             the features. The default is 0.01 for LFQ and 1 for BSQ, the usual values.
-        group_bits: number of bits in each group of the batch entropy. A group needs a table of
-            2^group_bits numbers. The batch entropy is exact if `group_bits` is at least `num_bits`.
+        group_bits: number of bits in each group of the batch entropy. Each group needs a table of
+            2^group_bits probabilities. The batch entropy is exact if `group_bits` is at least
+            `num_bits`.
 
     Raises:
         UserError: a number of bits or the temperature is out of range.

@@ -1,10 +1,10 @@
-"""Search for the nearest code in tiles, so that memory grows with the tile, not with N x K.
+"""Find the nearest code of each vector, in tiles of the distance matrix to save memory.
 
-For a vector v and codes c_k, argmin_k |v - c_k|^2 = argmax_k v . c_k - |c_k|^2 / 2. The terms on
-the right are called scores. They are computed for a tile of some vectors and some codes at a time,
-by one matrix product with a bias. The search first finds the largest score of each block of 32
-codes, then the position within the best block. This is faster than one argmax over all codes. A
-maximum over rows is limited only by the speed of memory, and an argmax is many times slower.
+For a vector v and codes c_k, argmin_k |v - c_k|^2 = argmax_k s_k, with the scores s_k = <v, c_k> -
+|c_k|^2 / 2. The scores are computed for a tile of some vectors and some codes at a time, by one
+matrix product with a bias. The search first finds the largest score of each block of 32 codes, then
+the position within the best block. These two steps are faster than one argmax over all codes: a
+maximum is limited only by the speed of memory, and an argmax is many times slower.
 
 `N` vectors, `K` codes, `D` code width, `n` vectors of a tile.
 """
@@ -26,8 +26,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
     """Return the index of each vector's nearest code (Euclidean).
 
     If several codes are equally near, the lowest index is returned. The search runs in float32,
-    also under autocast. The codebook's mean is first subtracted from vectors and codes, so that an
-    offset that they all have does not reduce the precision.
+    also under autocast. The codebook's mean is first subtracted from vectors and codes, so that a
+    large mean does not reduce the precision of the distances.
 
     Args:
         vectors: N vectors of D channels, (N, D), of any float dtype. A vector that is not finite
@@ -56,10 +56,10 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, *, chunk: int | None = None
 
 
 def _nearest(part: Tensor, codes: Tensor, bias: Tensor, *, rows: int, tile: Tensor) -> Tensor:
-    """Return the index of the nearest code of each of n vectors `part`, (n,).
+    """Return the index of the nearest code for each of the n vectors in `part`, (n,).
 
     The codes, padded to whole blocks, are searched in tiles of `rows` codes. `bias` is minus half
-    the squared length of each code, and `tile` is memory for the scores of a tile.
+    the squared length of each code, and `tile` is a buffer for the scores of one tile.
     """
     n, device = len(part), part.device
     columns = torch.arange(n, device=device)

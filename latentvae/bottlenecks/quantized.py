@@ -3,7 +3,8 @@
 features h (B, C, h, w) -> quantised z (B, D, h, w) and indices (B, h, w) in 0..K - 1
 
 `B` batch, `C` feature channels, `D` code width, `h w` latent positions, `K` codes, `L` levels of a
-residual quantiser, `N = B * h * w` vectors. C equals D, but for Gumbel-softmax, C equals K.
+residual quantiser, `N = B * h * w` vectors. C is equal to the code width D, except for
+Gumbel-softmax, where C is equal to the number of codes K.
 """
 
 from typing import ClassVar, NamedTuple
@@ -22,10 +23,11 @@ class Quantized(NamedTuple):
             has L codes, the shape is (B, L, h, w).
         losses: unweighted losses by name. Each loss is a scalar, a mean over vectors. `commitment`
             and `codebook` are also means over the channels. `sample_entropy`, `batch_entropy` and
-            `kl` are in nats per token. Losses that the bottleneck does not compute are left out.
+            `kl` are in nats per token. The dict has no entry for a loss that the bottleneck does
+            not compute.
         statistics: a dict of the tensors that `Quantizer.update` needs. The statistics are sums
-            over the vectors of this rank. So the statistics of several micro-steps and ranks can be
-            added. The dict is empty if `update` changes nothing.
+            over the vectors of one rank, so they can be added over micro-steps and ranks. The dict
+            is empty if `update` changes nothing.
     """
 
     z: Tensor
@@ -37,17 +39,18 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module):
     """Base class of discrete bottlenecks, also called quantisers.
 
-    A subclass sets the sizes and defines `forward` and `codes`. The other methods have defaults for
-    a bottleneck that learns only by gradient, or has nothing to learn.
+    A subclass sets the attributes and defines `forward` and `codes`. The other methods have
+    defaults for a bottleneck that learns only by gradient, or has nothing to learn.
 
     Attributes:
         kind: name of the bottleneck, a key of `table.BOTTLENECKS`.
         num_codes: number of codes K of each level.
-        num_levels: number L of codes per position. It is 1 except for a residual quantiser.
+        num_levels: number L of codes per position. Only a residual quantiser has more than 1 code
+            per position.
         in_channels: number of channels C of the features.
         code_channels: number of channels D of the codes `z`.
-        restart_threshold: `update` replaces a code whose use is below this share of the mean use.
-            With 0, `update` never replaces a code.
+        restart_threshold: `update` replaces a code whose use is below this fraction of the mean
+            use. With 0, `update` never replaces a code.
     """
 
     kind: ClassVar[str]
@@ -87,9 +90,9 @@ class Quantizer(nn.Module):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codebook by k-means before training. By default this method does nothing.
+        """Set the codebook by k-means before training. By default, this method does nothing.
 
-        The result is the same on every rank for the same features and generator.
+        For the same features and generator, the codebook is the same on every rank.
 
         Args:
             features: N vectors of C channels, (N, C).
@@ -110,26 +113,27 @@ class Quantizer(nn.Module):
             statistics: statistics of the complete update, summed over micro-steps and ranks.
             features: N vectors of C channels of the last micro-step on all ranks, (N, C). Unused
                 codes are replaced by some of these vectors ("restart").
-            generator: random generator on the CPU that chooses these vectors. Its state must be the
-                same on every rank.
+            generator: random generator on the CPU, which chooses the vectors that replace unused
+                codes. The generator must have the same state on every rank.
 
         Returns:
-            The number of replaced codes, a scalar on the device. The CPU does not wait for it.
+            The number of replaced codes, as a scalar tensor on the device. The method does not wait
+            until the device has computed this number.
         """
         return torch.zeros((), dtype=torch.int64, device=features.device)
 
     def why_not_listed(self) -> str:
-        """Return why a search in a list of codes does not find the same codes as `forward`, or "".
+        """Return "" if a nearest-code search finds the same codes as `forward`, else why not.
 
-        diffusers' `VQModel` searches for the nearest code in a list. The method `listed_codes`
-        returns such a list. The reason is a clause for use in a longer sentence.
+        diffusers' `VQModel` makes this search in a list of codes. The method `listed_codes` returns
+        the list. The returned reason is a clause for use in a longer sentence.
         """
         return f"the quantiser {self.kind} does not search for the nearest code in a list"
 
     def listed_codes(self) -> Tensor:
         """Return a new tensor of all K codes of width D, (K, D), float32, in index order.
 
-        The code that is nearest by Euclidean distance is the code that `forward` chooses. Call this
-        method only if `why_not_listed` returns "".
+        For each vector, `forward` chooses the code of this list that is nearest by Euclidean
+        distance. Call this method only if `why_not_listed` returns "".
         """
         raise NotImplementedError(self.why_not_listed())

@@ -35,8 +35,8 @@ class ResidualConfig(LearnedCodebookConfig):
         default=4,
         description=(
             "Number of quantisers in a row, called levels. The first level quantises the encoder's "
-            "vector, and each further level quantises the error that is left. Each position of the "
-            "latent has one code per level."
+            "vector, and each further level quantises the error of the levels before it. Each "
+            "position of the latent has one code per level."
         ),
     )
     shared_codebook: Annotated[bool, Shape()] = Field(
@@ -54,13 +54,14 @@ class ResidualConfig(LearnedCodebookConfig):
 
 
 class ResidualQuantizer(Quantizer):
-    """A `Quantizer` with L codes per position, whose sum is z.
+    """A `Quantizer` with L codes per position, whose sum is the decoder's input z.
 
     Level l quantises r_{l-1}, the features h minus the codes of the levels before it. The losses
     are means over levels. `commitment` is |h - sg(sum of the codes up to this level)|^2, as in
-    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. Here sg stops the gradient. The gradient
-    passes from z to h in one step, not level by level. With separate codebooks, each level has its
-    own statistics and buffers. With a shared codebook, statistics are sums over levels.
+    RQ-VAE, and `codebook` is |sg(r_{l-1}) - code|^2. The function sg stops the gradient. The
+    decoder's gradient passes from z to the features h in one step, not level by level. With
+    separate codebooks, each level has its own statistics and buffers. With a shared codebook,
+    statistics are sums over levels.
 
     Args:
         num_levels: number of levels L.
@@ -69,8 +70,8 @@ class ResidualQuantizer(Quantizer):
         shared_codebook: use one codebook for all levels, as RQ-VAE does. Otherwise each level has
             its own codebook.
         ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. An unused
-            code is replaced by a vector that its level quantises. In a shared codebook, this vector
-            may be from any level.
+            code is replaced by a vector that its level quantises. In a shared codebook, a code may
+            be replaced by a vector of any level.
 
     Raises:
         UserError: `num_levels` is below 1, or an argument of `VectorQuantizer` is out of range.
@@ -120,7 +121,7 @@ class ResidualQuantizer(Quantizer):
 
     @property
     def levels(self) -> list[VectorQuantizer]:
-        """The quantiser of each level. With a shared codebook, all levels have the same one."""
+        """The quantiser of each level. With a shared codebook, all levels share one quantiser."""
         return [*self.codebooks] * (self.num_levels if self.shared_codebook else 1)  # type: ignore[list-item]
 
     @property
@@ -160,9 +161,9 @@ class ResidualQuantizer(Quantizer):
         """Set the codebooks by k-means of N features, (N, D), and of residuals, level by level.
 
         The residuals of a level are the features minus the codes of the levels before it. A shared
-        codebook is set twice. The first time, it is set by k-means of the features. With these
-        codes, the residuals of all levels are computed. The second time, the codebook is set by
-        k-means of the features and the residuals together.
+        codebook is set twice. First, k-means of the features sets the codebook, and the residuals
+        of all levels are computed with this codebook. Then k-means of the features and the
+        residuals together sets the codebook again.
         """
         features = features.detach().float()
         size = batch_vectors or len(features)
@@ -212,7 +213,7 @@ class ResidualQuantizer(Quantizer):
         return rearrange(passed, "(B h w) D -> B D h w", B=B, h=h, w=w).contiguous()
 
     def _join(self, statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack the statistics of all levels on a new axis 0. Add them for a shared codebook."""
+        """Stack the statistics of all levels on a new axis 0, or add them for a shared codebook."""
         joined = {name: torch.stack([own[name] for own in statistics]) for name in statistics[0]}
         if self.shared_codebook:
             return {name: values.sum(0) for name, values in joined.items()}

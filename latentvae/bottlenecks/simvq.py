@@ -48,11 +48,11 @@ class SimVQConfig(CodebookConfig):
 
 
 class SimVQ(Quantizer):
-    """A `Quantizer` that takes the nearest code of a codebook C W, in which only W learns.
+    """A `Quantizer` that takes the nearest code of a codebook C W, where only W is learned.
 
     The rows of C are fixed random vectors, and W is a square matrix. The losses are those of
-    VQ-VAE: for features h, `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2.
-    Here sg stops the gradient. The gradient of `codebook` reaches only W.
+    VQ-VAE: for features h, `commitment` is |h - sg(code)|^2 and `codebook` is |sg(h) - code|^2. The
+    function sg stops the gradient. The loss `codebook` has a gradient only for the matrix W.
 
     Args:
         num_codes: number of codes K.

@@ -1,4 +1,4 @@
-"""The table of all bottlenecks. A new bottleneck needs its own file and an entry here."""
+"""The table of all bottlenecks. A new bottleneck needs a file and an entry in this table."""
 
 import operator
 from collections.abc import Mapping
@@ -31,7 +31,8 @@ class Bottleneck:
     Attributes:
         module: class of the module that turns encoder features into a latent. Its arguments are
             `config.arguments()`.
-        config: class of the module's options, with the properties that a training reads.
+        config: class of the module's options, with properties such as `has_kl` that a training
+            reads.
     """
 
     module: type[nn.Module]
@@ -39,7 +40,7 @@ class Bottleneck:
 
     @property
     def discrete(self) -> bool:
-        """Whether the module is a `Quantizer`, so that the latent has indices."""
+        """Whether the module is a `Quantizer`, so that each latent has indices of codes."""
         return issubclass(self.module, Quantizer)
 
     def build(self, arguments: dict[str, Any]) -> Any:

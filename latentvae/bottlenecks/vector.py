@@ -78,13 +78,14 @@ class VectorQuantizer(Quantizer):
         gradient: how the gradient passes from the codes to the features: `"straight_through"` or
             `"rotation"`.
         restart_threshold: replace a code by a vector of the batch ("restart") if its use is below
-            this share of the mean use. 0 never replaces a code. The use of a code is a moving
-            average of how often vectors choose it, over at least `SMALLEST_WINDOW` updates. The
-            window is so long that a code at the threshold is chosen about once per window.
+            this fraction of the mean use. With 0, no code is ever replaced. The use of a code is a
+            moving average of how often vectors choose it, over at least `SMALLEST_WINDOW` updates.
+            This average covers so many updates that a code at the threshold is chosen about once in
+            these updates.
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
-            `sample_entropy` and `batch_entropy` are entropies of this softmax. None leaves both
-            losses out.
-        kmeans_iterations: k-means iterations in `initialise`. 0 keeps the codebook random.
+            `sample_entropy` and `batch_entropy` are entropies of this softmax. With None, these two
+            losses are not computed.
+        kmeans_iterations: k-means iterations in `initialise`. With 0, the codes stay random.
 
     Raises:
         UserError: there is no code or no channel, or an option is out of range.
@@ -189,7 +190,7 @@ class VectorQuantizer(Quantizer):
 
         With `l2_normalize`, the centres of the clusters lie on the unit sphere. Moving averages
         start at the sums and counts of the clusters, scaled to the number of vectors in one update.
-        The averages of an empty cluster start at 0.
+        The moving averages of a code start at 0 if its cluster is empty.
         """
         if self.kmeans_iterations == 0:
             return
@@ -221,7 +222,7 @@ class VectorQuantizer(Quantizer):
     def update(
         self, statistics: dict[str, Tensor], *, features: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Update averages and replace unused codes, see `Quantizer.update`.
+        """Update the moving averages and replace unused codes, see `Quantizer.update`.
 
         Each unused code is replaced by a different vector of the features. If there are more unused
         codes than vectors, the remaining codes are not replaced in this update.
@@ -250,7 +251,7 @@ class VectorQuantizer(Quantizer):
         """Return "", because the codebook is a list of codes.
 
         If the codes lie on the unit sphere, the nearest code by Euclidean distance is also the
-        nearest by cosine similarity. This holds for vectors of any length.
+        nearest by cosine similarity, even if the vector does not lie on the unit sphere.
         """
         return ""
 
@@ -285,7 +286,7 @@ class VectorQuantizer(Quantizer):
     def _average(self, counts: Tensor, sums: Tensor) -> None:
         """Update the moving averages and the codes (arXiv:1711.00937, appendix A.1).
 
-        Laplace smoothing keeps the counts above 0.
+        Laplace smoothing keeps the average number of vectors of each code above 0.
         """
         assert self.ema_decay is not None
         self.cluster_size.lerp_(counts, 1 - self.ema_decay)
@@ -300,8 +301,8 @@ class VectorQuantizer(Quantizer):
     def _set(self, codes: Tensor, mask: Tensor, *, size: Tensor | float) -> None:
         """Replace the K codes by ``codes`` (K, D) where ``mask`` (K,) is true.
 
-        The moving averages of these codes are set as if ``size`` vectors, equal to the code, had
-        chosen each of them.
+        The moving averages of each replaced code are set as if ``size`` vectors, all equal to the
+        new code, had chosen this code.
         """
         self.weight.copy_(torch.where(mask[:, None], codes, self.weight))
         self.usage.masked_fill_(mask, self.start_usage)
@@ -341,7 +342,7 @@ def _draw(vectors: Tensor, wanted: Tensor, *, generator: torch.Generator) -> tup
 
     Returns:
         Vectors (K, D), and a mask (K,) of the codes that got a vector. If there are too few
-        vectors, some wanted codes get no vector.
+        vectors, some codes to replace get no vector.
     """
     order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     place = wanted.cumsum(0) - 1

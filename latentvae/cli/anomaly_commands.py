@@ -22,9 +22,9 @@ class AnomalyFit:
         latentvae anomaly fit --data clean.csv --out detector
         latentvae anomaly fit --data photos/good --model runs/kl/export --out detector
 
-    Clean rows or images are those without anomalies. A part of them is held out. The scores of this
-    part set the threshold, so that about one clean row or image in a hundred is flagged by mistake
-    (`--false_alarm_rate`).
+    Clean rows or images are those without anomalies. Some clean rows or images are held out: the
+    detector does not learn from these, but their scores set the threshold. About one clean row or
+    image in a hundred is then flagged by mistake (`--false_alarm_rate`).
     """
 
     data: Path
@@ -38,11 +38,11 @@ class AnomalyFit:
         | None
     ) = None
     """Method that gives each row or image an anomaly score. For tables: `vae` (default), `dagmm`,
-    or `latent_density` (a density of the rows themselves). For images: `positions` (default),
+    or `latent_density` (a density of rows, not of latents). For images: `positions` (default),
     `latent_density`, `reconstruction` or `likelihood`. `positions` fits a Gaussian of the latents
     at each position, for images that were all taken from the same view. `latent_density` fits one
-    density of whole images. `reconstruction` uses the error of the autoencoder. `likelihood` is for
-    models of `latentvae train-vae`."""
+    density of whole images. `reconstruction` uses the autoencoder's reconstruction error.
+    `likelihood` is for models of `latentvae train-vae`."""
 
     model: str | None = None
     """For images: folder or Hub id of an autoencoder, such as an export of `latentvae train`."""
@@ -76,7 +76,8 @@ class AnomalyFit:
     criterion: Literal["reconstruction_probability", "elbo", "importance"] = "elbo"
     """For the method `vae`: value in nats whose negative is the score of a row.
     `reconstruction_probability` is the mean of log p(x|z) over samples of z. `elbo` is the evidence
-    lower bound. `importance` is the importance-weighted bound, which is tighter."""
+    lower bound. `importance` is the importance-weighted bound, which is tighter than the evidence
+    lower bound."""
 
     epochs: int | None = None
     """For the methods `vae` and `dagmm`: number of training epochs. The default depends on the
@@ -91,9 +92,9 @@ class AnomalyFit:
     """Fraction of the clean rows or images that may be flagged by mistake."""
 
     held_out: float = 0.2
-    """Fraction of the clean rows or images that are held out. The method does not learn from them,
-    and their scores set the threshold. The methods `reconstruction` and `likelihood` learn nothing,
-    so with them all clean images set the threshold."""
+    """Fraction of the clean rows or images that are held out: the detector does not learn from
+    these, but their scores set the threshold. The methods `reconstruction` and `likelihood` learn
+    nothing, so with these methods the scores of all clean images set the threshold."""
 
     labels: str | None = None
     """For tables: name of a column that holds 0 for normal rows and 1 for anomalies. Rows with 1
@@ -139,7 +140,7 @@ class AnomalyFit:
         )
 
     def _options(self, method: str) -> dict[str, Any]:
-        """Return the options of the detector's class that were given."""
+        """Return the options of the detector's class that the user gave."""
         chosen: dict[str, Any] = {
             "dagmm": {"epochs": self.epochs, "num_networks": self.num_networks},
             "vae": {"epochs": self.epochs, "criterion": self.criterion},
@@ -174,8 +175,8 @@ class AnomalyFit:
             )
         if method != "likelihood" and (self.correction != "none" or self.background is not None):
             raise UserError(
-                f"--correction and --background are for --method likelihood (got {method}). Give "
-                "it, or leave them out."
+                f"--correction and --background are for --method likelihood (got {method}). "
+                "Give --method likelihood, or leave out both options."
             )
         fit_images(
             self.data,
@@ -197,9 +198,9 @@ class AnomalyFit:
 
     def _said(self, content: dict[str, Any]) -> str:
         return (
-            f"{content['training_items']} items learned, {content['held_out_items']} held out: "
-            f"threshold {content['threshold']:.6g} at a false-alarm rate of "
-            f"{self.false_alarm_rate:g}, in {self.out}"
+            f"learned from {content['training_items']} rows or images, "
+            f"{content['held_out_items']} held out: threshold {content['threshold']:.6g} at a "
+            f"false-alarm rate of {self.false_alarm_rate:g}, in {self.out}"
         )
 
 
@@ -260,7 +261,7 @@ class AnomalyScore:
         summary = results.summary()
         measures = [f"{n} {v:.4f}" for n, v in summary.items() if n in MEASURES]
         print(
-            f"{summary['flagged']} of {summary['items']} items flagged (threshold "
+            f"{summary['flagged']} of {summary['items']} rows or images flagged (threshold "
             f"{summary['threshold']:.6g}), in {self.out / 'scores.csv'}"
         )
         if measures:

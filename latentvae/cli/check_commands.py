@@ -26,8 +26,8 @@ class VerifyResume:
     each kill, the training is resumed.
 
     At the end, both trainings must have equal weights, optimizer states, moving averages,
-    discriminators, counters, log rows and exported models. On the CPU, all of these must be equal
-    bit by bit.
+    discriminators, counters, log rows and exported models. On the CPU, the two trainings must be
+    equal bit by bit.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
@@ -116,18 +116,18 @@ class Preflight:
 def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
     """Return the task and the options of a run, for a command that takes the flags of training.
 
-    The sections of the config decide which kind of training it is.
+    The sections of the config determine the kind of training, such as `train-prior`.
 
     Args:
         config: preset or YAML file.
         flags: flags of training.
-        also: names of the command's own options. The error about an unknown flag may suggest one of
-            these names.
+        also: names of options that the command has besides the flags of training. The error about
+            an unknown flag may suggest one of these names.
     """
     from latentvae.cli.train import config_from_arguments
 
     if any(flag.split("=")[0] == "--config" for flag in flags):
-        raise UserError(f"--config is not allowed here, because '{config}' is already the config")
+        raise UserError(f"--config is not allowed, because '{config}' is already the config")
     task = training_of(config).task()
     arguments = ["--config", config, *flags]
     schema = task.config_class

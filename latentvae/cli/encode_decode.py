@@ -83,11 +83,11 @@ def summary(manifest: Manifest, out: Path) -> str:
         if coded and coded > facts["raw_bpp"]:
             lines.append(
                 "The coded size exceeds the raw size, because each image is coded alone, with its "
-                "own header and code frequencies. With few tokens and many codes, these take more "
-                "bits than the coding saves."
+                "own header and code frequencies. With few tokens and many codes, the header and "
+                "frequencies take more bits than the coding saves."
             )
     else:
-        lines.append(f"mean {facts['mean']:.4f}, std {facts['std']:.4f}, before scaling")
+        lines.append(f"latents before scaling: mean {facts['mean']:.4f}, std {facts['std']:.4f}")
     return "\n".join(lines)
 
 

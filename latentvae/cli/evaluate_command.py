@@ -51,17 +51,17 @@ def evaluate_command(
         out: folder for the report.
         quick: make a short evaluation with the settings of `evaluation.settings.QUICK`.
         max_images: measure at most this many images.
-        resolution: resize images to cover this side, or this height and width, and crop the centre.
-            With None, each image keeps its own size.
+        resolution: resize images to cover a square of this side, or this height and width, and crop
+            the centre. With None, each image keeps its own size.
         max_pixels: largest number of pixels of an image that is read, see `data.set_pixel_limit`.
-        latent: whether to decode the posterior's mode or a sample.
+        latent: whether to decode the posterior's mode or a sample of the posterior.
         rfid: measure rFID and KID, with the Inception network.
-        inception_weights: file with the Inception weights for rFID and KID. If given, rFID and KID
-            are measured.
+        inception_weights: file with the Inception weights for rFID and KID. With this file, rFID
+            and KID are measured.
         allow_download: download weights that this machine does not have.
         sheet_images: number of images in sheet.png.
         overwrite: replace an existing evaluation in `out`.
-        device: torch device. None means the GPU if there is one.
+        device: torch device. With None, the GPU is used if there is one.
 
     Raises:
         UserError: no model is given, or a path, device or option cannot be used.
@@ -130,12 +130,12 @@ def evaluate_command(
 
 
 def _size(resolution: int | Sequence[int] | None) -> int | tuple[int, int] | None:
-    """Return the resolution as one side, or as height and width."""
+    """Return the resolution as one number (the side of a square), or as height and width."""
     if resolution is None or isinstance(resolution, int):
         return resolution
     if len(resolution) not in (1, 2):
         given = " ".join(map(str, resolution))
-        raise UserError(f"resolution must be one side, or height and width (got {given!r}).")
+        raise UserError(f"resolution must be one number, or height and width (got {given!r}).")
     return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
 
 
@@ -146,7 +146,10 @@ def load_models(
     variant: str | None = None,
     optimize: Optimize | None = None,
 ) -> dict[str, Autoencoder]:
-    """Return the loaded models by name. If names are equal, parts of the paths become the names."""
+    """Return the loaded models by name.
+
+    If two models have the same name, the last parts of the paths are used as names.
+    """
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]
     by_name = [model.name for model in models]
@@ -155,7 +158,9 @@ def load_models(
 
 
 def usable_device(device: str | None) -> torch.device:
-    """Return a torch device that works on this machine. None means the GPU if there is one.
+    """Return a torch device that works on this machine.
+
+    With None, return the GPU if there is one, else the CPU.
 
     Raises:
         UserError: the device does not exist or does not work.

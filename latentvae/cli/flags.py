@@ -1,4 +1,4 @@
-"""Parse command lines with tyro. A wrong argument prints one sentence and exits with code 2."""
+"""Parse command lines with tyro. A wrong argument gives a one-sentence error and exit code 2."""
 
 import contextlib
 import dataclasses
@@ -46,13 +46,13 @@ def parse_options(
     """Read flags into a dataclass.
 
     Args:
-        options: the dataclass. Its fields are the flags.
+        options: the dataclass. Each field of this class is a flag.
         arguments: arguments of the command line.
         prog: name of the command, for its help.
-        description: text for the help. Default: the docstring of `options`.
+        description: text for the help. By default, the docstring of the class `options` is shown.
 
     Raises:
-        UserError: an option is unknown, missing or wrong. The message is one sentence.
+        UserError: an option is unknown, missing or wrong. The error's message is one sentence.
         SystemExit: after `--help`.
     """
     # The help is what tyro prints. Errors of tyro are shortened to one sentence.
@@ -86,7 +86,7 @@ def parse_known(
     The arguments of this function are those of `parse_options`.
 
     Raises:
-        UserError: an option is missing or wrong. The message is one sentence.
+        UserError: an option is missing or wrong. The error's message is one sentence.
         SystemExit: after `--help`.
     """
     arguments = list(arguments)
@@ -100,14 +100,15 @@ def parse_known(
 
 
 def check_switches(arguments: Sequence[str], names: Iterable[str]) -> None:
-    """Check that no on-off flag has a value. `--use_ema false` is an example of this error.
+    """Check that no on-off flag has a value. For example, `--use_ema false` is an error.
 
     Args:
         arguments: arguments of the command line.
         names: names of on-off options, written with underscores.
 
     Raises:
-        UserError: an on-off flag has a value. The message names the flag to give instead.
+        UserError: an on-off flag has a value. The error's message names the right flag, such as
+            `--no_use_ema` for `--use_ema false`.
     """
     names = set(names)
     for argument, after in itertools.pairwise([*arguments, ""]):
@@ -131,7 +132,7 @@ def check_names(arguments: Sequence[str], names: Iterable[str]) -> None:
         names: names of allowed options, without leading dashes and with underscores.
 
     Raises:
-        UserError: a flag is unknown. The message names the nearest known flag.
+        UserError: a flag is unknown. The error's message names the most similar known flag, if any.
     """
     names = list(names)
     for flag, name in unknown_flags(arguments, names):
@@ -165,9 +166,9 @@ def settled_output() -> Iterator[None]:
     """Make stdout and stderr safe for the duration of a command.
 
     - A character that the locale cannot show is printed as an escape such as ``\\xe9``.
-    - Output is dropped if stdout or stderr is closed.
+    - Output to a closed stdout or stderr is dropped.
     - If no program reads the output pipe any more, the exit code is 141 (SIGPIPE).
-    - Help is at least ``MIN_COLUMNS`` characters wide. For narrower help, tyro would take minutes.
+    - Help is at least ``MIN_COLUMNS`` characters wide. tyro needs minutes for narrower help.
     """
     # before the command
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
@@ -195,10 +196,11 @@ def settled_output() -> Iterator[None]:
 def forget_output() -> bool:
     """Redirect stdout to the null device if no program reads it any more.
 
-    Python flushes stdout once more when it exits. Without a reader, this would raise an error.
+    Python flushes stdout once more when it exits. If no program reads stdout, this flush would
+    raise an error.
 
     Returns:
-        False if a program still reads stdout. In this case another pipe is broken.
+        False if a program still reads stdout. The caller's BrokenPipeError then has another cause.
     """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()
@@ -225,7 +227,7 @@ def say_once(text: str) -> None:
 
 
 class _Captured(io.StringIO):
-    """Captures the text that tyro prints in a box."""
+    """A stream that stores the text that tyro prints in a box."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 

@@ -16,8 +16,8 @@ def train_flow_command(arguments: Sequence[str]) -> None:
         latentvae train-flow --latents latents --output_dir runs/flow
         latentvae sample runs/flow --num 16 --out pictures
 
-    With `--text_encoder`, the network learns the captions of the images, and `latentvae sample`
-    takes a `--prompt`.
+    With `--text_encoder`, the network is trained with the captions of the images, and `latentvae
+    sample` takes a `--prompt`.
 
     To train with several processes, start the command with `accelerate launch`. `--config` takes a
     YAML file or the name of a preset. Every flag below overrides a value of this config. To resume
@@ -39,7 +39,7 @@ def train_flow_command(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Prove:
-    """Prove what latents or tokens are worth: train the same small generator on each folder.
+    """Measure how good latents or tokens are: train the same small generator on each folder.
 
     For comparison, the same generator is also trained equally long on control data, such as the
     same latents with noise or with shuffled classes. The generated pictures are compared with real
@@ -49,11 +49,11 @@ class Prove:
         latentvae encode runs/kl/export --data photos --resolution 64 --out latents
         latentvae prove latents --out proof
 
-    If you give several folders, they must hold the same images, and the results are compared. With
-    the default options, 3,000 images of 64 px take one to two hours for each folder on two CPU
-    cores. After an interruption, run the same command again to continue. The result says which
-    latents or tokens are better for this generator on these images. For other generators or images,
-    the result may differ.
+    If you give several folders, the latents or tokens in all folders must come from the same
+    images, and the results are compared. With the default options, 3,000 images of 64 px take one
+    to two hours for each folder on two CPU cores. After an interruption, run the same command again
+    to continue. The result says which latents or tokens are better for the small generator and your
+    images. For other generators or images, the result may differ.
     """
 
     shards: Annotated[tuple[Path, ...], Positional]
@@ -83,8 +83,9 @@ class Prove:
     """Number of updates of each training."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the trainings. Each generator is trained once with each seed. A difference that is
-    smaller than the spread of the results over the seeds may be due to chance."""
+    """Seeds of the trainings. Each generator is trained once with each seed. A difference between
+    two generators that is smaller than the spread of the results over the seeds may be due to
+    chance."""
 
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """For latents: shifts of the noise levels to try, in extra trainings with a separate seed. All

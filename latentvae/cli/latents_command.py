@@ -53,13 +53,12 @@ class Latents:
 
     images: tuple[str, ...] = ()
     """Names of the images to draw, as paths inside the folder or archive that `--data` names. By
-    default, interpolate and neighbours use images at equal distances in the sorted list of names.
-    attribute uses images that do not have the attribute. traverse uses the first image."""
+    default, `interpolate` and `neighbours` use images at equal distances in the sorted list of
+    names. `attribute` uses images without the attribute, and `traverse` uses the first image."""
 
     count: int = 3
-    """What the picture shows: the number of image pairs (interpolate), of images (neighbours,
-    attribute) or of principal components (traverse). If you give `--images`, only traverse uses
-    this number."""
+    """Number of image pairs (interpolate), of images (neighbours, attribute) or of principal
+    components (traverse) in the picture. If you give `--images`, only traverse uses this number."""
 
     steps: int = 7
     """Number of images in a row: of steps from one image to the next (interpolate), of neighbours
@@ -70,8 +69,8 @@ class Latents:
     of an image is its first-level folder."""
 
     against: str | None = None
-    """For attribute: name of the class whose images do not have the attribute. By default, these
-    are the images of all other classes."""
+    """For attribute: name of the class whose images do not have the attribute. By default, all
+    images of the other classes are used."""
 
     label_column: str | None = None
     """For tables: name of the column that holds the class of each image. The default is `label`."""
@@ -115,8 +114,8 @@ class Latents:
         path.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         if self.use == "attribute":
             print(
-                f"{100 * found['test_accuracy']:.0f} % of the images that did not make the "
-                "direction are on the right side of it (50 % is guessing)"
+                f"{100 * found['test_accuracy']:.0f} % of the images that were not used to compute "
+                "the direction are classified correctly (50 % is guessing)"
             )
         print(f"{len(encoded.names)} images encoded, {path} written")
 
@@ -132,11 +131,11 @@ class Latents:
             )
         if self.use == "attribute" and self.attribute is None:
             raise UserError(
-                "attribute needs --attribute, the class of the images with the attribute, such as "
-                "--attribute smiling for the folder faces/smiling."
+                "the picture attribute needs --attribute: the class of the images with the "
+                "attribute, such as --attribute smiling for the folder faces/smiling."
             )
         if self.use != "attribute" and (self.attribute or self.against):
             raise UserError(
-                f"{self.use} does not use --attribute or --against. Leave them out, or draw "
-                "attribute."
+                f"{self.use} does not use --attribute or --against. Leave out both "
+                "options, or choose attribute as the kind of picture."
             )

@@ -139,7 +139,7 @@ def _name(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 def _one_word_names() -> set[str]:
-    """Return the commands of one word. `anomaly` alone is not a command."""
+    """Return the commands of one word. The word `anomaly` alone is not a command."""
     return {name for name in [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS] if " " not in name}
 
 

@@ -26,9 +26,9 @@ class Reconstruct:
     default, no image is shrunk."""
 
     strips: bool = False
-    """Compute each image strip by strip (in bands of rows). The result is the same as for the whole
-    image. This needs little memory but takes longer. For large images, the command prints an
-    estimate of the time."""
+    """Compute each image strip by strip (in bands of rows). The result is the same as if the whole
+    image were computed at once. Strips need less memory but more time. For large images, the
+    command prints an estimate of the time."""
 
     value_range: tuple[float, float] | None = None
     """The two pixel values that mean black and white in the files. Give the same values as in
@@ -44,10 +44,10 @@ class Reconstruct:
     is decoded, so raise this limit only for files that you trust."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
-    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
-    network in OpenVINO on the CPU. By default, the network computes in float32 without these
-    changes."""
+    """Compute faster. `exact` gives the same numbers as the default, up to rounding. `fast`
+    computes those parts of the network in bfloat16 for which bfloat16 is faster on this machine.
+    `openvino` runs the network in OpenVINO on the CPU. By default, the network computes in float32,
+    without these optimizations."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are
@@ -93,9 +93,10 @@ class Evaluate:
     this size, and the centre is cropped. By default, each image keeps its own size."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many aspect ratios, as `latentvae train`
-    does with the same option. All cropped images have about as many pixels as an image of the size
-    that the option `resolution` gives. 0 turns this off."""
+    """Number of aspect ratios. Each image is resized and cropped to the nearest of these aspect
+    ratios, as `latentvae train` does with the same option. All cropped images have about as many
+    pixels as an image of the size that the option `resolution` gives. With 0, this option has no
+    effect."""
 
     ignore_icc: bool = False
     """Ignore embedded colour profiles (ICC) and use the pixel values that the file stores. By
@@ -120,7 +121,7 @@ class Evaluate:
     are always measured with the mode."""
 
     rfid: bool = False
-    """Measure rFID and KID with the original Inception weights. This needs the package
+    """Measure rFID and KID with the original Inception weights. This option needs the package
     torch-fidelity (`pip install latentvae[fid]`)."""
 
     inception_weights: Path | None = None

@@ -120,16 +120,17 @@ class Encode:
     downsampling factor f."""
 
     aspect_ratio_buckets: int = 0
-    """Resize and crop each image to the nearest of this many shapes (height and width), as
-    `latentvae train` does with the same option. The images of each shape are written to their own
-    folder in `out`, such as out/192x320. With 0, all images get the same shape."""
+    """Number of image shapes (height and width). Each image is resized and cropped to the nearest
+    of these shapes, as `latentvae train` does with the same option. The images of each shape are
+    written to their own folder in `out`, such as out/192x320. With 0, all images get the same
+    shape."""
 
     batch_size: int = 16
     """Number of images per forward pass."""
 
     num_workers: int = 0
-    """Number of extra processes that read images. With 0, the encoding process itself reads
-    them."""
+    """Number of extra processes that read images. With 0, the encoding process itself reads the
+    images."""
 
     shard_items: int = 4096
     """Number of images per shard (file). Each process writes complete shards, so a process that is
@@ -177,14 +178,14 @@ class Encode:
 
     overwrite: bool = False
     """Replace shards in the folder `out` that were made with another model, other data or other
-    options. Without this option, such shards are an error. The command finds out whether the data
-    are other data by the names, labels and captions of the images, not by their pixels."""
+    options. Without this option, such shards are an error. To detect other data, the command
+    compares the names, labels and captions of the images, but not their pixels."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
-    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
-    network in OpenVINO on the CPU. By default, the network computes in float32 without these
-    changes. The file manifest.json records which choice was made."""
+    """Compute faster. `exact` gives the same numbers as the default, up to rounding. `fast`
+    computes those parts of the network in bfloat16 for which bfloat16 is faster on this machine.
+    `openvino` runs the network in OpenVINO on the CPU. By default, the network computes in float32,
+    without these optimizations. The file manifest.json records the value of this option."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -202,7 +203,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Decode shards of tokens or latents into pictures, one 8-bit PNG per image name.
+    """Decode shards of tokens or latents into pictures, one 8-bit PNG per image.
 
     Before decoding, the command makes three checks. Each file must have the sha256 that the file
     manifest.json records. Indices of tokens must be below the number of codes. The model must be
@@ -227,10 +228,10 @@ class Decode:
     """Number of images per forward pass."""
 
     optimize: Literal["exact", "fast", "openvino"] | None = None
-    """Compute faster. `exact` gives the same numbers up to rounding. `fast` computes those parts of
-    the network in bfloat16 for which bfloat16 is faster on this machine. `openvino` runs the
-    network in OpenVINO on the CPU. By default, the network computes in float32 without these
-    changes."""
+    """Compute faster. `exact` gives the same numbers as the default, up to rounding. `fast`
+    computes those parts of the network in bfloat16 for which bfloat16 is faster on this machine.
+    `openvino` runs the network in OpenVINO on the CPU. By default, the network computes in float32,
+    without these optimizations."""
 
     device: str | None = None
     """Torch device for the computation. The default is the GPU of this process if there is one."""
@@ -252,14 +253,14 @@ class Convert:
 
     Programs that use the original code of CompVis or taming-transformers can load the result, a
     single .safetensors file. The command prints the `ddconfig` (the network's options in the
-    original code) and stores it in the file's metadata. `latentvae.load` also reads such a file,
-    but only for some networks. The network must be an AutoencoderKL without attention in its
-    levels. It must have the shape of the autoencoder of Stable Diffusion (4 latent channels), or
-    of SD3 or FLUX (16 latent channels). Load all other networks from their diffusers folder.
+    original code) and stores it in the file's metadata. `latentvae.load` can read the .safetensors
+    file of an AutoencoderKL without attention in its levels. This AutoencoderKL must have the shape
+    of the autoencoder of Stable Diffusion (4 latent channels), or of SD3 or FLUX (16 latent
+    channels). For all other networks, give `latentvae.load` the diffusers folder.
 
-    The original classes always have the layers quant_conv and post_quant_conv. Some networks, such
-    as those of SD3 and FLUX, do not have these layers. For them, the command writes identity
-    layers, which change no values.
+    The original classes always have the layers quant_conv and post_quant_conv. If the network does
+    not have these two layers, as in SD3 and FLUX, the command writes identity layers, which change
+    no values.
     """
 
     model: Positional[str]
@@ -269,7 +270,7 @@ class Convert:
     """The .safetensors file to write."""
 
     overwrite: bool = False
-    """Replace the file if it exists."""
+    """Replace the file `out` if it exists."""
 
     variant: str | None = None
     """Variant of the model's weights, such as fp16. By default, weights without a variant name are

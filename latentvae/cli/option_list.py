@@ -1,10 +1,10 @@
 """Describe the options of a preset as plain data, from which flags and help are made.
 
 Importing the classes of the options also imports torch and diffusers, which takes seconds. So the
-file options.json holds the options of the autoencoders' presets as plain data. With this file, help
-and messages about wrong flags need no such import. If a file that defines options has
-changed, options.json is out of date and is ignored. Help is then slow, but correct. `python -m
-latentvae.cli.option_list` writes options.json again.
+file options.json holds the options of the autoencoders' presets as plain data. With options.json,
+help and messages about wrong flags do not need these slow imports. If a file that defines options
+has changed, options.json is out of date and is ignored. Without options.json, help is slow, but
+correct. `python -m latentvae.cli.option_list` writes options.json again.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Group(NamedTuple):
     Attributes:
         name: name of the section in the config.
         title: name of the section's class.
-        doc: docstring of that class.
+        doc: docstring of the section's class.
         members: the options of the section, and the sections in it.
     """
 
@@ -133,8 +133,8 @@ def names_elsewhere(schema: "type[JobConfig]") -> dict[str, str]:
 def flags_class(group: Group) -> type:
     """Return a dataclass for tyro whose fields are the options of a group.
 
-    The help lists the choices of an option. tyro does not check a value against these choices.
-    pydantic makes this check later, and its message names a value that is not allowed.
+    The help lists the choices of an option, but tyro does not check a value against the choices.
+    pydantic checks each value later, and its error message names the wrong value.
     """
     fields: list[Any] = []
     for member in group.members:

@@ -13,7 +13,7 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw pictures from a generator: one PNG for each picture, and a grid of them.
+    """Draw pictures from a generator: one PNG for each picture, and one grid of all pictures.
 
     A generator is a prior on tokens (`latentvae train-prior`), a flow matching model on latents
     (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The exported
@@ -35,8 +35,9 @@ class Sample:
 
     class_name: Annotated[str | None, arg(name="class")] = None
     """Class of the pictures: name or number of the class. By default, the first picture has the
-    first class, the second picture the second class, and so on. After the last class comes the
-    first one again. A variational autoencoder draws a random class for each picture instead."""
+    first class, the second picture the second class, and so on. After the last class, the first
+    class follows again. For a variational autoencoder, the default is a random class for each
+    picture."""
 
     prompt: str | None = None
     """Text that describes the pictures, for a prior or a flow matching model that was trained with
@@ -52,8 +53,8 @@ class Sample:
     deviations of its prior by this number. The default is 1."""
 
     top_k: int | None = None
-    """For a prior: draw each token only from this many codes, which are the most likely ones. By
-    default, each token is drawn from all codes."""
+    """For a prior: number of most likely codes from which each token is drawn. By default, each
+    token is drawn from all codes."""
 
     top_p: float | None = None
     """For a prior: draw each token only from the most likely codes whose probabilities add up to
@@ -149,7 +150,7 @@ class Sample:
         )
 
     def _given(self, names: set[str], others: set[str], *, kind: str) -> dict[str, Any]:
-        """Return the given options among `names`. Raise UserError if one of `others` is given."""
+        """Return the options in `names` that are set. Raise UserError if one in `others` is set."""
         for name in sorted(others):
             if getattr(self, name) not in (None, False):
                 flag = name.removesuffix("_name")

@@ -61,7 +61,8 @@ def config_from_arguments(
     Args:
         arguments: arguments of the command line.
         description: description of the script, for its help.
-        schema: class of the task's options. None is `TrainConfig`, the options of autoencoders.
+        schema: class of the task's options. With None, this is `TrainConfig`, the options of
+            autoencoders.
         default_config: preset to use without `--config`. If this name is empty, the defaults of the
             schema are used.
         also: names of other options of the command, which are not in `arguments`. The error about
@@ -187,7 +188,7 @@ def _check_flags(
 
     Raises:
         UserError: a flag is unknown, belongs only to other presets, or is the name of an option in
-            another training program. The message says what to give instead.
+            another training program. The error's message says which flag or config to give.
     """
     visible = [option for option in group.options() if option.kind != HIDDEN]
     chosen = {option.name for option in group.options() if option.kind == HIDDEN}
@@ -207,7 +208,7 @@ def _check_flags(
 def _check_option_of_others(
     name: str, chosen: set[str], presets: Mapping[str, Group], *, config: str, called: str
 ) -> None:
-    """Raise a UserError if only --config sets the option, or if only other presets have it."""
+    """Raise a UserError if only --config or only other presets can set the option."""
     found = {
         preset: option
         for preset, group in presets.items()
@@ -220,8 +221,8 @@ def _check_option_of_others(
             kinds.setdefault(option.value, []).append(preset)
         listed = "; ".join(f"{kind}: {', '.join(kinds[kind])}" for kind in sorted(kinds))
         raise UserError(
-            f"unknown option {called}: --config chooses it, with a preset ({listed}) or your own "
-            "YAML file"
+            f"unknown option {called}: --config sets this option, with a preset ({listed}) or "
+            "your own YAML file"
         )
     if found:
         raise UserError(
@@ -253,7 +254,7 @@ def _config_flag(arguments: list[str]) -> str | None:
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:
-    """Return the value of --max_train_steps. Some options may be a fraction of this number."""
+    """Return the value of --max_train_steps, because other options may be a fraction of it."""
     flag = "--max_train_steps"
     given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == flag]
@@ -336,7 +337,7 @@ def run_task(
 
 @contextlib.contextmanager
 def _faults_as_exit_codes() -> Iterator[None]:
-    """Print in one line the error that ended a training script. Exit with the error's code."""
+    """Print the error of a training script in one line, and exit with the code of the error."""
     from latentvae.data import UnreadableImage
     from latentvae.engine.loop import Stopped
     from latentvae.export.hub_upload import UploadError

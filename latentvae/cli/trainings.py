@@ -1,7 +1,7 @@
-"""The table of everything that latentvae trains. A new kind of training needs a row here.
+"""The table of everything that latentvae trains.
 
-Classes are imported only when they are needed, because the import of torch and diffusers takes
-seconds.
+A new kind of training needs a new row in the table `TRAININGS`. The classes of the tasks are
+imported only when they are needed, because the import of torch and diffusers takes seconds.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ class Training:
     """A kind of training.
 
     Attributes:
-        task: function that returns the class of the task. The function imports this class.
-        preflight: function that checks a run before it starts. It takes the options of the run and
-            the keyword argument `json`, and returns the exit code.
+        task: function that imports the class of the task and returns the class.
+        preflight: function that checks a run before it starts. The function takes the options of
+            the run and the keyword argument `json`, and returns the exit code.
     """
 
     task: "Callable[[], type[Task]]"
@@ -98,7 +98,7 @@ TRAININGS = {
 
 
 def training_of(config: str) -> Training:
-    """Return the kind of training that a preset or YAML file is for, by its sections."""
+    """Return the kind of training whose options include all sections of a preset or YAML file."""
     from latentvae.config.presets import belongs_to
 
     fits = (t for t in TRAININGS.values() if belongs_to(config, t.task().config_class))

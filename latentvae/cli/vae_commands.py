@@ -42,8 +42,8 @@ class Likelihood:
     binarize: Literal["static", "threshold"] | None = None
     """How grey pixels become black or white. `static` draws each pixel once at random, with its
     grey value as the probability of white. `threshold` makes pixels above mid-grey white. By
-    default, the pixels become black or white as in training, but `static` replaces `dynamic`. A
-    model of grey values does not take this option."""
+    default, the pixels become black or white as in training, but a model trained with `dynamic` is
+    measured with `static`. Leave out --binarize for a model of grey values."""
 
     seed: int = 0
     """Seed of the latent samples, and of the random choice of black or white (see binarize). The

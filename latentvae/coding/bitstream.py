@@ -68,7 +68,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(body: bytes, start: int) -> tuple[int, int]:
-    """Return the number at `start`, which is below 2**35, and the position after it."""
+    """Return the number (below 2**35) at position `start`, and the position after this number."""
     number = 0
     for i, byte in enumerate(body[start : start + 5]):
         number |= (byte & 127) << 7 * i

@@ -1,4 +1,7 @@
-"""Encode images with Pillow's codecs, to compare models with them. Rates count all file bytes."""
+"""Encode images with Pillow's codecs, to compare models with JPEG, WebP and AVIF.
+
+The bit rate of an image counts all bytes of the file, including the header.
+"""
 
 import io
 import itertools
@@ -59,7 +62,7 @@ CODECS: dict[str, Codec] = {
 
 
 def available_codecs(qualities: tuple[int, ...] = _QUALITIES) -> dict[str, Codec]:
-    """Return the codecs that this build of Pillow can write, with these `qualities`."""
+    """Return the codecs that this build of Pillow can write, each with the given `qualities`."""
     return {
         name: replace(codec, qualities=qualities)
         for name, codec in CODECS.items()
@@ -83,8 +86,8 @@ def encode_at_rate(
         codec: the codec.
         image: the image.
         bpp: bits per pixel.
-        files: files of this image that are already encoded, by quality. They make the search
-            shorter. The search adds the files that it encodes.
+        files: files of this image that are already encoded, by quality. The search uses the encoded
+            files, and adds each new file that it encodes to `files`.
     """
     files = {} if files is None else files
     target = bpp * image.width * image.height / 8  # bytes
@@ -118,6 +121,7 @@ def encode_at_rate(
 def _share(low: int, high: int, target: float) -> float:
     """Return the position of `target` between two file sizes on a logarithmic scale.
 
-    It is between 0 (`low`) and 1 (`high`). If `target` is not between these sizes, it is 0.5.
+    The position is between 0 (at size `low`) and 1 (at size `high`). If `target` is not between
+    `low` and `high`, the position is 0.5.
     """
     return math.log(target / low) / math.log(high / low) if low < target < high else 0.5

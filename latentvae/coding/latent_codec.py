@@ -85,7 +85,7 @@ class LatentPrior:
     def fit(cls, samples: Tensor) -> "LatentPrior":
         """Return the prior that fits samples best, a Laplace or a Gaussian for each channel.
 
-        The choice is the distribution with the larger likelihood.
+        For each channel, the distribution with the larger likelihood is chosen.
 
         Args:
             samples: n latents of several images for each of d channels, (d, n).
@@ -152,10 +152,11 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
     A step D causes a mean squared error of D^2 / 12 per latent element. A latent position stands
     for 3 f^2 values of an RGB image. With gain g_c and step D_c of channel c, the mean squared
-    error of these values is sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest bits if
-    g_c D_c^2 is the same in every channel. These formulas hold for small steps (high-rate theory).
-    If a step is large compared with the values of its channel, the error is smaller than the
-    formula says, so the PSNR is higher than `noise_psnr`. The result is (d,), float64.
+    error of the RGB values is sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest bits if gain
+    times squared step (g_c D_c^2) is the same in every channel. All these formulas hold for small
+    steps (high-rate theory). If a step is large compared with the values of its channel, the error
+    is smaller than the formula says, so the PSNR is higher than `noise_psnr`. The result has
+    shape (d,) and dtype float64.
 
     Args:
         gains: the result of `channel_gains`, (d,). A channel of gain 0 gets an infinite step.
@@ -172,7 +173,7 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
 
 def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
-    """Return one image's latent as a complete file. Its size in bits is 8 * len(content).
+    """Return one image's latent as the bytes of a complete file (header and range-coded latent).
 
     Args:
         z: the latent of d channels, (d, h, w).
@@ -250,7 +251,7 @@ def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
     if z.numel() > MAX_ELEMENTS or len(z) > MAX_CHANNELS:
         raise UserError(
             f"a latent may have at most {MAX_ELEMENTS} elements and {MAX_CHANNELS} channels "
-            f"(got {z.numel()} and {len(z)}). Code the image in parts."
+            f"(got {z.numel()} and {len(z)}). Encode the image in parts."
         )
     _require_finite(z)
 
@@ -259,7 +260,8 @@ def _check_latent(z: Tensor, prior: LatentPrior, steps: Tensor) -> None:
 class _Grid:
     """Quantiser and entropy model of each of d channels, from integers (d,) that a file holds.
 
-    All floats are computed from these integers, so decoder and encoder have the same floats.
+    All floats are computed from the integers in the file, so encoder and decoder compute with the
+    same floats.
     """
 
     base: float  # the smallest finite step, a float32
@@ -270,7 +272,7 @@ class _Grid:
 
     @classmethod
     def of(cls, prior: LatentPrior, steps: Floats) -> "_Grid":
-        """Return the quantisers and entropy models nearest to those given that a file can hold."""
+        """Return quantisers and entropy models with `prior` and `steps` rounded as in a file."""
         if not (steps >= MIN_STEP).all():
             raise ValueError(f"steps must be at least {MIN_STEP:g} (got {steps.tolist()}).")
         finite = np.isfinite(steps)
@@ -297,9 +299,10 @@ class _Grid:
 
     @property
     def step(self) -> Floats:
-        """Quantiser step of each channel, (d,). An infinite step is 0 here.
+        """Quantiser step of each channel, (d,), with 0 in place of an infinite step.
 
-        All symbols of such a channel are 0, so any finite step gives the same result.
+        All symbols of a channel with an infinite step are 0, so the channel is decoded to the same
+        values with any finite step.
         """
         finite = self.base * np.exp2((self.steps - 1) / STEP_RESOLUTION)
         return np.where(self.steps > 0, finite, 0.0)
@@ -312,7 +315,7 @@ class _Grid:
     def unit(self) -> Floats:
         """Unit in which the location of each channel is stored, (d,).
 
-        It is much smaller than the prior's scale or than the quantiser's error.
+        The unit is much smaller than the prior's scale or than the quantiser's error.
         """
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 

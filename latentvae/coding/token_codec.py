@@ -6,13 +6,14 @@
     top, bottom = decode_levels(content)
 
 The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
-codes seen so far. After n tokens, a code's probability is (count + a) / (n + a K) for a number a.
-This probability is the posterior mean under a symmetric Dirichlet prior (Krichevsky and Trofimov
-1981 for a = 1/2, https://doi.org/10.1109/TIT.1981.1056331). The encoder tries each a from a short
-list, and also a uniform distribution, and takes the choice with the fewest bits for this image. A
-uniform distribution may be best for few tokens and many codes. Counts are updated after each block
-of tokens. The length of a block is an eighth of the number of tokens before it. So the time grows
-as K log n, not as K n.
+codes seen so far. If a code occurred c times in n tokens, its probability is (c + a) / (n + a K),
+for K codes and a number a. The probability of a code is the posterior mean under a symmetric
+Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
+https://doi.org/10.1109/TIT.1981.1056331). The encoder tries each value of a from a short list, and
+also a uniform distribution, and takes the choice with the fewest bits for this image. A uniform
+distribution may be best for few tokens and many codes. Counts are updated after each block of
+tokens. The length of a block is an eighth of the number of tokens before the block. So the time for
+n tokens and K codes grows as K log n, not as K n.
 
 `K` codes, `n` tokens.
 """
@@ -38,7 +39,7 @@ CONCENTRATIONS = tuple(4.0**k for k in range(1, -10, -1))
 
 
 def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
-    """Return one image's tokens as a complete file. Its size in bits is 8 * len(content).
+    """Return one image's tokens as the bytes of a complete file (header and coded tokens).
 
     Args:
         indices: integers in 0..num_codes - 1, with 1 to 3 dimensions.
@@ -121,7 +122,7 @@ def decode_levels(content: bytes) -> list[Integers]:
 
 
 def _encode(coder: Any, tokens: Integers, num_codes: int, choice: int) -> None:
-    """Write n tokens, (n,), block by block. The probabilities follow from the earlier blocks."""
+    """Write n tokens, (n,), block by block, with probabilities from the earlier blocks."""
     model = _Model(num_codes, choice)
     for block in _blocks(len(tokens)):
         if num_codes > 1:
@@ -130,7 +131,7 @@ def _encode(coder: Any, tokens: Integers, num_codes: int, choice: int) -> None:
 
 
 def _decode(coder: Any, count: int, num_codes: int, choice: int) -> Integers:
-    """Read `count` tokens block by block, as the encoder did."""
+    """Read `count` tokens block by block, as `_encode` wrote them."""
     tokens = np.zeros(count, np.int64)
     model = _Model(num_codes, choice)
     for block in _blocks(count):
@@ -196,7 +197,7 @@ def _blocks(count: int) -> Iterator[slice]:
 def _cheapest(tokens: Integers, num_codes: int) -> int:
     """Return the choice of probability model with the fewest bits.
 
-    It is the position in `CONCENTRATIONS`, counted from 1, or 0 for a uniform distribution.
+    The choice is the position in `CONCENTRATIONS`, counted from 1, or 0 for a uniform distribution.
     """
     # for each token: how often its code occurred before, and the number of tokens before
     counts = np.zeros(num_codes, np.int64)

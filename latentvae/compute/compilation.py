@@ -3,10 +3,10 @@
 Each block is compiled separately, for three reasons:
 
 - The adaptive weight of the adversarial loss needs only the gradient of the decoder's last
-  convolution. A decoder compiled as a whole would compute all gradients.
-- Compiled code draws other random numbers. If the whole network were compiled, samples of the
-  posterior would differ from those without compilation.
-- Separate blocks compile in a fraction of the time
+  convolution. A decoder compiled as a whole would compute the gradients of all layers.
+- Compiled code draws other random numbers than eager code. If the whole network were compiled,
+  samples of the posterior would differ from those without compilation.
+- Separate blocks compile in a fraction of the time that the whole network would take
   (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
 """
 
@@ -21,9 +21,9 @@ from torch import nn
 def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
     """Compile the blocks of the encoder and the decoder in place, and return their number.
 
-    Each block is compiled when it is called for the first time. Names, state dicts and copies of
-    the network do not change. Every image size is compiled separately, so a result does not depend
-    on the sizes of earlier images.
+    Each block is compiled when it is called for the first time. The names of the parameters and the
+    state dict do not change, and a copy of the network is not compiled. Every image size is
+    compiled separately, so a result does not depend on the sizes of earlier images.
 
     Args:
         net: the network.
@@ -37,7 +37,7 @@ def compile_blocks(net: Any, *, backend: str = "inductor") -> int:
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
-    """Run compiled blocks in eager mode inside the context, to avoid compiling for rare sizes."""
+    """Run compiled blocks eagerly inside the context, to avoid compiling for rare image sizes."""
     with torch.compiler.set_stance("force_eager"):
         yield
 

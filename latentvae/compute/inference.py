@@ -3,9 +3,9 @@
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
-The copy shares the storage of most parameters with `net`. Two kinds of tensors have their own
-storage: converted parameters (in bfloat16, or in channels-last order) and folded kernels. So build
-a new copy after a change of `net`'s weights.
+A copy shares the storage of most parameters with the original network `net`. Only converted
+parameters (in bfloat16, or in channels-last order) and folded kernels have their own storage. So
+build a new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
 Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). If Winograd's
@@ -16,7 +16,8 @@ computed in place.
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
 channels stay in float32, because Winograd's algorithm saves more time than bfloat16 and rounds
-less. The encoder of a tokenizer stays exact, because rounding changes codes.
+less. The encoder of a tokenizer stays in float32, because rounding to bfloat16 would change some
+tokens.
 """
 
 import copy
@@ -72,8 +73,8 @@ def build_fast(net: Any) -> Any:
 def sharing_copy(net: Any) -> Any:
     """Return a copy of a network that shares the storage of all tensors.
 
-    Each parameter of the copy is a new object. With a shared object, `Module.to` on the copy would
-    also change the original.
+    Each parameter of the copy is a new object. If the copy had the parameter objects of `net`,
+    `Module.to` on the copy would also change `net`.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in net.parameters()}
     memo |= {id(tensor): tensor.detach() for tensor in net.buffers()}
@@ -96,7 +97,8 @@ def _make_exact(half: Any) -> None:
 def _winograd_pays() -> bool:
     """Return whether Winograd's algorithm is faster than plain convolutions on this processor.
 
-    It was not faster on a processor with matrix units (AMX), see docs/experiments/speed.md.
+    Winograd's algorithm was not faster on a processor with matrix units (AMX), see
+    docs/experiments/speed.md.
     """
     return has_winograd() and not has_instructions("amx_bf16")
 
@@ -127,7 +129,8 @@ def _make_fast(half: Any) -> None:
 def _wide_parts(half: Any) -> Iterator[nn.Module]:
     """Yield the parts of a bfloat16 encoder or decoder that stay in float32.
 
-    If Winograd's algorithm is faster, these are residual blocks with many channels, and attention.
+    If Winograd's algorithm is faster than plain convolutions, residual blocks and attention with
+    many channels stay in float32.
     """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
@@ -147,7 +150,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a residual block has no extra layers of U-Nets and does not scale its sum."""
+    """Return whether a residual block has no extra layers of U-Nets and no scaled output."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -170,7 +173,7 @@ def _freeze_upsampling(half: nn.Module) -> None:
 
 
 def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast the inputs of a module to the module's precision, as a forward hook."""
+    """Cast the inputs of a module to the precision of its parameters (a forward pre-hook)."""
     parameter = next(module.parameters())
     return tuple(_cast(x, parameter) if isinstance(x, Tensor) else x for x in inputs)
 

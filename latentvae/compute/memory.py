@@ -18,10 +18,11 @@ def keep_freed_memory(device: torch.device) -> bool:
     then causes a page fault for every 4 KiB. In a virtual machine, page faults take about a tenth
     of the time of a training update or a decode on the CPU.
 
-    After this call, the process keeps about its peak memory. For large images it keeps 1.5 times
-    the peak or more, because of fragmentation. Memory of tensors above 64 MiB is kept only in the
-    main thread. After a fork, the system copies each page that the parent or the child process
-    writes. So start worker processes before the computation begins, or keep them alive.
+    After this call, the process keeps about its peak memory. For large images, the process keeps
+    1.5 times its peak memory or more, because of fragmentation. Memory of tensors above 64 MiB is
+    kept only in the main thread. After a fork, the system copies each page that the parent or the
+    child process writes. So start worker processes before the computation begins, or keep them
+    alive.
 
     Args:
         device: device of the tensors. The function has an effect only for the CPU.
@@ -46,5 +47,5 @@ def release_freed_memory() -> None:
 
 
 def _c_function(name: str) -> Any:
-    """Return the process's C function of that name, or None."""
+    """Return the process's C function with the given name, or None."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

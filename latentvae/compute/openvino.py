@@ -2,8 +2,8 @@
 
 Encoder and decoder are traced and converted once, with folded upsampling (see the module
 `upsampling`). The converted networks take images of any size and batches of any size. Quantisers
-and the small convolutions before and after the latent still run in torch. There are no gradients,
-and the weights are copied.
+and the small convolutions before and after the latent still run in torch. The converted networks
+compute no gradients, and have their own copy of the weights.
 """
 
 import warnings
@@ -22,7 +22,7 @@ SMALL = 64  # side in pixels of the image for tracing. Other images may have any
 
 
 class CompiledHalf(nn.Module):
-    """An encoder or decoder compiled by OpenVINO. It takes and returns one tensor.
+    """An encoder or decoder compiled by OpenVINO, which maps one tensor to one tensor.
 
     Args:
         half: the encoder or the decoder, in float32 on the CPU.
@@ -46,7 +46,7 @@ class CompiledHalf(nn.Module):
         self.compiled: Any = _core().compile_model(model, "CPU", options)
 
     def forward(self, sample: Tensor, *others: None) -> Tensor:
-        """Return the output for `sample`. All other arguments must be None."""
+        """Return the output for `sample`. All arguments other than `sample` must be None."""
         assert all(other is None for other in others)
         result = self.compiled(sample.contiguous().numpy(), share_inputs=True)
         return torch.from_numpy(result[0])
@@ -55,7 +55,8 @@ class CompiledHalf(nn.Module):
 def build_openvino(net: Any, *, precision: str) -> Any:
     """Return a copy of a float32 network on the CPU with a compiled encoder and decoder.
 
-    A tokenizer's encoder computes in float32, because rounding changes codes.
+    A tokenizer's encoder computes in float32, because rounding to bfloat16 would change some
+    tokens.
 
     Args:
         net: the network, which is not changed.

@@ -4,9 +4,10 @@
     z = encode(optimized.net, images)
     print(optimized)  # fast, 52.3 dB against exact
 
-There are three modes. `"exact"` gives the same numbers up to rounding. `"fast"` computes in
-bfloat16 where that is faster. The module `inference` has these two modes. `"openvino"` runs the
-network in OpenVINO (module `openvino`). The given network does not change.
+There are three modes. `"exact"` gives the results of the original network up to rounding. `"fast"`
+computes in bfloat16 where bfloat16 is faster than float32. The module `inference` builds the
+networks of the modes `"exact"` and `"fast"`. `"openvino"` runs the network in OpenVINO (module
+`openvino`). The given network does not change.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ class Optimized:
             effect on this network.
         mode: how `net` computes: `"stock"` (the network is not optimized) or one of `Optimize`.
         psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
-            None in the modes `"stock"` and `"exact"`.
+            `psnr` is None in the modes `"stock"` and `"exact"`.
         why: a clause that says why `mode` is not the requested mode, or "".
         bfloat16: whether some or all parts of `net` multiply in bfloat16.
     """
@@ -67,8 +68,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
 
     Raises:
         UserError: the mode is unknown, or `net` is not float32 and `mode` is not `"exact"`. The
-            error also occurs if OpenVINO is missing, does not support the device, or returns
-            different images.
+            error also occurs if OpenVINO is missing or does not support the device, or if its
+            results differ too much from the results of `net`.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:
@@ -88,7 +89,7 @@ def check_mode(mode: str) -> None:
     """Check that a mode is one of `Optimize`.
 
     Raises:
-        UserError: the mode is unknown. The message suggests the nearest choice.
+        UserError: the mode is unknown. The message suggests the mode with the most similar name.
     """
     allowed = get_args(Optimize)
     if mode not in allowed:
@@ -135,7 +136,7 @@ def _fast(net: Any) -> Optimized:
     fast = build_fast(net)
     psnr = measure_psnr(fast, exact)
     if not psnr >= MIN_PSNR:
-        why = f"bfloat16 gives {psnr:.1f} dB against exact, less than {MIN_PSNR:.0f}"
+        why = f"the PSNR of bfloat16 against float32 is {psnr:.1f} dB, less than {MIN_PSNR:.0f}"
         return Optimized(exact, "exact", why=why)
     return Optimized(fast, "fast", psnr, bfloat16=True)
 
@@ -149,10 +150,14 @@ def _openvino(net: Any) -> Optimized:
         psnr = measure_psnr(built, exact)
         if psnr >= MIN_PSNR_OPENVINO:
             return Optimized(built, "openvino", psnr, why, bfloat16=precision == "bf16")
-        why = f"in float32: bfloat16 gives {psnr:.1f} dB, less than {MIN_PSNR_OPENVINO:.0f}"
+        why = (
+            f"in float32, because bfloat16 has a PSNR of {psnr:.1f} dB against float32, less than "
+            f"{MIN_PSNR_OPENVINO:.0f}"
+        )
     raise UserError(
-        f"OpenVINO's pictures of this {type(net).__name__} have {psnr:.1f} dB against exact, "
-        f"less than {MIN_PSNR_OPENVINO:.0f}. Use optimize='exact' or 'fast'."
+        f"the reconstructions by OpenVINO of this {type(net).__name__} have a PSNR of "
+        f"{psnr:.1f} dB against optimize='exact', less than {MIN_PSNR_OPENVINO:.0f}. Use "
+        "optimize='exact' or 'fast'."
     )
 
 

@@ -2,9 +2,9 @@
 
 On NVIDIA GPUs since Ampere, torch by default computes the convolutions of float32 networks in
 TensorFloat-32 (TF32). TF32 has 10 mantissa bits instead of 23. So latents on a GPU differ by about
-0.2% from latents on a CPU. A latent near the boundary between two codes can get another token.
-Training uses torch's default, because TF32 is faster and errors of this size do not matter in
-training.
+0.2% from latents on a CPU. A latent near the boundary between two codes can get another token on a
+GPU than on a CPU. Training uses torch's default, because TF32 is faster and errors of this size do
+not matter in training.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ import torch
 def full_float32() -> Iterator[None]:
     """Switch TF32 off in a `with` block, or in a decorated function.
 
-    torch's flags for TF32 apply to all threads of the process. At the end of the block, the flags
-    get their earlier values again. Networks in bfloat16 or float16 are not affected.
+    torch's flags for TF32 apply to all threads of the process. At the end of the `with` block, the
+    flags get their earlier values again. Networks in bfloat16 or float16 are not affected.
     """
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()

@@ -1,21 +1,22 @@
 """Compute nearest x2 upsampling and the 3 x 3 convolution after it as one transposed convolution.
 
-Along one axis, the output y of both layers for input x and kernel w is
+Along one axis, upsampling and convolution with kernel w map the input x to the output y:
 
     y[2i + p] = sum_k w[k] x[(2i + p + k) // 2],  k in -1, 0, 1,  p in 0, 1
 
 For an even output position, x[i - 1] is multiplied by w[-1], and x[i] by w[0] + w[1]. For an odd
-position, x[i] is multiplied by w[-1] + w[0], and x[i + 1] by w[1]. Together, this is a transposed
-convolution of stride 2 and padding 1 with the kernel (w[1], w[0] + w[1], w[-1] + w[0], w[-1]),
-called the folded kernel. It needs 2.25 times fewer multiply-adds than a 3 x 3 convolution at full
-size, and no upsampled map is in memory. At the border, the two methods give the same result,
-because the zeros that pad x stay zeros when they are upsampled.
+output position, x[i] is multiplied by w[-1] + w[0], and x[i + 1] by w[1]. Even and odd positions
+together are the output of a transposed convolution of stride 2 and padding 1 with the kernel (w[1],
+w[0] + w[1], w[-1] + w[0], w[-1]), called the folded kernel. The transposed convolution needs 2.25
+times fewer multiply-adds than a 3 x 3 convolution at full size, and keeps no upsampled map in
+memory. At the border, the transposed convolution gives the same result as upsampling and
+convolution, because the zeros that pad x stay zeros when they are upsampled.
 
 The folded kernel is computed from the layer's weight in every call. So gradients, state dicts,
-checkpoints and exports are the same as with the two separate layers. The results differ only by
-rounding.
+checkpoints and exports are the same as with separate layers for upsampling and convolution. The
+outputs of separate layers and of one transposed convolution differ only by rounding.
 
-`B` batch, `I` and `O` channels in and out, `H W` space.
+`B` batch, `I` and `O` channels in and out, `H W` height and width.
 """
 
 from typing import Any
@@ -44,8 +45,8 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def fold_kernel(weight: Tensor) -> Tensor:
     """Return the kernel of the transposed convolution that replaces upsampling and convolution.
 
-    The result is (I, O, 4, 4), for I input and O output channels. It has the precision of the
-    weight, also under autocast.
+    The result is (I, O, 4, 4), for I input and O output channels. The folded kernel has the
+    precision of the weight, also under autocast.
 
     Args:
         weight: weight of the 3 x 3 convolution, (O, I, 3, 3).
@@ -61,7 +62,8 @@ def _fold(weight: Tensor, *, dim: int) -> Tensor:
 class FoldedUpsample2D(Upsample2D):
     """An `Upsample2D` that computes upsampling and convolution as one transposed convolution.
 
-    If the output is not exactly twice as large as the input, it computes them separately.
+    If the output is not exactly twice as large as the input, the layer computes upsampling and
+    convolution separately.
     """
 
     def forward(

@@ -30,7 +30,7 @@ def presets_folder() -> Path:
 
 
 def preset_names(schema: type[JobConfig]) -> list[str]:
-    """Return the sorted names of the presets whose sections all are in the class `schema`."""
+    """Return the sorted names of the presets that have only sections of the class `schema`."""
     found = _preset_sections(presets_folder())
     return sorted(name for name, keys in found.items() if keys <= schema.model_fields.keys())
 
@@ -59,8 +59,8 @@ def load_preset(
     Args:
         name_or_path: name of the preset, or path of the file.
         schema: class of the options, a subclass of `JobConfig`.
-        max_train_steps: length of the run in updates, instead of the length in the file. Options
-            that are a fraction of the run's length then refer to this length.
+        max_train_steps: length of the run in updates, which replaces the length in the file.
+            Options that are a fraction of the run's length refer to `max_train_steps`.
 
     Raises:
         UserError: the file or preset does not exist, the YAML is unreadable, or an option is
@@ -91,7 +91,7 @@ def unknown_config(name_or_path: str, presets: Iterable[str]) -> UserError:
         command = next((c for c, key in COMMANDS.items() if key in found[name_or_path]), "train")
         return UserError(
             f"the preset '{name_or_path}' is for another command, `latentvae {command}`. The "
-            f"presets here are {', '.join(names)}."
+            f"presets of your command are {', '.join(names)}."
         )
     return UserError(
         f"config '{name_or_path}' is neither a file nor a preset ({', '.join(names)})"
@@ -113,7 +113,7 @@ def parse(values: dict[str, Any], schema: type[Config], *, source: str) -> Confi
 
     Raises:
         UserError: an option is unknown or has a wrong value. The message has one sentence for each
-            such option.
+            wrong option.
     """
     try:
         return schema.model_validate(values)
@@ -171,7 +171,8 @@ def _unknown_option(loc: list[Any], schema: type[JobConfig], *, section: str) ->
     where = ".".join(str(part) for part in loc)
     if loc[-1] == "quantizer":
         return (
-            f"'{where}' has no meaning here. This section goes under model, with architecture: vq"
+            f"'{where}' is in the wrong place: the section quantizer must be under model, with "
+            "architecture: vq"
         )
     names = option_names(schema)
     if loc[-1] in names:

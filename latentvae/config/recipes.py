@@ -41,7 +41,7 @@ def take_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def with_recipe(config: Config, name: str) -> Config:
-    """Return a copy with the recipe's options, except options that the config does not have."""
+    """Return a copy of `config` with the recipe's options, except options that `config` lacks."""
     changes = {}
     for section, values in RECIPES[name].items():
         options = getattr(config, section, None)

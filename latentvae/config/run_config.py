@@ -54,8 +54,8 @@ class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0.0), Elsewhere("lr base_lr max_lr")] = Field(
         default=1e-4,
         description=(
-            "Peak learning rate of the model. The program does not change this value if you change "
-            "the batch size."
+            "Peak learning rate of the model. The program does not change the learning rate if you "
+            "change the batch size."
         ),
     )
     lr_scheduler: Annotated[
@@ -101,17 +101,18 @@ class OptimizerConfig(Section):
     ] = Field(
         default=1.0,
         description=(
-            "Largest norm of a gradient. A gradient with a larger norm is scaled down to this "
-            "norm. The gradients of the model and of the discriminator are clipped separately."
+            "Largest norm of a gradient. A gradient with a norm above max_grad_norm is scaled down "
+            "to the norm max_grad_norm. The gradients of the model and of the discriminator are "
+            "clipped separately."
         ),
     )
     skip_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(
         default=None,
         description=(
             "Skip an update if the norm of a gradient, before clipping, is above this value. Set "
-            "this option for hierarchical VAEs, because a single bad batch can destroy the weights "
-            "of such a network. By default, an update is skipped only if a gradient is infinite or "
-            "NaN."
+            "skip_grad_norm for hierarchical VAEs, because a single bad batch can destroy the "
+            "weights of such a network. By default, an update is skipped only if a gradient is "
+            "infinite or NaN."
         ),
     )
     max_skipped_updates: Positive = Field(
@@ -147,7 +148,7 @@ class RunConfig(Section):
         default=None,
         description=(
             "Folder for the files of the training: checkpoints, log, sample images and the "
-            "exported model. Every training needs this option."
+            "exported model. Every training needs output_dir."
         ),
     )
     max_train_steps: Annotated[
@@ -162,10 +163,11 @@ class RunConfig(Section):
         default=None,
         description=(
             "Number of images per update, summed over all processes and micro-steps (forward and "
-            "backward passes). If you set this option, train_batch_size is only an upper limit for "
-            "one micro-step in one process. The program then computes gradient_accumulation_steps, "
-            "unless you set that option too. By default, an update has train_batch_size * "
-            "gradient_accumulation_steps * (number of processes) images."
+            "backward passes). If you set global_batch_size, train_batch_size is only an upper "
+            "limit for one micro-step in one process. The program computes "
+            "gradient_accumulation_steps from global_batch_size, unless you set both options. By "
+            "default, an update has train_batch_size * gradient_accumulation_steps * (number of "
+            "processes) images."
         ),
     )
     train_batch_size: Annotated[
@@ -174,8 +176,8 @@ class RunConfig(Section):
         default=12,
         description=(
             "Number of images per process and micro-step (forward and backward pass). If "
-            "global_batch_size is set, a micro-step may have fewer images, but never more than "
-            "this number."
+            "global_batch_size is set, a micro-step may have fewer images than train_batch_size, "
+            "but never more."
         ),
     )
     eval_batch_size: Annotated[Positive, MayChange()] = Field(
@@ -215,7 +217,8 @@ class RunConfig(Section):
         description=(
             "Checkpoint to resume from. Give `latest`, or the folder of a checkpoint in "
             "output_dir, such as checkpoint-4000. `latest` means the newest checkpoint that is not "
-            "damaged. If there is no such checkpoint, training starts at the beginning."
+            "damaged. If output_dir has no undamaged checkpoint, `latest` starts the training at "
+            "the beginning."
         ),
     )
     overwrite_output_dir: Annotated[bool, MayChange(), Private(), Elsewhere("overwrite")] = Field(
@@ -286,7 +289,7 @@ class RunConfig(Section):
         default=1800,
         description=(
             "Longest time in seconds that processes wait for each other. If one process hangs for "
-            "longer than this, the training ends with an error."
+            "longer than ddp_timeout, the training ends with an error."
         ),
     )
 
@@ -306,8 +309,8 @@ class RunConfig(Section):
 class JobConfig(Section):
     """Base class of the options of a run, with the sections `optimizer` and `run`.
 
-    Each task has a subclass. The subclass declares these fields and its own sections in the order
-    in which `--help` shows them:
+    Each task has a subclass of `JobConfig`. The subclass declares the fields of `JobConfig` and its
+    own sections in the order in which `--help` shows them:
 
         class RegressionConfig(JobConfig):
             config: Annotated[str, MayChange()] = ""  # YAML file or preset of these options
@@ -323,7 +326,7 @@ class JobConfig(Section):
 
     @model_validator(mode="after")
     def _shares_to_updates(self) -> Self:
-        """Replace each value that is a share of max_train_steps by a number of updates."""
+        """Replace each option that is a fraction of max_train_steps by a number of updates."""
         for name in type(self).model_fields:
             section = getattr(self, name)
             if isinstance(section, BaseModel):
@@ -342,7 +345,7 @@ class JobConfig(Section):
         return 1
 
     def for_processes(self, processes: int) -> Self:
-        """Return a copy in which the batch size and the micro-steps fit this number of processes.
+        """Return options whose batch size and micro-steps fit the given number of processes.
 
         Raises:
             UserError: the global batch size cannot be divided evenly among the processes and
@@ -356,7 +359,7 @@ class JobConfig(Section):
         return self.with_changes({"run": changed})
 
     def may_change(self, then: "JobConfig") -> frozenset[str]:
-        """Return the names of the options that may have other values on resume.
+        """Return the names of the options that may change when a run is resumed.
 
         Args:
             then: the options that the run was started with.
@@ -366,7 +369,7 @@ class JobConfig(Section):
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
         """Return a sentence that says how a new run can continue an earlier run with these options.
 
-        Some options must not change when a run is resumed. The error about such an option ends with
+        If an option must not change when a run is resumed, the error about this option ends with
         the returned sentence. The sentence is empty if a new run cannot start from the earlier run.
 
         Args:
@@ -375,9 +378,9 @@ class JobConfig(Section):
         return ""
 
     def with_changes(self, sections: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Return a copy in which some options have other values.
+        """Return a copy of the options in which some values are replaced.
 
-        The values are not checked.
+        The new values are not checked.
 
         Args:
             sections: for each section, the new values by the name of the option.

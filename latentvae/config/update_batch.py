@@ -35,8 +35,8 @@ def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> 
         multiple: number that must divide the number of images per micro-step.
 
     Raises:
-        UserError: `global_batch_size` cannot be divided in this way. The message names values that
-            are possible.
+        UserError: `global_batch_size` cannot be divided evenly among the processes and micro-steps.
+            The error message names possible values of the options.
     """
     total, most = options.global_batch_size, options.train_batch_size
     given = options.gradient_accumulation_steps

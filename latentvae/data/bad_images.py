@@ -22,7 +22,10 @@ class BadImages:
         return len(self.reasons)
 
     def update(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Record (name, reason) pairs of unreadable files. Return the pairs whose name is new."""
+        """Record (name, reason) pairs of unreadable files.
+
+        Return the pairs whose name was not recorded before.
+        """
         fresh: dict[str, str] = {}
         for name, reason in bad:
             if name not in self.reasons:
@@ -31,7 +34,9 @@ class BadImages:
         return list(fresh.items())
 
     def check(self, total: int, max_share: float) -> None:
-        """Raise an error if too many images are unreadable. A single one is always allowed.
+        """Raise an error if too many images are unreadable.
+
+        A single unreadable image is always allowed.
 
         Args:
             total: number of images in the data set.
@@ -46,6 +51,6 @@ class BadImages:
         first = ", ".join(f"'{name}' ({reason})" for name, reason in list(self.reasons.items())[:3])
         raise UserError(
             f"{len(self)} of {total} images ({len(self) / total:.1%}) cannot be read. At most "
-            f"{max_share:.1%} are allowed. The first are {first}. Repair or remove these files, "
-            "or raise max_bad_share."
+            f"{max_share:.1%} of the images may be unreadable. The first are {first}. Repair or "
+            "remove these files, or raise max_bad_share."
         )

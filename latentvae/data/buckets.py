@@ -55,7 +55,8 @@ def bucket_sizes(
     The logarithms of the aspect ratios are evenly spaced.
 
     Args:
-        resolution: height and width. The area of each size is close to the area of this resolution.
+        resolution: height and width in pixels. The area of each bucket size is close to height
+            times width.
         count: largest number of sizes, 1 or more. Equal sizes are merged.
         multiple: every side is a multiple of this number of pixels.
     """
@@ -79,7 +80,8 @@ def _aspect(size: tuple[int, int]) -> float:
 def aspect_ratios(source: ImageSource, *, unreadable: float = 1.0) -> np.ndarray:
     """Return the width divided by the height of every image, (N,), from the file headers.
 
-    An unreadable image gets the ratio `unreadable`. The image is reported later, when it is read.
+    An unreadable image gets the ratio `unreadable`. Such an image is reported later, when it is
+    read.
     """
     ratios = np.full(len(source), unreadable)
     for i in range(len(source)):

@@ -3,8 +3,8 @@
 Pillow's ImageCms (LittleCMS) converts pictures of 8 bits, with the perceptual intent. ImageCms does
 not support RGB of more than 8 bits. So this module converts 16-bit and float pictures itself if
 their profile consists of three primaries with curves, or of one grey curve (ICC.1:2010, sections
-8.3, 10.5 and 10.15). With other profiles, such as the colour table of a scanner, these pictures are
-converted at 8 bits.
+8.3, 10.5 and 10.15). 16-bit and float pictures with any other profile, such as the colour table of
+a scanner, are converted at 8 bits.
 
 A profile that changes no colour by more than one level of 255 counts as sRGB and is not applied. A
 damaged profile, or a profile of another colour space than its picture, is ignored with a warning.
@@ -45,7 +45,7 @@ def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: a loaded picture.
-        icc: the picture's colour profile. None returns the picture as it is.
+        icc: the picture's colour profile. With None, the picture is returned unchanged.
     """
     if not icc or image.mode in ("1", "LAB", "HSV", "F") or image.mode.startswith("I"):
         return image
@@ -94,10 +94,10 @@ def profile_space(icc: bytes) -> str | None:
         space: str = profile.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
     # A damaged profile raises OSError. Pillow without LittleCMS raises ImportError.
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError, ImportError) as error:
-        _say_ignored(f"it cannot be read ({error})")
+        _say_ignored(f"the profile cannot be read ({error})")
         return None
     if space not in MODES:
-        _say_ignored(f"its colour space is {space}, not RGB, GRAY or CMYK")
+        _say_ignored(f"the profile's colour space is {space}, not RGB, GRAY or CMYK")
         return None
     return space
 
@@ -115,7 +115,7 @@ def _transform(icc: bytes) -> ImageCms.ImageCmsTransform | None:
             "RGB",
         )
     except (OSError, ImageCms.PyCMSError) as error:
-        _say_ignored(f"it does not convert to sRGB ({error})")
+        _say_ignored(f"Pillow cannot convert the profile to sRGB ({error})")
         return None
     if space == "CMYK":
         return transform
@@ -136,7 +136,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
 
     Args:
         planes: one grey plane, or red, green and blue: (H, W), float32 in [-1, 1].
-        icc: the profile of the picture. None returns the planes as they are.
+        icc: the profile of the picture. With None, the planes are returned unchanged.
     """
     space = profile_space(icc) if icc else None
     if not icc or space is None or _transform(icc) is None:
@@ -187,7 +187,7 @@ def _primaries(icc: bytes) -> np.ndarray:
 
 
 def _curves(icc: bytes, space: str) -> "list[Curve] | None":
-    """Return a profile's curves to linear light. Return None for a table or a damaged profile."""
+    """Return a profile's tone curves, or None if the profile has a colour table or is damaged."""
     try:
         tags = _tags(icc)
         if "A2B0" in tags:  # a table, which has precedence over curves
@@ -255,10 +255,10 @@ def _parametric(x: np.ndarray, g: float, *rest: float) -> np.ndarray:
 
 @functools.cache
 def _say_mismatch(space: str, mode: str) -> None:
-    _say_ignored(f"it is for {space} and the picture is {mode}")
+    _say_ignored(f"the profile is for {space} and the picture is {mode}")
 
 
 @functools.cache
 def _say_ignored(reason: str) -> None:
     """Log a warning that says why a profile is ignored, once per reason and process."""
-    logger.warning("An embedded colour profile is ignored and sRGB assumed: %s.", reason)
+    logger.warning("An embedded colour profile is ignored and sRGB is assumed: %s.", reason)

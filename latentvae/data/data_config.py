@@ -50,7 +50,7 @@ class DataConfig(Section):
         default=None,
         description=(
             "Training images from a data set of the Hugging Face Hub (owner/name), or from a local "
-            "data set that the library `datasets` reads. Use this option instead of "
+            "data set that the library `datasets` reads. Set only one of dataset_name and "
             "train_data_dir. The options dataset_config_name, dataset_split and image_column say "
             "which part of the data set to use."
         ),
@@ -58,8 +58,8 @@ class DataConfig(Section):
     dataset_config_name: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Name of the data set's configuration (see dataset_name). This option is needed if the "
-            "data set has several configurations."
+            "Name of the data set's configuration (see dataset_name). You must set "
+            "dataset_config_name if the data set has several configurations."
         ),
     )
     dataset_split: Annotated[str, MayChange()] = Field(
@@ -72,8 +72,8 @@ class DataConfig(Section):
     image_column: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
-            "Column of the data set that holds the images (see dataset_name). This option is "
-            "needed if several columns hold images."
+            "Column of the data set that holds the images (see dataset_name). You must set "
+            "image_column if several columns hold images."
         ),
     )
     cache_dir: Annotated[str | None, MayChange(), Private()] = Field(
@@ -113,7 +113,7 @@ class DataConfig(Section):
         description=(
             "Validation images, in any form that train_data_dir accepts. By default, some of the "
             "training images are held out for validation (see validation_share). With streaming, "
-            "the first 256 images of the data set are held out instead."
+            "the first 256 images of the data set are held out for validation."
         ),
     )
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
@@ -121,7 +121,7 @@ class DataConfig(Section):
         description=(
             "Fraction of the training images that is held out for validation. A hash of the "
             "image's name decides whether an image is held out, so adding images does not change "
-            "the choice for the other images. At least one image is held out."
+            "the choice for the other images. At least one image is held out for validation."
         ),
     )
     max_validation_images: Annotated[Positive, MayChange(), DecidesTheWatch()] = Field(
@@ -143,8 +143,8 @@ class DataConfig(Section):
         description=(
             "The two pixel values that mean black and white in the files, such as -1000 3000. "
             "Values outside this range are clipped. The default is 0 255 for 8-bit files, and 0 "
-            "65535 for files of integers with more than 8 bits. Files with floating-point values "
-            "need this option."
+            "65535 for files of integers with more than 8 bits. You must set value_range for files "
+            "with floating-point values."
         ),
     )
     all_pages: bool = Field(
@@ -209,7 +209,8 @@ class DataConfig(Section):
     image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = Field(
         default="lanczos",
         description=(
-            "Filter for resizing images. All three filters use antialiasing, as in Pillow."
+            "Filter for resizing images. The filters `bilinear`, `bicubic` and `lanczos` use "
+            "antialiasing, as in Pillow."
         ),
     )
     resize_with: Literal["torch", "pillow"] = Field(
@@ -223,9 +224,9 @@ class DataConfig(Section):
     jpeg_draft: bool = Field(
         default=True,
         description=(
-            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their height and width, which is faster. "
-            "A JPEG is decoded at a smaller size only if each side then still has at least twice "
-            "as many pixels as the crop needs."
+            "Decode training JPEGs at 1/2, 1/4 or 1/8 of their height and width, which is faster "
+            "than decoding at full size. A JPEG is decoded at a smaller size only if each side "
+            "then still has at least twice as many pixels as the crop needs."
         ),
     )
     max_pixels: Positive | None = Field(
@@ -240,7 +241,7 @@ class DataConfig(Section):
         default=1,
         description=(
             "Number of training crops from each image. With more crops, fewer images must be read "
-            "from disk. train_batch_size must be a multiple of this number."
+            "from disk. train_batch_size must be a multiple of crops_per_image."
         ),
     )
     dataloader_num_workers: Annotated[Count, MayChange()] = Field(

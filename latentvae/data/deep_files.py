@@ -107,7 +107,7 @@ def npy_shape(file: IO[bytes]) -> tuple[int, ...]:
     """Return the shape that the header of a .npy file states."""
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
-        raise BadPixels(f"a .npy of version {version} (versions 1.0 and 2.0 are read)")
+        raise BadPixels(f"the version of a .npy file must be 1.0 or 2.0 (got {version})")
     return _NPY_HEADERS[version](file)[0]
 
 
@@ -142,8 +142,8 @@ def too_many_pixels(count: int) -> str:
     """Return a message: why a file of `count` pixels is not read, and what the user can do."""
     limit = Image.MAX_IMAGE_PIXELS or 0
     return (
-        f"it has {count:,} pixels, more than the limit of {limit:,}. If you trust the file, set "
-        f"max_pixels to {count} or more"
+        f"the image has {count:,} pixels, more than the limit of {limit:,}. If you trust the "
+        f"file, set max_pixels to {count} or more"
     )
 
 
@@ -174,7 +174,7 @@ def is_cut_to_8bit(image: Image.Image) -> bool:
 def is_misread(image: Image.Image) -> bool:
     """Return whether Pillow silently decodes an opened TIFF to a wrong picture.
 
-    Pillow does so for 16-bit colours in separate planes, and for signed 8-bit numbers.
+    Pillow misreads 16-bit colours in separate planes, and signed 8-bit numbers.
     """
     if not isinstance(image, TiffImageFile):
         return False
@@ -247,11 +247,14 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
         if not found.axes:
             raise BadPixels(_DAMAGED)
         if found.photometric not in (0, 1, 2) or found.axes not in ("YX", "YXS", "SYX"):
-            raise BadPixels(f"a TIFF of {found.photometric!s} and axes {found.axes}")
+            raise BadPixels(
+                "a TIFF must be grey or RGB with axes YX, YXS or SYX "
+                f"(got {found.photometric!s} and {found.axes})"
+            )
         if samples > 4:
             raise BadPixels(f"a TIFF must have 1 to 4 channels (got {samples})")
         if samples == 4 and found.photometric != 2 and extra == 0:
-            raise BadPixels("a TIFF of 4 channels that are neither RGB nor alpha")
+            raise BadPixels("a TIFF of 4 channels must be RGB or have an alpha channel")
         check_size(found.imagewidth, found.imagelength)
 
         # stored numbers

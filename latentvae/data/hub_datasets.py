@@ -68,8 +68,8 @@ class HubImages:
 
     Attributes:
         origin: path or name of the data set, configuration and split.
-        numbered: whether some rows are named by their numbers. Rows of another column or
-            configuration of the data set would have the same names.
+        numbered: whether some rows are named by their numbers. Numbers do not identify an image,
+            because another column or configuration has rows with the same numbers.
 
     Example:
         photos = HubImages(DatasetSpec(name="photos.parquet"))
@@ -185,7 +185,7 @@ class HubImages:
 
 
 def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
-    """Open a data set. Return its rows with all columns, and the name of their split.
+    """Open a data set. Return the rows of one split with all columns, and the split's name.
 
     Raises:
         UserError: the data set is missing, damaged or cannot be reached, or has no such split.
@@ -232,12 +232,12 @@ def open_rows(spec: DatasetSpec, *, streaming: bool = False) -> tuple[Any, str]:
 def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[str]] | None:
     """Return file patterns by split, for a folder with a ``*``, ``?`` or ``[`` in its path.
 
-    ``datasets`` would treat such a path as a pattern, and open other files. None means that
-    ``datasets`` chooses the files.
+    ``datasets`` would treat a ``*`` in the path as a wildcard, and open other files. If the path
+    has no wildcard, the result is None: ``datasets`` then finds the files itself.
 
     Raises:
-        UserError: such a folder is given with a configuration. Only ``datasets`` knows the files of
-            a configuration.
+        UserError: the path has a ``*``, ``?`` or ``[``, and a configuration is given. Only
+            ``datasets`` knows the files of a configuration.
     """
     from datasets.data_files import get_data_patterns
 
@@ -363,7 +363,8 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
     Args:
         cell: bytes and path of the image file.
         name: the name of the image in an error.
-        folder: the folder of relative paths, for files that are not in the current folder.
+        folder: the table's folder. A relative path is looked up in the current folder, then in this
+            folder.
 
     Raises:
         UnreadableImage: the cell is empty (null), or its file cannot be read.
@@ -386,7 +387,7 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
 
 
 def _below(folder: Path | None, path: str) -> str:
-    """Return a relative path joined to the folder of its table, if that file exists."""
+    """Return a relative path joined to the table's folder if that file exists, else the path."""
     if folder is None or "\0" in path or os.path.isabs(path) or os.path.exists(path):
         return path
     return str(folder / path) if (folder / path).exists() else path
@@ -404,7 +405,8 @@ def _check_place(path: str, name: str) -> None:
     Other file systems of fsspec could start programs, log in to servers or fill in templates.
 
     Raises:
-        UnreadableImage: the cell names another place, or a pipe, which would hang.
+        UnreadableImage: the cell names a file on another file system, or a pipe. Reading a pipe
+            would hang.
     """
     if "\0" in path:
         raise UnreadableImage(name, "its path has a null byte")
@@ -415,7 +417,7 @@ def _check_place(path: str, name: str) -> None:
     for link in path.split("::"):
         kind = link.partition("://")[0] if "://" in link else ""
         if kind not in PLACES or (not kind and link in KINDS_OF_FSSPEC):
-            raise UnreadableImage(name, f"paths of {kind or link} are not read from tables")
+            raise UnreadableImage(name, f"tables may not name images by paths of {kind or link}")
 
 
 def _holds_files(kind: Any) -> bool:

@@ -138,7 +138,7 @@ def _image_names(root: Path) -> list[str]:
         hint = f" The files there are: {describe(counts)}. {how_to_read(counts)}" if counts else ""
         types = ", ".join(readable_suffixes())
         raise UserError(
-            f"no images in '{root}' or below. These types are read: {types}.{hint}".rstrip()
+            f"no images in '{root}' or in subfolders. These types are read: {types}.{hint}".rstrip()
         )
     say_left_out(str(root), num_images=len(names), counts=counts)
     return names

@@ -49,7 +49,7 @@ def side_cars(names: Iterable[str]) -> set[str]:
 
 
 def count_left_out(images: Iterable[str], others: Iterable[str]) -> Counter[str]:
-    """Count the files that are not used. Return the counts by the name of the kind of file.
+    """Count the files that are not used. Return the number of files by kind, such as ``.csv``.
 
     Args:
         images: the files that are used.

@@ -42,7 +42,7 @@ class PixelFormat:
             these numbers are converted to sRGB.
         keep_depth: return pictures of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
-        max_pixels: largest number of pixels of a file that is read. None is Pillow's limit.
+        max_pixels: largest allowed number of pixels of a file. None is Pillow's limit.
         all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 
     Raises:
@@ -145,7 +145,7 @@ def deep_image(
         values: (H, W, C), of booleans, integers or floats.
         pixels: channels and range of the picture.
         alpha: whether the last channel is alpha.
-        white_is_zero: whether the lowest number means white. If so, the ends of the range are
+        white_is_zero: whether the lowest number means white. If True, the ends of the range are
             swapped.
         icc: the colour profile of the numbers.
 
@@ -157,9 +157,9 @@ def deep_image(
     if values.size == 0:
         raise BadPixels("it has no pixels")
     if kind not in "buif":
-        raise BadPixels(f"it holds {values.dtype}, not numbers of pixels")
+        raise BadPixels(f"the file holds values of type {values.dtype}, not pixel values")
     if kind == "f" and not np.isfinite(values).all():
-        raise BadPixels("its float values are not all finite")
+        raise BadPixels("some of the file's float values are not finite")
 
     # to [-1, 1]
     low, high = pixels.value_range or _own_range(values[..., :count], pixels)
@@ -175,18 +175,20 @@ def deep_image(
 def _own_range(colour: np.ndarray, pixels: PixelFormat) -> tuple[float, float]:
     if colour.dtype == np.int8:
         raise BadPixels(
-            "its integers are signed 8-bit: value_range must say what is black and white"
+            "the file's integers are signed 8-bit: value_range must say what is black and white"
         )
     if colour.dtype.kind != "f":
         top = type_top(colour.dtype)
         if top == INTEGER_TOP and (colour.min() < 0 or colour.max() > top):
             raise BadPixels(
-                "its integer values lie outside 0..65535: value_range must say what is black and "
-                "white"
+                "some of the file's integers lie outside 0..65535: value_range must say what is "
+                "black and white"
             )
         return 0, top
     if pixels.channels != 3:
-        raise BadPixels("its values are floats: value_range must say what is black and white")
+        raise BadPixels(
+            "the file's values are floats: value_range must say what is black and white"
+        )
     return 0, 1 if colour.max() <= 1 else 255
 
 

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw depends on its purpose and counters, not on earlier draws.
 
-So augmentation and order are the same in any worker, on any rank and after a resume. The global
-random generators are not used.
+So augmentation and the order of the images are the same in any worker, on any rank and after a
+resume. The global random generators are not used.
 """
 
 from enum import IntEnum
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """The purpose of a draw. Every stream has its own fixed number of counters."""
+    """The purpose of a draw. All draws of one purpose have the same number of counters."""
 
     ORDER = 1  # (seed, epoch)
     AUGMENT = 2  # (seed, epoch, index)

@@ -10,7 +10,7 @@ Each kind of file is treated as follows.
   profiles are ignored.
 - CMYK without a profile is converted by plain subtraction. CMYK JPEGs count as inverted, because
   Adobe writes them so.
-- A grey TIFF whose lowest number means white is inverted, with 8 bits or more.
+- A grey TIFF of 8 bits or more is inverted if its lowest number means white.
 - A ``.npy`` file contains (H, W) for one channel, or (H, W, C) with exactly the requested channels.
 
 Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison with codecs.
@@ -24,8 +24,8 @@ with and without a ``PixelFormat``.
 
 Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
 reads pictures that are too deep for Pillow. Some damage cannot be detected, because the file can
-still be decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that ends too early but
-with a well-formed end. The missing part of such a picture is grey or black.
+still be decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that lacks pixels but has a
+valid end marker. The missing part of such a picture is grey or black.
 """
 
 import io
@@ -93,9 +93,9 @@ def read_image(
 
     Args:
         source: a path, or the bytes of a file.
-        at_least: smallest allowed length of a decoded JPEG's shorter side, in pixels. Within this
-            limit, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is much faster. None
-            decodes at full size.
+        at_least: smallest allowed length of a decoded JPEG's shorter side, in pixels. If the
+            shorter side stays long enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
+            is much faster than decoding at full size. None decodes at full size.
         pixels: channels and range. Pictures deeper than 8 bits are returned as a ``DeepImage``,
             other pictures as a Pillow image of mode "L", "RGB" or "RGBA".
         page: the page of a TIFF, from 0.
@@ -187,7 +187,7 @@ def _to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _with_range(image: Image.Image, pixels: PixelFormat, *, icc: bytes | None) -> DeepImage:
-    """Convert a loaded image to a `DeepImage`. The image has one band, or colours of 8 bits."""
+    """Convert a loaded image to a `DeepImage`. The image is grey, or has colours of 8 bits."""
     negative = deep_files.white_is_zero(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)[..., None]
@@ -257,9 +257,9 @@ def _grey_to_8bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     if not np.isfinite([low, high]).all():
-        raise UnreadableImage("", "its float values are not all finite")
+        raise UnreadableImage("", "some of the file's float values are not finite")
     if image.mode != "F" and (low < 0 or high > 65535):
-        raise UnreadableImage("", "its integer values lie outside 0..65535")
+        raise UnreadableImage("", "some of the file's integers lie outside 0..65535")
     scale = 1 / 257 if image.mode != "F" else 255.0 if high <= 1 else 1.0
     levels = np.rint(np.clip(values * scale, 0, 255)).astype(np.uint8)
     grey = Image.fromarray(255 - levels if deep_files.white_is_zero(image) else levels)

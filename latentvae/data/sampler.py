@@ -9,13 +9,13 @@ from latentvae.errors import UserError
 
 
 class IndexSampler(Sampler[list[tuple[int, int]]]):
-    """An endless sampler that yields (epoch, index) of the images of each micro-step of a rank.
+    """An endless sampler that yields a list of (epoch, image index) for each micro-step of a rank.
 
     No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch,
-    which has the B * W images of all W ranks. Each epoch orders the images anew. At step s of an
-    epoch the joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of W equal
-    parts of the joint batch. So two ranks see the same images as one process with twice the batch
-    size.
+    which has the B * W images of all W ranks. Each epoch has its own random order of the images. At
+    step s of an epoch the joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of
+    W equal parts of the joint batch. So two ranks see the same images as one process with twice the
+    batch size.
 
     Args:
         num_items: number of images.

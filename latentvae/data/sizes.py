@@ -76,8 +76,8 @@ def _size(file: IO[bytes], page: int) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an opened image, or 1 if Pillow's size is upright already.
 
-    Pillow itself turns the size of a TIFF. A PNG with EXIF data after its pixels counts as upright,
-    because finding this EXIF data would mean decoding the complete file.
+    For a TIFF, Pillow already returns the upright size. A PNG with EXIF data after its pixels
+    counts as upright, because finding this EXIF data would mean decoding the complete file.
     """
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1

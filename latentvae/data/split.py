@@ -1,9 +1,9 @@
 """Open images in any form, and choose which are for training and which for validation.
 
 Every source sorts its images by a name that does not depend on how they are stored. The hash of
-that name decides whether an image is held out for validation. So the two sets are the same whether
-the images are stored as a folder, as tar files or as a table with paths. With the same seed, the
-batches are also the same.
+that name decides whether an image is held out for validation. So the training and the validation
+images are the same whether the images are stored as a folder, as tar files or as a table with
+paths. With the same seed, the batches do not depend on the form of storage either.
 """
 
 import hashlib
@@ -79,23 +79,24 @@ def some_of(source: ImageSource, at_most: int) -> Subset:
 def open_source(
     spec: Spec, *, split: str = "validation", pixels: PixelFormat | None = None
 ) -> ImageSource:
-    """Open the images that ``spec`` names. The content of a folder decides its form.
+    """Open the images that ``spec`` names. The content of a folder decides how it is read.
 
-    A string or path may be ``"samples"`` (``SamplePhotos``) or ``"sprites"`` (``Sprites``). Write
-    ``./samples`` for a folder of that name. Other strings and paths are a folder of images, tar
-    files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar file, a folder
-    of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a folder of such
-    files, or a folder written by ``save_to_disk``. A folder that holds any image is a folder of
-    images.
+    A string or path may be ``"samples"`` (``SamplePhotos``) or ``"sprites"`` (``Sprites``). To open
+    a folder named ``samples``, write ``./samples``. Other strings and paths name a folder of
+    images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar
+    file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a
+    folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
+    a folder of images.
 
-    A ``DatasetSpec`` names one of these forms with options or, if there is no such path, a data set
-    of the Hub. With a ``DatasetSpec``, a folder of images is a table with the splits that
-    ``datasets`` finds in the folder.
+    A ``DatasetSpec`` may name the same images as a string, and adds options. Any other name is a
+    data set of the Hub. If the name is a folder of images, the folder is read as a table with the
+    splits that ``datasets`` finds in the folder.
 
     Args:
-        spec: the images, in one of these forms.
-        split: the split of the sample photos or of a local table. Other forms have no splits, so
-            all images are used. A ``DatasetSpec`` names its split itself.
+        spec: the name of the images, or a ``DatasetSpec``.
+        split: the split of the sample photos or of a local table. Images in folders and tar files
+            and the sprites have no splits, so all are used. A ``DatasetSpec`` names its split
+            itself.
         pixels: the format of every image. None means 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
@@ -107,7 +108,7 @@ def open_source(
     if kind == "table" and pixels is not None and pixels.all_pages:
         raise UserError(
             "all_pages reads the pages of TIFF files in folders and tar shards, not in tables. "
-            f"Leave it out for '{spec.name}', or give the files."
+            f"Leave all_pages out for '{spec.name}', or give a folder or tar files of TIFFs."
         )
     return SOURCES[kind](spec, pixels)
 
@@ -130,18 +131,18 @@ def open_images(
     max_train_samples: int | None = None,
     pixels: PixelFormat | None = None,
 ) -> tuple[ImageSource, ImageSource]:
-    """Open the images for training and for validation. No file is in both.
+    """Open the images for training and for validation. No file is used for both purposes.
 
     Args:
         spec: the images, as for ``open_source``. From sample photos and tables, the training split
             is used.
-        validation_data_dir: the validation images, in the same forms as ``spec``. If a file of a
-            folder, or a tar file, belongs to both data sets, it is left out of training. If two
-            tables share a file, UserError is raised.
+        validation_data_dir: the validation images, in the same forms as ``spec``. An image file or
+            tar file that both ``spec`` and ``validation_data_dir`` contain is not used for
+            training. If two tables share a file, UserError is raised.
         split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
             ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
-            held out. So if you add images, no other image moves between the two sets. At least one
-            image is held out, and at least one image is kept for training.
+            held out. So if you add images, no other image moves between training and validation. At
+            least one image is held out, and at least one image is kept for training.
         seed: seed of the hash. Another seed holds out other images.
         max_train_samples: largest number of training images. The images with the smallest hashes of
             name and ``seed`` are used. So a smaller set is a subset of a larger set, and both are
@@ -183,21 +184,22 @@ def _kind(name: str) -> Form | None:
 def _check_no_folder(path: Path) -> None:
     """Raise UserError if a folder has the same name as a built-in data set.
 
-    Such a name could mean the folder or the data set. Without the error, the images of the wrong
-    one could be used silently.
+    A name such as ``sprites`` could mean the folder or the built-in data set. Without the error,
+    the user could get the wrong images without notice.
     """
     if path.exists():
         raise UserError(
-            f"'{path}' is the name of a built-in data set, and there is also a folder or file "
-            f"'{path}' here. Write './{path}' for the folder. For the data set, start in another "
-            "folder."
+            f"'{path}' is the name of a built-in data set, and the current folder also has a "
+            f"folder or file '{path}'. Write './{path}' for the folder. To use the built-in data "
+            "set, run the command in another folder."
         )
 
 
 def _kind_with_options(spec: DatasetSpec) -> Form:
     """Return the form of a data set with options.
 
-    A folder of images is a table here, because it has the splits that `datasets` sees in it.
+    With options, `datasets` reads a folder of images as a table, because `datasets` can find splits
+    in the folder.
 
     Raises:
         UserError: tar files are given with an option that they do not support, or they have several
@@ -252,8 +254,8 @@ def _hold_out(
         raise UserError(f"the held-out share must lie between 0 and 1, such as 0.02 (got {share}).")
     if len(source) < 2:
         raise UserError(
-            f"there is only one image ('{source.name(0)}'). Give at least two, so that one can "
-            "be held out for validation."
+            f"there is only one image ('{source.name(0)}'). Give at least two images, so that one "
+            "can be held out for validation."
         )
 
     # All pages of a file get the same hash, so that they stay together. With few files, this could
@@ -277,14 +279,17 @@ def held_out(names: Sequence[str], *, share: float, seed: int) -> list[bool]:
     """
     if len(set(names)) < 2:
         raise UserError(
-            f"there are {len(set(names))} images. Give at least two, so that one can be held out "
-            "for validation."
+            f"there are {len(set(names))} images. Give at least two images, so that one can be "
+            "held out for validation."
         )
     return _lowest([_unit_hash(name, seed) for name in names], share)
 
 
 def _lowest(draws: Sequence[float], share: float) -> list[bool]:
-    """Return for each draw whether it is below `share`. Both results occur at least once."""
+    """Return for each hash in [0, 1) whether it is below `share`.
+
+    The lowest hash always counts as below `share`, and the highest hash never does.
+    """
     first, last = min(draws), max(draws)
     return [draw == first or (draw < share and draw != last) for draw in draws]
 
@@ -344,19 +349,20 @@ def _check_other_tables(train: HubImages, validation: HubImages) -> None:
     if shared := sorted(ours & theirs):
         raise UserError(
             f"'{shared[0]}' is a file of both the training and the validation data, and single "
-            "rows cannot be left out. Give other validation data, or none to hold out a share."
+            "rows cannot be left out. Give other validation data, or none to hold out a share of "
+            "the training data."
         )
 
 
 def _all_shared(train: ImageSource) -> str:
     return (
         f"every training image is also in the validation data (the first is '{train.name(0)}'). "
-        "Give other validation data, or none to hold out a share."
+        "Give other validation data, or none to hold out a share of the training data."
     )
 
 
 def _files(source: HubImages | ImageFolder) -> list[Path | None]:
-    """Return each image's own file with links resolved, or None if a table contains the image."""
+    """Return the file of each image with links resolved, or None if a table contains the image."""
     if isinstance(source, HubImages):
         return source.files()
     return [source.file(i).resolve() for i in range(len(source))]

@@ -6,9 +6,12 @@ same order. Nothing is downloaded or stored. Every image is drawn when it is rea
 
 Differences from dSprites:
 
-- Our shapes have other outlines and sizes, so results are close to results on dSprites, not equal.
-- Our 40 rotations are k * 2 pi / 40. In dSprites, the first and the last rotation are the same.
-- The 32 positions of the centre are one pixel apart, so a shape has the same pixels everywhere.
+- Our shapes have other outlines and sizes than in dSprites, so results are close to results on
+  dSprites, not equal.
+- Our 40 rotation angles are k * 2 pi / 40, for k = 0 to 39. In dSprites, the first and the last
+  rotation are the same.
+- The 32 positions of the centre are one pixel apart, so a shape has the same pixels at every
+  position.
 
 A square looks the same after a quarter turn, and an ellipse after a half turn. So some images with
 different factors are equal.
@@ -141,10 +144,11 @@ def _checked(factors: np.ndarray) -> np.ndarray:
 
 @cache
 def _stamps() -> np.ndarray:
-    """Return all shapes, scales and rotations at the centre: (3, 6, 40, 33, 33), uint8.
+    """Return pictures of all shapes, scales and rotations, centred: (3, 6, 40, 33, 33), uint8.
 
-    Only sums, products and comparisons decide about a pixel. IEEE 754 defines them to the bit. Sine
-    and cosine may differ in the last bit between machines, so they are rounded.
+    Only basic arithmetic and comparisons decide whether a pixel is white. IEEE 754 defines the
+    results of these operations to the bit. Sine and cosine may differ in the last bit between
+    machines, so they are rounded.
     """
     angles = np.arange(SIZES[2]) * (2 * math.pi / SIZES[2])
     cosine, sine = (np.round(f(angles), 9)[:, None, None] for f in (np.cos, np.sin))
@@ -172,7 +176,7 @@ def _in_ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _in_heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return where (x^2 + y^2 - 1)^3 <= x^2 y^3, with the centre of mass at the origin."""
+    """Return whether (x^2 + y^2 - 1)^3 <= x^2 y^3, with the centre of mass at the origin."""
     x, y = u / _HEART, v / _HEART + _HEART_CENTROID
     ring = x * x + y * y - 1
     return ring * ring * ring <= x * x * y * y * y

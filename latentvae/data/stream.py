@@ -1,8 +1,8 @@
 """Training images from a data set too large to download, read row by row.
 
-Streams have no access by number. So the images are shuffled only within a buffer, and a resumed run
-does not read exactly the same images as a run without interruption. If the images fit on disk, use
-``open_images``, which has none of these limitations.
+A stream cannot read an image by its number. So the images are shuffled only within a buffer, and a
+resumed run does not read exactly the same images as a run without interruption. If the images fit
+on disk, use ``open_images``: all images are then shuffled, and a resumed run reads the same images.
 """
 
 import hashlib
@@ -65,14 +65,14 @@ class FirstRows:
 
 
 class ImageStream:
-    """A data set that is read as a stream: row by row, without access by number.
+    """A data set that is read as a stream: row by row, without random access.
 
     Args:
         spec: the data set.
         held_out: number of first rows that are kept in memory for validation, in the attribute
             ``held_out``. Files with the same bytes as one of these rows are never trained on.
-        shuffle_buffer: number of undecoded images kept in memory in each worker. The next image is
-            a random one of these images.
+        shuffle_buffer: number of undecoded images kept in memory in each worker. Each worker draws
+            its next image at random from this buffer.
         pixels: the format of every image. None means 8-bit RGB.
     """
 
@@ -218,9 +218,9 @@ class _TrainStream(IterableDataset[TrainItem]):
                 shown += 1
             if not skipped and not shown:
                 raise UserError(
-                    f"nothing of '{self.stream.name}' is left to train on for one of {world_size} "
-                    f"processes with {workers} workers. Use fewer processes or "
-                    "workers, or hold out fewer images."
+                    f"a worker ({world_size} processes with {workers} workers each) gets no "
+                    f"training images from '{self.stream.name}'. Use fewer processes or workers, "
+                    "or hold out fewer images."
                 )
 
     def _items(self, rows: Iterable[Any], numbers: Iterator[int]) -> Iterator[TrainItem]:

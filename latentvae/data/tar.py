@@ -1,8 +1,8 @@
 """Images in tar files (webdataset shards), read by offset in any order, as from a folder.
 
 https://github.com/webdataset/webdataset. Each member that is an image file is one image. Other
-members (``.cls``, ``.json``, and a ``.npy`` with an image's key) are not read. `tar_index.texts_in`
-reads the captions (``.txt``).
+members (``.cls``, ``.json``, and a ``.npy`` with the name of an image) are not read.
+`tar_index.texts_in` reads the captions (``.txt``).
 """
 
 import glob

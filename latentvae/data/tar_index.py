@@ -90,7 +90,7 @@ def texts_in(path: Path, *, largest: int) -> dict[str, str]:
 
     Args:
         path: the tar file.
-        largest: number of bytes of a text that are read at most.
+        largest: largest number of bytes to read of each text.
     """
     found: dict[str, str] = {}
     # Damaged headers raise errors of many types. `shard_index` reports the damage.

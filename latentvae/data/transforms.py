@@ -2,8 +2,8 @@
 
 A window consists of whole source pixels, and the resize is antialiased. So "resize the shorter side
 to R, then crop R x R" is one resize of a window as wide as the shorter side. A small image is
-enlarged. An image whose shorter side is R already is not resampled. For an output size that is not
-square, the window is the largest window of that shape. ``R``, and ``H W``, are in pixels.
+enlarged. An image whose shorter side is R already is not resampled. If the output is not square,
+the window is the largest window with the output's aspect ratio. ``R``, and ``H W``, are in pixels.
 """
 
 import math
@@ -131,9 +131,9 @@ class TrainTransform:
         None means that JPEGs are decoded at full size.
 
         The side is twice the side that the narrowest window needs, because JPEG decoders shrink an
-        image blockwise. Compared with crops of the image decoded at full size, the crops have a
-        PSNR of 47 dB. The PSNR would be 43 dB with 1.5 times the needed side, and 38 dB with the
-        needed side (means over photos of BSDS500 at JPEG quality 90).
+        image blockwise. Compared with crops of the image decoded at full size, crops of the
+        shrunk image have a PSNR of 47 dB. The PSNR would be 43 dB with 1.5 times the needed side,
+        and 38 dB with the needed side (means over photos of BSDS500 at JPEG quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -146,7 +146,7 @@ class TrainTransform:
         Args:
             image: the picture.
             window: relative size and position of the crop, and whether to flip it.
-            size: height and width of the image's bucket. None means the transform's own size.
+            size: height and width of the image's bucket. None means the transform's resolution.
         """
         height, width = size or self.size
         pixels = resized_window(

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def explained_workers(num_workers: int) -> Iterator[None]:
     """Warn once, in place of torch's own warning, if there are more workers than CPU cores.
 
-    Enter this context before creating a ``DataLoader`` and its iterator, because torch warns in
-    both.
+    Create a ``DataLoader`` and its iterator inside this context, because torch warns when either is
+    created.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -75,7 +75,10 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     values = checked_values(SavedValues, snapshot.values)
     task, tensors = training.task, snapshot.tensors
     if snapshot.update not in (None, values.progress.update):
-        raise not_of_a_run(f"its state.json is of update {values.progress.update}")
+        raise not_of_a_run(
+            f"its state.json is of update {values.progress.update}, but the folder's name says "
+            "another update"
+        )
     state = checked_values(task.state_class, values.task)
     rank_states = [checked_values(task.rank_state_class, own) for own in values.ranks]
     _check_tensors(training, tensors, values)
@@ -180,15 +183,15 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
     if found is None or found.shape != wanted.shape:
         shape = "missing" if found is None else tuple(found.shape)
         raise UserError(
-            f"the checkpoint is not of this configuration: size mismatch for {name} in "
-            f"{file}.safetensors: {shape} there, {tuple(wanted.shape)} in the network"
+            f"the checkpoint is not of this configuration: size mismatch for {name}: {shape} in "
+            f"{file}.safetensors, {tuple(wanted.shape)} in the network"
         )
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
     """Raise UserError if processes, precision or data differ from those at the start of the run.
 
-    These differences do not show in the options.
+    A comparison of the options does not find these differences.
     """
     if values.world_size != world_size():
         raise UserError(
@@ -213,5 +216,5 @@ def _check_same_circumstances(training: Training, values: SavedValues) -> None:
         raise UserError(
             f"training data or frozen networks are not the same as at the start of the run "
             f"({listed}). "
-            "Restore them, or start a new run in another output_dir."
+            "Restore the old data and networks, or start a new run in another output_dir."
         )

@@ -47,8 +47,8 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
     """Write `checkpoint-<update>` into the folder `run`. Return the checkpoint's folder.
 
     Afterwards all checkpoints except the newest `keep` are deleted. An existing checkpoint is never
-    overwritten: a kill between the deletion of the old and the rename of the new checkpoint would
-    leave none. If writing fails, for example on a full disk, the incomplete checkpoint is deleted.
+    overwritten, because a kill just after its deletion would leave no checkpoint. If writing fails,
+    for example on a full disk, the incomplete checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
@@ -191,7 +191,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Set file modes by the umask, because only the owner can read files of safetensors."""
+    """Set file modes by the umask, because only the owner can read what safetensors writes."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -202,11 +202,15 @@ def _fault(folder: Path) -> str:
     """Return why a checkpoint cannot be used, or an empty string."""
     if not (folder / "manifest.json").exists():
         return "manifest.json is missing"
+
     try:
         manifest = read_json(folder / "manifest.json")
         files = manifest["files"]
         if manifest["update"] != update_of(folder):
-            return f"manifest.json is of update {str(manifest['update'])[:20]}"
+            return (
+                f"manifest.json is of update {str(manifest['update'])[:20]}, but the folder's name "
+                "says another update"
+            )
         present = {path.name for path in folder.glob("*.safetensors")} | {"state.json"}
         if not present <= files.keys():
             return f"{min(present - files.keys())} is not in manifest.json"

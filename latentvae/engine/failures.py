@@ -80,14 +80,14 @@ def _disk(error: Exception, text: str, task: Task) -> str | None:
     if number not in _FULL:
         return (
             f"'{name}' cannot be read or written any more ({errno.errorcode[number]}). Complete "
-            f"files in '{folder}' are kept, and the same command resumes from there."
+            f"files in '{folder}' are kept. The same command resumes from the newest checkpoint."
         )
 
     free = shutil.disk_usage(folder).free if folder.exists() else 0
     return (
         f"'{name}' cannot be written: the disk is full ({free / 2**20:,.0f} MiB free). The older "
         "checkpoints are complete. Free some space, or keep fewer checkpoints with "
-        "--checkpoints_total_limit 1. Then the same command resumes."
+        "--checkpoints_total_limit 1. Then the same command resumes the run."
     )
 
 

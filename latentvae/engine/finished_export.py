@@ -41,12 +41,12 @@ def export_checkpoint(task: Task, folder: Path, out: Path) -> int:
     another precision and another number of processes than this export.
 
     Args:
-        task: the task with the options of the run, not opened.
+        task: the task with the options of the run, before a call of its method `open`.
         folder: the run's folder.
-        out: the export's folder. An existing export in this folder is replaced.
+        out: the export's folder. An existing export in `out` is replaced.
 
     Raises:
-        UserError: there is no checkpoint that can be used, or the data are not there any more.
+        UserError: there is no checkpoint that can be used, or the run's data no longer exist.
     """
     checkpoint, faults = newest_usable(folder)
     if checkpoint is None:

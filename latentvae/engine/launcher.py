@@ -24,7 +24,7 @@ class Setting(NamedTuple):
         allowed: the values of the setting that training supports, in lower case.
         key: the setting's name in the launcher's configuration file.
         name: name of the setting in messages.
-        remedy: what the user can do.
+        remedy: text that tells the user which supported setting to use.
     """
 
     variable: str
@@ -52,7 +52,7 @@ SETTINGS = (
         _OFF,
         "parallelism_config",
         "a parallelism_config",
-        "Launch without it: only data parallelism is supported.",
+        "Launch without a parallelism_config: only data parallelism is supported.",
     ),
 )
 PRECISION = Setting(
@@ -82,12 +82,12 @@ def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os
             shown = "" if value.lower() in ("true", "1") else f" {value.lower()}"
             raise UserError(
                 f"the launcher asks for {setting.name}{shown} ({_origin(setting.key, value)}). "
-                f"This trainer does not support it. {setting.remedy}"
+                f"Training does not support this setting. {setting.remedy}"
             )
 
 
 def _origin(key: str, value: str) -> str:
-    """Return text that names the file or the other place from which a setting comes."""
+    """Return text that says where a setting is made: file, command line or environment."""
     for path in (_named_by_launcher(), Path(default_config_file)):
         if path is not None and path.is_file():
             with contextlib.suppress(UserError):

@@ -77,7 +77,7 @@ def _take(folder: Path) -> int | None:
 
 
 def _open_locked(path: Path) -> int | None:
-    """Open and lock a file. Return its descriptor, or None on Windows, which has no such locks.
+    """Open and lock a file. Return its descriptor, or None on Windows, which lacks POSIX locks.
 
     Raises:
         UserError: another process holds the lock.

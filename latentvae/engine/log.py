@@ -59,11 +59,11 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: the `Accelerator`, which knows the ranks and the tracker.
-        start: number of updates already done. Rows of later updates, which a killed run has left in
-            log.jsonl, are dropped.
+        start: number of updates already done. Rows of updates after `start`, which a killed run has
+            left in log.jsonl, are deleted.
         total: number of updates of the complete run.
         items_per_update: effective batch size.
-        unit: name of the items, such as images.
+        unit: name of the items in a batch, such as images.
         shown: names of the logged values on the progress line.
         waiting: measures how long updates wait for batches, for `time/data_wait_share` and a
             warning.
@@ -189,7 +189,10 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Delete the log rows of later updates, because the run repeats them. Return the other rows."""
+    """Delete the log rows after `update`, because the run repeats these updates.
+
+    Return the rows that stay.
+    """
     kept = [row for row in read_rows(path) if row["update"] <= update]
     temporary = path.with_suffix(".jsonl.tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

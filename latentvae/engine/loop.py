@@ -47,7 +47,7 @@ class Stopped(Exception):
     def __init__(self, signal: int, checkpoint: Path) -> None:
         super().__init__(
             f"stopped by signal {signal} and saved {checkpoint}. The same command resumes "
-            "from there."
+            "from this checkpoint."
         )
         self.signal = signal
 
@@ -62,7 +62,7 @@ def train(task: Task) -> Path:
         RunError: the machine ended the run, for example by a full disk, too little memory or a dead
             process.
         UploadError: the run is finished and exported, but the upload to the Hub failed.
-        Stopped: a signal stopped the run. The run saved everything first.
+        Stopped: a signal stopped the run, which first saved a checkpoint.
     """
     # all checks that need no other processes
     task.config = checked(task.config)
@@ -105,8 +105,8 @@ def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator
     """Start or resume the run in `folder`. Return the number of updates done.
 
     Args:
-        task: what to train. Its options are already converted for this number of processes.
-        asked: the options as the user gave them. These options are saved in the folder.
+        task: what to train. The task's options are already converted for this number of processes.
+        asked: the options as the user gave them. These options are saved in the run's folder.
         folder: the run's folder.
         accelerator: knows the processes.
     """
@@ -254,7 +254,8 @@ class _Loop:
         if progress.skipped_in_a_row >= allowed:
             raise RunError(
                 f"{allowed} updates in a row were skipped, because their gradient {fault}. The "
-                f"last is {progress.update} ({reason}). The checkpoints are untouched. "
+                f"last skipped update is {progress.update} ({reason}). The checkpoints are "
+                "untouched. "
                 f"Try a lower learning_rate, --mixed_precision no{self.task.non_finite_advice}."
             )
 

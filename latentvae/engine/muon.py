@@ -32,7 +32,7 @@ class MuonWithAdamW(optim.AdamW):
         lr: learning rate of AdamW.
         muon_lr: learning rate of Muon.
         momentum: decay of Muon's average of gradients.
-        options: other options of AdamW. Muon has the same weight decay.
+        options: other options of AdamW. Muon uses AdamW's weight decay.
     """
 
     def __init__(

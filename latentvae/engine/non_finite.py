@@ -37,7 +37,9 @@ def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Tas
             where = f"process {process}: " if world_size() > 1 else ""
             on = f" on {names}" if names else ""
             clauses.append(f"{where}{', '.join(terms)} not finite{on}")
-    return ", then ".join(clauses) or "every term is finite, but the gradient of their sum is not"
+    return ", then ".join(clauses) or (
+        "every loss term is finite, but the gradient of the total loss is not"
+    )
 
 
 def _shown(names: Sequence[str]) -> str:

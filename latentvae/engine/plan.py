@@ -78,7 +78,10 @@ def _precision(training: Training) -> str:
 
 
 def _threads(training: Training) -> str:
-    """Return text with the number of threads of each process. Launchers set one by default."""
+    """Return text with the number of threads of each process.
+
+    By default, launchers give each of several processes only one thread.
+    """
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f", {threads} thread{'s' if threads > 1 else ''} per process"
     if threads * training.accelerator.num_processes < cores:

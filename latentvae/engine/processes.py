@@ -85,8 +85,9 @@ def prepare(accelerator: Accelerator, module: nn.Module, *, some_wait: bool = Fa
     """Wrap a module in autocast and, with several processes, in DDP.
 
     Args:
-        some_wait: whether some parameters get no gradient in some updates. DDP then looks for these
-            parameters in each forward pass. Otherwise DDP would wait for their gradients.
+        some_wait: whether some parameters get no gradient in some updates. If True, DDP looks for
+            these parameters in each forward pass. If False, DDP waits for the gradients of all
+            parameters.
     """
     if accelerator.ddp_handler is not None:  # `start_accelerator` sets it
         accelerator.ddp_handler.find_unused_parameters = some_wait

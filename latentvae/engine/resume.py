@@ -91,9 +91,9 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 def settle_precision(config: Config, folder: Path) -> Config:
     """Return the options with a precision in place of the value `auto` of `mixed_precision`.
 
-    An existing run in `folder` keeps its precision. None stands for the precision that the launcher
-    sets. A new run gets the precision that is fastest on this machine, and its config.yaml records
-    this precision.
+    An existing run in `folder` keeps its precision. The precision None means the precision that the
+    launcher sets. A new run gets the precision that is fastest on this machine, and its config.yaml
+    records this precision.
     """
     if config.run.mixed_precision != "auto":
         return config
@@ -105,7 +105,10 @@ def settle_precision(config: Config, folder: Path) -> Config:
 
 
 def check_same_config(now: JobConfig, then: JobConfig) -> None:
-    """Raise UserError, which names the options, if options that change the result differ."""
+    """Raise UserError if options that change the result differ from those of the run.
+
+    The error names the options.
+    """
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)
     changed = [name for name in new if new[name] != old.get(name) and name not in may_change]
@@ -160,7 +163,7 @@ def _take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path
 
 
 def _checkpoint(wanted: str, folder: Path) -> Path | None:
-    """Return the checkpoint that `wanted` names, or None if there is none for `latest`.
+    """Return the checkpoint that `wanted` names (for `latest`, the newest valid one or None).
 
     Raises:
         UserError: a named checkpoint is not a checkpoint of this run, or is damaged.

@@ -54,10 +54,11 @@ class Learner:
     """A module with the optimizer that trains it.
 
     Attributes:
-        module: the bare module. A checkpoint holds its `state_dict`.
+        module: the bare module. A checkpoint holds the `state_dict` of this module.
         prepared: the same module wrapped by DDP and autocast. Training calls this wrapped module.
         optimizer: trains the module's parameters.
-        rate: peak learning rate. The engine sets the rate of all parameter groups in every update.
+        rate: peak learning rate. In every update, the engine sets the learning rate of each
+            parameter group.
         averaged: the part of the module whose weights are averaged, validated and exported. None
             means no average: the trained weights are validated and exported.
     """
@@ -134,8 +135,8 @@ class Task(ABC):
         learners: modules with their optimizers (see `Learner`) by name, created by `build`. The
             names of checkpoint files and log values contain the name of the learner.
         device: the device of modules and batches. The engine sets it before `build`.
-        say: prints a line above the progress bar. The function works only after `begin` was called,
-            and only on the first rank.
+        say: prints a line above the progress bar. Call `say` only after `begin` was called, and
+            only on the first rank.
         steps_per_epoch: number of micro-steps in an epoch, in which every item is used once. None
             means unknown.
     """
@@ -285,11 +286,11 @@ class Task(ABC):
         """
 
     def keys(self, batch: Any) -> Any:
-        """Return small values from which `names` can later compute the names of the items."""
+        """Return small values from which `names` can later compute the names of a batch's items."""
         return None
 
     def names(self, keys: Any) -> list[str]:
-        """Return the names of a batch's items, given the result of `keys`, for a message."""
+        """Return the names of a batch's items, given the result of `keys`, for an error message."""
         return []
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
@@ -320,7 +321,7 @@ class Task(ABC):
             update: number of the update, from 0.
             values: logged values of the update's micro-steps.
             means: the values of `measured`, averaged over all ranks.
-            averages: the average of each averaged weight. The task may change it in place.
+            averages: the average of each averaged weight. The task may change averages in place.
 
         Returns:
             More values to log.
@@ -362,7 +363,7 @@ class Task(ABC):
         return ", ".join(shown)
 
     def validated(self, update: int, values: Mapping[str, float]) -> None:
-        """Process the results of a new validation, or after a resume those in the log."""
+        """Process the results of a validation: a new one or, after a resume, the one in the log."""
 
     def summary(self) -> str | None:
         """Return the text to print when the run ends or stops, if any."""
@@ -430,7 +431,10 @@ class Task(ABC):
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """Return the options of a short run for `verify-resume`: all phases fit in `updates`."""
+        """Return the options of a short run in which all training phases start within `updates`.
+
+        The command `verify-resume` makes such short runs.
+        """
         return config
 
     def check_repeatable(self) -> None:

@@ -19,16 +19,20 @@ from latentvae.errors import UserError
 
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _OFFLINE = {
-    "wandb": "`wandb login`, or WANDB_MODE=offline to keep it on this machine for `wandb sync`, "
+    "wandb": "`wandb login`, or set WANDB_MODE=offline to keep the logs on this machine for "
+    "`wandb sync`, "
 }
 
 
 def check_tracker(name: str) -> None:
-    """Raise UserError if a tracker is not installed. Accelerate would silently run without it."""
+    """Raise UserError if a tracker is not installed.
+
+    Without this check, Accelerate would silently run without the tracker.
+    """
     packages = _PACKAGES.get(name, ())
     if packages and not any(importlib.util.find_spec(package) for package in packages):
         raise UserError(
-            f"report_to is '{name}', but it is not installed. Run `pip install "
+            f"report_to is '{name}', but {name} is not installed. Run `pip install "
             f"{packages[0]}`, or use --report_to none."
         )
 
@@ -76,7 +80,7 @@ def start_tracker(
 class Tracker:
     """A logger that sends values and pictures to the tracker.
 
-    Without a tracker, as on ranks after the first, the methods do nothing.
+    On ranks other than 0, and in runs without a tracker, the methods do nothing.
 
     Args:
         accelerator: holds the tracker.

@@ -40,7 +40,7 @@ class Training:
 
     @property
     def items_per_update(self) -> int:
-        """Number of items in one update, over all processes."""
+        """Number of training samples in one update, summed over all processes."""
         options = self.config.run
         per_process = options.train_batch_size * options.gradient_accumulation_steps
         return per_process * self.accelerator.num_processes
@@ -63,7 +63,7 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Use eval mode, and averaged weights in all modules that have them, in this context."""
+        """Put all modules in eval mode inside this context, with averaged weights if they exist."""
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged
@@ -77,7 +77,7 @@ def build_training(
     """Build the training of an opened task, initialised from the seed on every rank.
 
     Args:
-        task: what to train. The task's data are open.
+        task: what to train, after its method `open` was called.
         folder: the run's folder.
         accelerator: knows the processes and the device.
         resumed: whether a checkpoint will overwrite the weights.

@@ -1,7 +1,7 @@
 """Make one update: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
-The caller writes logs and checkpoints. The command `preflight` uses this module for its updates
-too.
+The code that calls `Updates.make` writes the logs and checkpoints. The command `preflight` uses
+this module for its updates too.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ class UpdateResult:
         finite: whether all gradients of all ranks were finite, and no gradient norm was above
             skip_grad_norm. If `finite` is False, the update changed only counters, not weights.
         norms: norms of the gradients before clipping, by log name.
-        signal: number of a signal that some rank has received, or 0.
+        signal: number of a process signal (such as SIGTERM) that some rank has received, or 0.
         values: values to log for each micro-step and for the update: scalars on the device by log
             name.
-        keys: the result of `Task.keys` for each micro-step's batch.
+        keys: for each micro-step's batch, the values from which `Task.names` computes the names of
+            the training samples.
     """
 
     finite: bool = True
@@ -46,7 +47,8 @@ class Updates:
 
     Args:
         training: the training whose weights are updated.
-        requested: returns the number of the signal that this rank has received, or 0.
+        requested: function that returns the number of the process signal (such as SIGTERM) that
+            this rank has received, or 0.
     """
 
     def __init__(self, training: Training, *, requested: Callable[[], int] = lambda: 0) -> None:
@@ -66,7 +68,9 @@ class Updates:
         task, progress, result = self.training.task, self.training.progress, UpdateResult()
         learning = task.learning(progress.update)
         if not learning:
-            raise ValueError("A task must name a learner for each update (got none).")
+            raise ValueError(
+                "A task must name a learner (module and optimizer) for each update (got none)."
+            )
         self.set_learning_rates()
 
         # gradients
@@ -120,13 +124,13 @@ class Updates:
 
     @cached_property
     def _parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters of each learner (a module with its optimizer), found once."""
+        """Return the parameters of each learner (a module and its optimizer), collected once."""
         learners = self.training.task.learners
         return {name: list(learner.module.parameters()) for name, learner in learners.items()}
 
     @cached_property
     def _averaged(self) -> dict[str, list[nn.Parameter]]:
-        """Return the averaged parameters of each learner (module and optimizer), found once."""
+        """Return the averaged parameters of each learner (module, optimizer), collected once."""
         return {
             name: list(self.training.averaged(name).parameters()) for name in self.training.averages
         }
@@ -179,9 +183,9 @@ class Updates:
         """Find out whether the update is finite on all ranks, with one host synchronisation.
 
         Returns:
-            Three values: whether all gradients on all ranks are finite and small enough, the
-            signal that a rank has received (or 0), and the means over ranks of what the task
-            measured.
+            First, whether all gradients on all ranks are finite, with norms of at most
+            skip_grad_norm. Second, the process signal that a rank has received (or 0). Third, the
+            means over ranks of the values that the task measured.
         """
         largest = self.training.config.optimizer.skip_grad_norm or torch.inf
         every = torch.stack(list(norms.values()))

@@ -50,13 +50,13 @@ def check_names(models: Collection[str], linear: Collection[str]) -> None:
     """Check that no model has the name of a linear code in the report.
 
     Raises:
-        UserError: a model has such a name.
+        UserError: a model has the name of a linear code.
     """
     for name in linear:
         if name in models:
             raise UserError(
-                f"a model cannot be called '{name}', because the linear code has this name. "
-                "Rename the model's folder."
+                f"a model cannot be called '{name}', because the linear code (PCA of patches) "
+                "has this name. Rename the model's folder."
             )
 
 
@@ -73,8 +73,8 @@ def check_resolution(model: Autoencoder, plan: Plan) -> None:
         )
     if plan.size is not None and min(plan.size) < model.smallest_side:
         raise UserError(
-            f"resolution must be at least {model.smallest_side}, the f of '{model.name}' "
-            f"(got {plan.resolution})."
+            f"resolution must be at least {model.smallest_side}, the downsampling factor f of "
+            f"'{model.name}' (got {plan.resolution})."
         )
 
 
@@ -98,7 +98,7 @@ def check_sides(pictures: Pictures, strictest: Autoencoder) -> None:
             continue  # the measurement reports this image later
         if min(width, height) < least:
             raise UserError(
-                f"images must have at least {least} pixels on a side, the f of "
-                f"'{strictest.name}' ('{pictures.name(position)}' has {width} x {height} "
-                f"pixels). Remove it, or resize images with --resolution {least} or more."
+                f"images must have at least {least} pixels on a side, the downsampling factor f of "
+                f"'{strictest.name}' ('{pictures.name(position)}' has {width} x {height} pixels). "
+                f"Remove this image, or resize all images with --resolution {least} or more."
             )

@@ -1,7 +1,7 @@
 """Measure image codecs on a picture: at fixed quality settings, and at the raw rates of models.
 
 The raw rate of a model is the size of its latent in bits per pixel without entropy coding. Encoding
-runs on one core and needs no metrics, so encoding can run in a thread while the models compute:
+uses one CPU core and computes no metrics, so encoding can run in a thread while the models compute:
 
     files = thread.submit(encode_picture, picture, codecs, rates=[1.0])
     rows, at_rates = codec_rows(judge, original, codecs, files.result(), rates={"mine": 1.0})

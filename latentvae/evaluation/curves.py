@@ -2,10 +2,9 @@
 
 A BD-rate is the mean difference in bits between two curves at equal quality, in percent.
 
-A point of a curve is the mean rate and the mean quality over the same images. Some images have no
-usable quality: an exact copy has an infinite PSNR, and small images have no LPIPS. So an image
-counts for the curves of a metric only if every coder has a finite value at every setting. A coder
-is a model or a codec.
+A point of a curve is the mean rate and the mean quality over the same images. An exact copy has an
+infinite PSNR, and a small image has no LPIPS. So an image counts for the curves of a metric only if
+every coder (model or codec) has a finite value of the metric at every setting.
 """
 
 import json
@@ -36,10 +35,10 @@ class Curves:
         self._sums: dict[Key, np.ndarray] = {}
 
     def update(self, rows: Sequence[Row]) -> None:
-        """Add the results of all coders on one image.
+        """Add the results of all models and codecs on one image.
 
-        Rows of the kind `"model"` are left out. Their rate is the size of a latent without entropy
-        coding, and curves compare sizes of real files.
+        Rows of the kind `"model"` are left out, because their rate is the size of a latent without
+        entropy coding, and curves compare sizes of real files.
         """
         points = [row for row in rows if row.kind != "model"]
         for metric in SIGNS:
@@ -54,11 +53,11 @@ class Curves:
     def points(
         self, kind: str, coder: str, settings: Sequence[float | None], *, means: Means
     ) -> list[Point]:
-        """Return the points of one coder's rate curve, one point for each of `settings`.
+        """Return the points of the rate curve of a model or codec, one for each of `settings`.
 
-        A setting is the quality of a codec, or the noise PSNR of a model in dB. A point holds two
-        kinds of means. The first is over the images for which all models and codecs have a finite
-        value of the metric at every setting. The second is over all images (from `means`).
+        A setting is the quality of a codec, or the noise PSNR of a model in dB. The means in a
+        point's field `curves` are over the images for which all models and codecs have a finite
+        value of the metric at every setting. A point's other means are over all images.
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
@@ -114,7 +113,8 @@ def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -
     """Return the BD-rate, or None if the two curves cannot be compared.
 
     Two curves cannot be compared if their quality ranges do not overlap, or if they are means over
-    different images. For example, WebP cannot store very wide images.
+    different images. For example, the curve of WebP lacks very wide images, because WebP cannot
+    store them.
     """
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:

@@ -4,7 +4,7 @@ A gain says how strongly an error in one latent channel changes the image. The g
 quantiser step of each channel.
 
 The images are split into two halves: images at even positions and images at odd positions. The
-entropy model and the quantiser steps that code one half are fitted on the other half.
+entropy model and the quantiser steps for one half of the images are fitted on the other half.
 
 `d` latent channels, `h w` latent positions, `n` samples.
 """
@@ -57,8 +57,8 @@ class Priors:
     `other` returns the entropy model that codes the picture at a given position.
 
     Attributes:
-        own: whether images are coded with the entropy model of their own half. This happens if no
-            entropy model could be fitted on the other half.
+        own: whether images are coded with the entropy model of their own half, because no entropy
+            model could be fitted on the other half.
     """
 
     def __init__(self) -> None:

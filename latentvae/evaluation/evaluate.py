@@ -4,9 +4,9 @@
     report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
 
 Each picture is resized as the protocol of the report says. Every model and codec encodes and
-decodes the picture. The result is rounded to 8 bits and compared with the original. Memory holds
-only one picture at a time, and sums over all pictures. To continue a stopped evaluation, make the
-same call again.
+decodes the picture. The decoded picture is rounded to 8 bits and compared with the original. Memory
+holds only one picture at a time, and sums over all pictures. To continue a stopped evaluation, call
+`evaluate` again with the same arguments.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ class _Evaluation:
     def __call__(self, *, sheet_images: int, overwrite: bool) -> Report:
         progress = Progress(self.out, self._task(), overwrite=overwrite)
         if progress.finished:
-            self.phases.say(f"measured already, the report is {self.out / 'report.json'}")
+            self.phases.say(f"the images were measured already: see {self.out / 'report.json'}")
             return Report.read(self.out / "report.json")
 
         # check the sizes of all images before hours of work
@@ -201,7 +201,7 @@ class _Evaluation:
     def _measure(self, progress: Progress) -> None:
         """Measure all pictures that were not measured yet, and write their rows to per_image.csv.
 
-        The state is saved only between pictures.
+        The state of the evaluation is saved only between two pictures.
         """
         models = ", ".join(self.models)
         self.phases.begin(
@@ -222,7 +222,7 @@ class _Evaluation:
             self._save(progress, len(self.pictures), csv_bytes=_written(file))
 
     def _open_csv(self, progress: Progress) -> TextIO:
-        """Open per_image.csv, and remove the rows that were written after the last save."""
+        """Open per_image.csv, and remove the rows written after the state was last saved."""
         path, rows = self.out / "per_image.csv", progress.values.get("csv_bytes", 0)
         try:
             file = path.open("r+" if rows else "w", newline="", encoding="utf-8")
@@ -281,8 +281,8 @@ class _Evaluation:
     def _examine(self, progress: Progress) -> None:
         """Check each model in half precision and in tiles, and measure its speed and memory.
 
-        The state is saved after each measurement. If a measurement ended the process (out of
-        memory), the next call skips this measurement.
+        The evaluation's state is saved after each measurement. If a measurement ended the process
+        (out of memory), the next call skips this measurement.
         """
         for (name, model), (section, examination) in itertools.product(
             self.models.items(), self._examinations.items()
@@ -365,7 +365,9 @@ class _Evaluation:
         )
 
     def _compare_with_linear(self, models: dict[str, ModelReport]) -> None:
-        """Add the linear codes (PCA of patches) to `models`, and a warning to each worse model.
+        """Add the linear codes (PCA of patches) to `models`.
+
+        Add a warning to each model whose PSNR is below the PSNR of its linear code.
 
         A model is compared with the linear code that has patches of the model's downsampling
         factor, and as many numbers per patch as the model has latent channels.
@@ -394,7 +396,7 @@ class _Evaluation:
         return protocol(self.plan, judge=self.judge, codecs=self.codecs, device=self.device)
 
     def _keep_for_sheet(self, count: int) -> None:
-        """Make every `ModelMeasures` keep its reconstructions of the pictures in sheet.png."""
+        """Make each `ModelMeasures` keep its reconstructions of the pictures for sheet.png."""
         for measures in self.measures.values():
             measures.shown = dict.fromkeys(spread(len(self.pictures), count))
 

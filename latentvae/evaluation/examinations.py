@@ -22,8 +22,8 @@ class Examination:
     Attributes:
         title: what is measured, for the line that is printed when the measurement begins.
         run: returns the results for a model.
-        pixels: approximate number of pixels that `run` encodes and decodes. It gives an estimate of
-            the time.
+        pixels: approximate number of pixels that `run` encodes and decodes, from which its time is
+            estimated.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Examination:
 
 
 def examinations(plan: Plan, pictures: Pictures, *, mean_pixels: float) -> dict[str, Examination]:
-    """Return the examinations of a plan by their section of the report.
+    """Return a dict from each section of the report to the examination that fills this section.
 
     Args:
         mean_pixels: mean number of pixels of the pictures.

@@ -27,7 +27,7 @@ class Sums:
             nats.
         kl: sum of the KL of each group of latents, (G,), in nats.
         means, squares: sums of the posterior means and of their squares, (U,), or 0.0 if a network
-            has no such means.
+            has no posterior means.
         unit_kl: sum of the KL of each unit, (U,), in nats. None if the KL of units is unknown.
         each: both bounds (evidence and importance-weighted) of each image, (2, B) for each batch.
     """
@@ -54,18 +54,19 @@ class Sums:
             self.unit_kl = other.unit_kl if self.unit_kl is None else self.unit_kl + other.unit_kl
 
     def activity(self) -> Tensor | None:
-        """Return the activity of each latent unit, (U,). A unit above 0.01 counts as active.
+        """Return the activity of each latent unit, (U,).
 
-        The activity is the variance over images of the unit's posterior mean (Burda et al. 2016).
-        If a network has no such means, the activity is the unit's mean KL in nats. The result is
-        None if the KL is unknown too.
+        A unit with an activity above 0.01 counts as active. The activity is the variance over
+        images of the unit's posterior mean (Burda et al. 2016). If a network has no posterior
+        means, the activity is the unit's mean KL in nats. The result is None if neither the
+        posterior means nor the KL of units is known.
         """
         if isinstance(self.means, Tensor):
             return self.squares / self.images - (self.means / self.images).square()
         return None if self.unit_kl is None else torch.as_tensor(self.unit_kl) / self.images
 
     def active_units(self) -> int | None:
-        """Return the number of active units, or None if it is unknown."""
+        """Return the number of active units, or None if the activity is unknown."""
         activity = self.activity()
         return None if activity is None else int((activity > ACTIVE).sum())
 
@@ -78,13 +79,16 @@ def bounds_of(
     samples: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Sums:
-    """Return the sums of the likelihood bounds of a batch. A few samples are computed at a time.
+    """Return the sums of the likelihood bounds of a batch.
+
+    To save memory, only a few latent samples are computed at a time.
 
     Args:
         net: the network, in eval mode.
         images: pixels in [-1, 1], (B, C, H, W).
         samples: S, latent samples per image.
-        progress: function that is called after each group of samples, with their number.
+        progress: function that is called after each group of samples, with the number of samples in
+            this group.
     """
     pixels, batch = images[0].numel(), len(images)
     at_once = max(MAX_PIXELS // (pixels * batch), 1)
@@ -118,7 +122,7 @@ def bounds_of(
 
 
 def total_of(parts: Iterable[Sums]) -> Sums:
-    """Return the sums over the images of all parts."""
+    """Return one `Sums` over the images of all `parts`."""
     total = Sums()
     for part in parts:
         total.add(part)

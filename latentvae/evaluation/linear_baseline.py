@@ -1,8 +1,9 @@
 """Measure a linear code (principal components of patches) as a baseline of the report.
 
-The linear code has as many numbers as a model's latent. A network that is worse than this code has
-learned little. The images are split into two halves: images at even positions and images at odd
-positions. A linear code is fitted on each half and measured on the other half.
+The linear code has as many numbers as a model's latent. A network that reconstructs worse than
+the linear code has learned little. The images are split into two halves: images at even positions
+and images at odd positions. A linear code is fitted on each half of the images and measured on the
+other half.
 
 `f` side of a patch, `d` numbers per patch.
 """
@@ -30,7 +31,7 @@ class LinearBaseline:
     """Fits linear codes (principal components of patches), and measures their reconstructions.
 
     One code is fitted on the images at even positions, and one on the images at odd positions (the
-    two halves). Each half is coded with the code of the other half.
+    two halves). The images of each half are coded with the linear code of the other half.
 
     Args:
         name: name of the linear code in the report.
@@ -40,8 +41,8 @@ class LinearBaseline:
     Attributes:
         halves: the linear codes that were fitted on the two halves of the images. Empty if both
             halves have too few patches.
-        own: whether images are coded with the linear code of their own half. This happens if the
-            other half has too few patches.
+        own: whether images are coded with the linear code of their own half, because the other half
+            has too few patches.
     """
 
     def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:
@@ -94,8 +95,9 @@ class LinearBaseline:
             rate=None if raw is None else Rate(raw_bpp=raw.mean),
             info={"class": "LinearCode", "f": self.f, "latent_channels": self.d},
             warnings=[
-                "The linear code was fitted on the images that it codes, because the others have "
-                "too few patches. Its errors are too small."
+                "The linear code was fitted on the images that it codes, because the other "
+                "images have too few patches. So the measured errors of the linear code are too "
+                "small."
             ]
             if self.own
             else [],
@@ -127,9 +129,9 @@ def baselines(
 ) -> dict[tuple[int, int], LinearBaseline]:
     """Return a `LinearBaseline` for each different (patch side f, numbers d) in `shapes`.
 
-    The first baseline is called `linear`. In two cases there is no baseline. If d is at least the
-    number of values of a patch, a linear code would be exact. If a patch has more than `MAX_VALUES`
-    values, the fit would take too long.
+    The first baseline is called `linear`. There is no baseline if d is at least the number of
+    values of a patch, because a linear code would then be exact. There is also no baseline if a
+    patch has more than `MAX_VALUES` values, because the fit would take too long.
     """
     found: dict[tuple[int, int], LinearBaseline] = {}
     for f, d in shapes:
@@ -152,5 +154,5 @@ def verdict(model: ModelReport, linear: ModelReport) -> str | None:
         return f"{text}."
     lpips = f"LPIPS {ours.lpips_alex.mean:.3f}, linear code {theirs.lpips_alex.mean:.3f}"
     if ours.lpips_alex.mean >= theirs.lpips_alex.mean:
-        return f"{text}, and it looks no better ({lpips}). The network needs more training."
-    return f"{text}, but it looks better ({lpips})."
+        return f"{text}, and the LPIPS is no better ({lpips}). The network needs more training."
+    return f"{text}, but the LPIPS is better ({lpips})."

@@ -95,7 +95,9 @@ class Compared:
 
 
 class Judge:
-    """Compares reconstructions with originals. An original's features are computed once.
+    """Compares reconstructions with originals.
+
+    The features of an original are computed only once, for all its reconstructions.
 
     Args:
         lpips: perceptual losses by backbone.
@@ -127,8 +129,8 @@ class Judge:
         """Return every metric of `recon`, (1, 3, H, W), rounded to 8 bits.
 
         Args:
-            nets: backbones of LPIPS to use. A choice of backbones also leaves out the Inception
-                features. None uses all backbones and Inception.
+            nets: backbones of LPIPS to use. If backbones are given, the Inception features are left
+                out. None uses all backbones and Inception.
         """
         images, size = original.images, min(original.images.shape[2:])
         chosen = [net for net in original.levels if nets is None or net in nets]

@@ -143,7 +143,7 @@ class ModelMeasures:
     def parts(self) -> dict[str, Accumulator]:
         """Return the sums over pictures by name.
 
-        They are saved, so that an evaluation can continue.
+        These sums are saved, so that a stopped evaluation can continue.
         """
         kept = {
             "means": self.means,
@@ -204,12 +204,12 @@ class ModelMeasures:
         return rows
 
     def update_codecs(self, rows: Sequence[Row], *, position: int) -> None:
-        """Add the rows of all codecs on a picture, at this model's raw rate, to the codecs' means.
+        """Add the metrics of all codecs on one picture, at this model's raw rate, to their means.
 
         The raw rate is the size of the latent in bits per pixel without entropy coding.
 
-        The codec's quality setting is removed from the row, because each picture needs another
-        setting to reach the rate.
+        The codec's quality setting is removed from each row, because each picture needs a different
+        quality setting to reach the raw rate.
         """
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
 
@@ -278,7 +278,7 @@ class ModelMeasures:
         if self.priors is not None and self.priors.own:
             warnings.append(
                 "The bitstream's entropy model was fitted on the images that it codes, because "
-                "there are no others. So the measured bits are too few."
+                "there are no other images. So the measured bits are too few."
             )
         if self._codes_tokens and (self.model.num_codes or 0) > MAX_CODES:
             warnings.append(
@@ -331,7 +331,7 @@ class ModelMeasures:
         return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        """Encode the latent to bytes at each rounding step, decode them, and measure the pictures.
+        """Encode the latent to bytes at each rounding step, decode all bytes, measure the pictures.
 
         Several small latents are decoded in one batch.
         """
@@ -403,7 +403,7 @@ class ModelMeasures:
     def _token_report(self) -> dict[str, Any] | None:
         """Return how the codes are used.
 
-        For several levels of tokens, add the bits of each level.
+        If a model has several levels of tokens, the result also has the bits of each level.
         """
         if self.tokens is None or not self.measured:
             return None

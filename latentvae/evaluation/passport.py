@@ -105,9 +105,9 @@ def _float16_warnings(check: HalfPrecision) -> list[str]:
         return []
     peak = f"the output of {check.largest_layer} reaches {check.max_activation:.4g}"
     if check.max_activation > FLOAT16_MAX:
-        return [f"float16 overflows: {peak}, above its maximum {FLOAT16_MAX:.0f}"]
+        return [f"float16 overflows: {peak}, above float16's maximum {FLOAT16_MAX:.0f}"]
     if check.max_activation * MARGIN > FLOAT16_MAX:
-        margin = f"less than a factor {MARGIN:.0f} below its maximum {FLOAT16_MAX:.0f}"
+        margin = f"less than a factor {MARGIN:.0f} below float16's maximum {FLOAT16_MAX:.0f}"
         return [f"float16 is not safe: {peak}, {margin}"]
     return [f"float16 is not safe: the reconstructions {_close(check)}"]
 
@@ -130,4 +130,4 @@ def _close(check: HalfPrecision) -> str:
 def _tiling_warnings(check: TilingCheck | None) -> list[str]:
     if check is None or not check.seam_visible:
         return []
-    return [f"tiles leave visible seams: a step of {check.seam:.1f} of 255 levels at their borders"]
+    return [f"tiles leave visible seams: a step of {check.seam:.1f} of 255 levels at tile borders"]

@@ -51,14 +51,14 @@ class Pictures:
         return self.source.size(self.indices[position])
 
     def read(self, position: int) -> Tensor:
-        """Return the picture (1, 3, H, W). Raise UnreadableImage if it cannot be read."""
+        """Return the picture (1, 3, H, W). Raise UnreadableImage if the picture is unreadable."""
         picture = self.source.read(self.indices[position])
         assert isinstance(picture, Image.Image)  # the source was opened without a pixel format
         picture = picture.convert("RGB")
         return to_8bit(self._transform(picture.width / picture.height)(picture))[None]
 
     def _transform(self, aspect: float) -> Callable[[Image.Image], Tensor]:
-        """Return the transform to the shape nearest to `aspect` (width / height)."""
+        """Return the transform to the shape whose width / height is nearest to `aspect`."""
         if not self._transforms:
             return to_tensor
         nearest = min(self._transforms, key=lambda own: abs(math.log(own / aspect)))

@@ -1,4 +1,4 @@
-"""Measure the bits of an image's latent: without entropy coding, and in real files of tokens.
+"""Measure the bits of an image's latent without entropy coding, and of files of coded tokens.
 
 `h w` latent positions, `L` codes per position.
 """
@@ -44,14 +44,14 @@ def encode_indices(indices: Tensor, codes: Codes) -> bytes:
 
 
 def decode_indices(content: bytes, codes: Codes) -> Tensor:
-    """Return the indices of a file that `encode_indices` wrote, int64."""
+    """Return the token indices (int64) in a file that `encode_indices` wrote."""
     if codes.maps == 1:
         return torch.from_numpy(decode_tokens(content))
     return join_levels([torch.from_numpy(own)[None] for own in decode_levels(content)])[0]
 
 
 class LevelBits:
-    """Measures how many bits per pixel each level (map of tokens) needs in a file of its own.
+    """Measures how many bits per pixel each level (map of tokens) needs in a separate file.
 
     Args:
         codes: the model's codes, with several maps of tokens per image.

@@ -162,10 +162,10 @@ class Progress:
 def _check_rows(table: Path, size: int) -> None:
     """Check that per_image.csv (`table`) still has all rows that belong to the saved state.
 
-    The table is later cut to `size` bytes. If it were shorter, zero bytes would fill the gap.
+    The table is later cut to `size` bytes. If the table were shorter, zeros would fill the gap.
     """
     if size < 0 or (size and table.stat().st_size < size):
-        raise ValueError(f"{table.name} is shorter than it was")
+        raise ValueError(f"{table.name} is shorter than when the state was saved")
 
 
 def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

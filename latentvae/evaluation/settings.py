@@ -40,14 +40,15 @@ class Plan:
             Most published networks decode in tiles of 512 pixels, so a larger image has borders
             between tiles.
         speed_sizes: sides in pixels of the images for the speed measurement.
-        speed_budget: largest time of one call in seconds. Sizes that need more time are skipped.
+        speed_budget: largest time in seconds of encoding or decoding one image. Image sizes that
+            need more time are skipped.
         latent: which latent is decoded: the mode of the posterior, or a sample.
         resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
         buckets: number of shapes, each with about as many pixels as `resolution`. Each image gets
             the shape nearest to its own, as in training with `aspect_ratio_buckets`. With 0, all
             images get the shape `resolution`.
-        ignore_icc: use the stored numbers of files with an embedded colour profile. By default
+        ignore_icc: use the stored pixel values of files with an embedded colour profile. By default
             these files are converted to sRGB.
     """
 
@@ -100,7 +101,7 @@ class Plan:
         return bool({"distortion", "rate", "latent"} & set(self.sections))
 
     def only(self, sections: Sequence[str]) -> "Plan":
-        """Return a plan with only these sections and the settings that they need.
+        """Return a plan with only the given `sections` and the settings that they need.
 
         Raises:
             UserError: a section has an unknown name.

@@ -1,8 +1,8 @@
 """Measure the speed and the peak memory of a network that encodes and decodes single images.
 
-On CUDA, the peak is the memory that torch allocated, without that of the network. On other devices,
-the peak is the rise of the process's resident memory during the call, sampled every few
-milliseconds.
+On CUDA, the peak is the memory that torch allocated, without the memory that was allocated before
+the call (such as the weights). On other devices, the peak is the rise of the process's resident
+memory during the call, sampled every few milliseconds.
 """
 
 import gc
@@ -64,14 +64,15 @@ def measure_speed(
     budget_s: float = 60.0,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Time `encode` and `decode` of `net` on noise, from the smallest size up.
+    """Time `encode` and `decode` of `net` on noise, from the smallest image size to the largest.
 
     Args:
-        net: in eval mode, on `device`.
+        net: the network in eval mode, on `device`.
         sizes: pixels on a side, rounded to multiples of `f`. A network that supports only one size
             needs exactly this size.
-        budget_s: largest time of one call in seconds. The time of a size is predicted from the next
-            smaller size. Sizes that would need more time are skipped.
+        budget_s: largest time in seconds of encoding or decoding one image. The time of an image
+            size is predicted from the next smaller size. Image sizes that would need more time than
+            `budget_s` are skipped.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
@@ -141,7 +142,10 @@ def _reason_to_skip(last: SpeedPoint, size: int, budget: float, device: torch.de
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means out of memory. On the CPU this is a plain RuntimeError."""
+    """Return whether an error means out of memory.
+
+    On the CPU, torch raises a plain RuntimeError if there is no memory left.
+    """
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -153,10 +157,10 @@ def measure_call(
     Args:
         name: `"encode"` or `"decode"`.
         size: pixels on a side of the image.
-        call: what is measured, on inputs that are already on `device`.
+        call: function to measure, whose inputs are already on `device`.
         device: device of the computation.
-        budget: largest time in seconds. If a call takes longer than a third of this time, it is
-            timed once, else several times.
+        budget: seconds for the timed calls. If a call takes longer than a third of `budget`, the
+            call is timed once, else several times.
     """
     with peak_memory(device) as peak:  # first call only: later calls may fragment the heap
         first = _time(call, device)
@@ -184,7 +188,7 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
 def peak_memory(device: torch.device) -> Iterator[list[int]]:
     """Measure the largest rise of memory during a `with` block.
 
-    The yielded list contains this rise, in bytes, after the block has ended.
+    The yielded list contains the largest rise, in bytes, after the block has ended.
     """
     gc.collect()
     with _peak_on_cuda(device) if device.type == "cuda" else _peak_of_process() as peak:

@@ -1,9 +1,9 @@
 """Check whether the borders of tiles are visible when diffusers decodes in tiles to save memory.
 
-In a tile, the decoder sees less of the image, so the tile's colours may drift. Tiles overlap and
-are blended. Blending hides a drift, but not the effects at the border of a tile. At the border, the
-difference D of tiled and whole decoding has a step, which has the same sign along the border. The
-value `seam` measures this step.
+In a tile, the decoder sees only a part of the image, so the tile's colours may drift. Tiles overlap
+and are blended. Blending hides a drift, but not the effects at the border of a tile. At the border
+of a tile, the difference D between tiled and whole decoding jumps by a step, whose sign is the same
+along the border. The value `seam` measures the step at the border.
 
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
@@ -41,11 +41,11 @@ class TilingCheck:
     """The measured difference between tiled and whole decoding, both rounded to 8 bits.
 
     Args:
-        psnr: PSNR in dB over all images together. Infinity if both decodings are equal.
+        psnr: PSNR in dB over all images together. Infinity if tiled and whole decoding agree.
         max_difference: largest difference of any pixel and channel, in 8-bit levels.
         seam: largest step of the difference at a tile's border, in 8-bit levels. A step is a mean
-            over `SEGMENT` pixels along the border. The larger of two values is subtracted from this
-            step: the largest step of the difference beside the border, and the step of the picture
+            over `SEGMENT` pixels along the border. A step counts only by the amount that exceeds
+            both the largest step of the difference beside the border and the step of the picture
             itself at the border.
         num_images: images that were large enough for more than one tile.
         tile: side of the largest tiles, in pixels.
@@ -77,7 +77,7 @@ class _Tiles:
     f: int
 
     def borders(self, pixels: int) -> list[int]:
-        """Return where a tile starts or its blending ends, in pixels along a side of `pixels`."""
+        """Return the pixels at which a tile starts or its blending ends, on a side of `pixels`."""
         stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
         starts = range(stride, pixels, stride)
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})
@@ -92,13 +92,13 @@ def can_tile(net: Network, *, f: int) -> bool:
 def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
     """Decode `images` whole and in tiles, and measure the difference.
 
-    The tiles are those that `enable_tiling()` makes. In two cases, tiles of about two thirds of the
-    image's longer side are used instead: the image is no larger than such a tile, or the network's
-    own tiles do not fit together.
+    The tiles are those that `enable_tiling()` makes. If the image is no larger than a tile of
+    `enable_tiling()`, or if the tiles of `enable_tiling()` do not fit together, the function uses
+    tiles of about two thirds of the image's longer side.
 
     Args:
-        net: network in eval mode. The tiles overlap as in the network's tiling settings. The
-            settings are restored at the end.
+        net: network in eval mode. The tiles overlap as in the network's tiling settings, which are
+            restored at the end.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
 
@@ -207,10 +207,10 @@ def _largest_seam(tiled: Tensor, whole: Tensor, tiles: _Tiles) -> float:
 
 
 def _steps(pictures: Tensor) -> Tensor:
-    """Return the step at each column: the mean of `SIDE` columns after it minus that before it.
+    """Return the step at each column, averaged over segments of rows, as an absolute value.
 
-    A step is averaged over a segment of rows, and its sign is dropped. The result has the shape
-    (B, W - 2 SIDE + 1, segments).
+    A step is the mean of the `SIDE` columns that start at the column, minus the mean of the `SIDE`
+    columns before the column. The result has the shape (B, W - 2 SIDE + 1, segments).
     """
     sides = F.avg_pool1d(pictures, SIDE, stride=1)
     steps = sides[..., SIDE:] - sides[..., :-SIDE]  # (B, H, x), starting at x = SIDE
@@ -220,7 +220,7 @@ def _steps(pictures: Tensor) -> Tensor:
 
 
 def _own_tiles(net: Network, tiling: Tiling, f: int) -> _Tiles:
-    """Return the tiles that `enable_tiling()` makes. Call this only if they fit together."""
+    """Return the tiles that `enable_tiling()` makes, which must fit together."""
     size = own_tile(net) // f
     return _Tiles(size, int(size * tiling.share), f)
 

@@ -30,14 +30,15 @@ def export_network(
     """Export `net` to the folder `out` with `export_tokenizer` or `export_autoencoder`.
 
     `export_tokenizer` exports networks with discrete codes, and `export_autoencoder` exports all
-    other networks. Their docstrings describe the options that are not listed here.
+    other networks. The docstrings of these two functions describe the options that are missing in
+    this docstring.
 
     Args:
         sample_size: the `resolution` of `export_tokenizer`, or the `sample_size` of
             `export_autoencoder`.
         profile: the pipelines to export for, see `export_autoencoder`. Tokenizers ignore this
             option.
-        lookup_from_codebook: see `export_tokenizer`. Other networks ignore this option.
+        lookup_from_codebook: see `export_tokenizer`. Networks without codes ignore this option.
     """
     # a tokenizer
     if calls.codes(net) is not None:

@@ -2,9 +2,9 @@
 
     trained net -> temporary folder -> from_pretrained -> equal? -> folder renamed to `out`
 
-The pipelines use these values of the config before they decode latents:
+The pipelines of diffusers use these values of the config before they decode latents:
 
-- Stable Diffusion, SDXL, DiT and LDM divide by `scaling_factor` and ignore `shift_factor`.
+- Stable Diffusion, SDXL, DiT and LDM divide latents by `scaling_factor` and ignore `shift_factor`.
 - SD3 and FLUX also add `shift_factor`, and fail if it is null.
 - SDXL uses `latents_mean` and `latents_std` if they are set (4 channels only).
 - For SANA, `scaling_factor` is 1 / RMS instead of 1 / std, because the latents of AutoencoderDC lie
@@ -54,12 +54,13 @@ def export_autoencoder(
             training averaged them. This function does not change the network.
         statistics: statistics of posterior samples of this network, see `latentvae.latents`.
         sample_size: longer side of the training images in pixels. diffusers derives tiles from the
-            config's `sample_size`. So the export writes the smallest `sample_size` that is not
-            below this side and gives tiles that fit together.
+            config's `sample_size`. So the export writes the smallest `sample_size` that is at least
+            the longer side of the training images and gives tiles that fit together.
         probe: real images (B, C, H, W) in [-1, 1] for the float16 check. On the first image, the
-            export is compared with `net`, at the image's own size and at an odd size.
+            export is compared with `net`, at the image's own size and at a slightly larger size.
         profile: `"sd"` works in every pipeline. `"sd3"` (also for FLUX) writes the measured shift.
-            `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` has `"sd3"` and `"sdxl"`.
+            `"sdxl"` writes mean and std per channel. Only `AutoencoderKL` supports `"sd3"` and
+            `"sdxl"`.
         frozen_encoder: keep the scale and shift of the pretrained network, because its encoder was
             not trained and gives the same latents as before.
         overwrite: replace an earlier export.
@@ -154,7 +155,7 @@ def _exported_config(
 ) -> dict[str, Any]:
     """Return the network's config, with the new scale unless the encoder was frozen.
 
-    Private keys are left out, because they hold paths.
+    Keys that begin with `_` are left out, because they hold paths.
     """
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:

@@ -4,10 +4,10 @@ A tokenizer is exported as one of diffusers' own classes if that class finds the
 tokenizer with VQ, LFQ or BSQ becomes a `VQModel`. A tokenizer with FSQ, residual VQ or
 Gumbel-softmax stays a `DiscreteAutoencoder`, and a vision transformer stays a `ViTTokenizer`.
 
-A `VQModel` searches the nearest code with its own arithmetic. The search may find another code if
-the distances of two codes differ only by rounding. Such ties are counted. A tokenizer with many
-ties keeps its own class. Untrained codes cause many ties, because they are short compared
-with the features.
+A `VQModel` of diffusers computes the distances to codes in another way than the trained tokenizer.
+So a `VQModel` may choose another code if two codes have the same distance up to rounding (a tie).
+The export counts the ties. A tokenizer with many ties is exported in its own class, not as a
+`VQModel`. Untrained codes cause many ties, because they are short compared with the features.
 
 `z` feature, `c` code, `K` codes, `L` levels.
 """
@@ -47,7 +47,7 @@ class TokenizerReport:
         num_images: images that `scaling_factor` was measured on.
         half_precision: result of the float16 check.
         equal_share: share of indices that equal the indices of the trained network, over all
-            compared sizes.
+            compared image sizes.
         ties: number of indices that differ only because of rounding. 0 with `unit_range`, because
             ties are then not counted.
         unit_range: whether pixels are in [0, 1] and codes are looked up by index, as the aMUSEd
@@ -97,16 +97,16 @@ class TokenizerReport:
         lines = [
             f"{self.quantizer}: {self.size}",
             f"scaling_factor {self.scaling_factor:.5f} (1 / std of the features before "
-            f"quantisation, on {self.num_images} images. With a frozen encoder, it is the value of "
-            "the pretrained model)",
+            f"quantisation, on {self.num_images} images. With a frozen encoder, the value is that "
+            "of the pretrained model)",
             f"float16 {'safe' if half.safe else 'not safe'} ({half})",
             f"loaded back and compared at {sizes}: {self.equal_share:.4%} of the indices are "
             "the same, "
             + (
-                "and images of the same indices are equal except for rounding"
+                "and images decoded from the same indices are equal except for rounding"
                 if self.unit_range
-                else f"{self.ties} features have two codes at the same distance, and images of the "
-                "same indices are equal, bit for bit"
+                else f"{self.ties} features have two codes at the same distance, and images "
+                "decoded from the same indices are equal, bit for bit"
             ),
         ]
 
@@ -115,9 +115,9 @@ class TokenizerReport:
             lines.append(f"not a diffusers VQModel: {self.reason}")
         if self.unit_range:
             lines.append(
-                "pixels in [0, 1] and codes looked up by index, as aMUSEd needs. encode() sees "
-                "black beyond the picture's edge, and training saw grey. So tokens near the edge "
-                "may differ"
+                "pixels in [0, 1] and codes looked up by index, as aMUSEd needs. The zero padding "
+                "of encode() is black, but in training it was grey. So tokens near the picture's "
+                "edge may differ"
             )
         return [mark + line for line in lines]
 
@@ -160,7 +160,7 @@ def export_tokenizer(
     reason = family.why_not_stock(net.config)
     if reason and lookup_from_codebook:
         raise UserError(
-            f"lookup_from_codebook is an option of VQModel, but this network cannot be one: "
+            f"lookup_from_codebook is an option of VQModel, but this network cannot be a VQModel: "
             f"{reason}. Leave the option out."
         )
     trained: Any = copy.deepcopy(net).cpu().float().eval()
@@ -223,13 +223,13 @@ def discrete_family(net: Network) -> DiscreteFamily:
 
 
 def _why_too_near(trained: Network, stock: Network, probe: Tensor, factor: float) -> str:
-    """Return a reason if rounding makes `stock` choose too many other codes, else ""."""
+    """Return a reason if `stock` and `trained` choose different codes too often, else ""."""
     equal, _ = _compare_indices(trained, stock, probe, factor=factor)
     if equal >= MIN_EQUAL:
         return ""
     return (
         f"only {equal:.2%} of the indices would be equal, because the codes are nearer to one "
-        "another than its search can resolve"
+        "another than VQModel's search can resolve"
     )
 
 
@@ -240,11 +240,12 @@ def _compare_indices(
     """Return the share of indices that are equal in both networks, and the number of ties.
 
     Args:
-        factor: scale of the features of `net`. None does not check whether indices that differ
-            are ties.
+        factor: scale of the features of `net` relative to those of `trained`. With None, the
+            function does not check whether indices that differ are ties.
 
     Raises:
-        RuntimeError: indices differ and are not ties.
+        RuntimeError: indices differ, although the distances to both codes differ by more than
+            rounding.
     """
     equal = total = 0
     for images in probes(trained, probe):
@@ -263,7 +264,10 @@ def _check_ties(
 ) -> None:
     """Check that indices differ only where both codes are almost equally far from the feature."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
-        raise RuntimeError(f"{int((ours != theirs).sum())} of the export's indices differ.")
+        raise RuntimeError(
+            f"{int((ours != theirs).sum())} of the export's indices differ from those of the "
+            "trained tokenizer."
+        )
     where = (ours != theirs).cpu()
     codes = discrete_family(trained).quantizers(trained)[0].codes
     z, near, far = (
@@ -274,8 +278,8 @@ def _check_ties(
     worst = (gap / (z.square().sum(1) + near.square().sum(1))).max().item()
     if worst > TIE:
         raise RuntimeError(
-            f"the export takes another code: the squared distances of both codes differ by "
-            f"{worst:g} of |feature|^2 + |code|^2."
+            f"the export takes another code than the trained tokenizer: the squared distances of "
+            f"both codes differ by {worst:g} of |feature|^2 + |code|^2."
         )
 
 
@@ -291,4 +295,7 @@ def _compare_images(trained: Network, loaded: Network, probe: Tensor, *, exact: 
         theirs = family_of(loaded).decode_without_search(loaded, indices)
         if not (torch.equal(ours, theirs) if exact else torch.allclose(ours, theirs, atol=1e-4)):
             difference = (ours - theirs).abs().max().item()
-            raise RuntimeError(f"the export's images of equal indices differ by {difference:g}.")
+            raise RuntimeError(
+                "the images that the export and the trained tokenizer decode from the same indices "
+                f"differ by {difference:g}."
+            )

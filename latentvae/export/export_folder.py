@@ -23,7 +23,7 @@ def check_folder(out: Path, *, overwrite: bool) -> None:
     if not is_export(out):
         raise UserError(f"'{out}' exists and is not an export. Give another folder.")
     if not overwrite:
-        raise UserError(f"'{out}' holds an export. Give another folder, or overwrite it.")
+        raise UserError(f"'{out}' holds an export. Give another folder, or overwrite the export.")
 
 
 def is_export(folder: Path) -> bool:
@@ -54,7 +54,7 @@ def _is_autoencoder(folder: Path) -> bool:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename the folder to `out` at the end, or delete it on error."""
+    """Yield a temporary folder, which is renamed to `out` at the end, or deleted on error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.writing-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -107,6 +107,7 @@ class ExportReport:
 
         if self.identity_post_quant_conv:
             lines.append(
-                "- An identity `post_quant_conv` was added: SDXL pipelines need one to upcast."
+                "- An identity `post_quant_conv` was added, because SDXL pipelines need this layer "
+                "to upcast."
             )
         return "\n".join(lines)

@@ -2,10 +2,10 @@
 
 Stable Diffusion XL's autoencoder overflows in float16 and returns black pictures
 (https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
-precision. Both types are emulated: weights and the output of every module are rounded, also where
-the network itself computes in float32. Sums stay in float32, as on GPUs. The emulation takes about
-the time of float32 and has the same result on every machine. Real float16 is a hundred times slower
-on most CPUs.
+precision. float16 and bfloat16 are emulated: weights and the output of every module are rounded,
+also where the network itself computes in float32. Sums stay in float32, as on GPUs. The emulation
+takes about the time of float32 and has the same result on every machine. On most CPUs, real float16
+is a hundred times slower than the emulation.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -50,15 +50,15 @@ class HalfPrecision:
         max_activation: largest absolute value of any of `layers`.
         psnr: PSNR of the 16-bit reconstruction against the float32 reconstruction, in dB, for
             values in [-1, 1], over all images together. NaN if the 16-bit reconstruction is not
-            finite, infinity if both are equal.
+            finite, infinity if both reconstructions are equal.
         psnr_cost: PSNR of the float32 reconstruction minus PSNR of the 16-bit reconstruction, in
-            dB. Both are rounded to 8 bits and compared with the original images. NaN if this was
-            not measured or if the 16-bit reconstruction is not finite.
+            dB. Both reconstructions are rounded to 8 bits and compared with the original images.
+            NaN if the difference was not measured or if the 16-bit reconstruction is not finite.
         dtype: torch.float16 or torch.bfloat16.
         layers: largest absolute output in float32 by module name, in the order of execution. A
-            block comes after its submodules. Latents and reconstruction have entries too.
-        flipped: share of a tokenizer's indices that differ between float32 and this type. None
-            if the network has no indices.
+            block comes after its submodules. The latents and the reconstruction have entries too.
+        flipped: share of a tokenizer's indices that differ between float32 and the 16-bit type.
+            None if the network has no indices.
     """
 
     max_activation: float
@@ -70,7 +70,7 @@ class HalfPrecision:
 
     @property
     def safe(self) -> bool:
-        """Whether pipelines may use this dtype.
+        """Whether pipelines may use the 16-bit type `dtype`.
 
         If float16 is not safe, the export sets `force_upcast`.
         """
@@ -84,7 +84,7 @@ class HalfPrecision:
     def largest_layer(self) -> str:
         """Name of the module with the largest output.
 
-        Of modules with equal outputs, the innermost.
+        If several modules share the largest output, this is the innermost of these modules.
         """
         return max(self.layers, key=self.layers.__getitem__)
 
@@ -92,10 +92,10 @@ class HalfPrecision:
         close = (
             "not finite"
             if math.isnan(self.psnr)
-            else f"with a PSNR of {self.psnr:.1f} dB to float32's"
+            else f"with a PSNR of {self.psnr:.1f} dB against float32"
         )
         if self.flipped and not math.isnan(self.psnr):
-            cost = f"{self.psnr_cost:.2f} dB worse against the images"
+            cost = f"{self.psnr_cost:.2f} dB less PSNR against the images"
             close += f", because {self.flipped:.2%} of the indices differ: {cost}"
         return f"largest activation {self.max_activation:.4g}, reconstruction {close}"
 
@@ -227,7 +227,10 @@ def _psnr(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
 def _psnr_cost(
     images: Sequence[Tensor], exact: Sequence[Tensor], rounded: Sequence[Tensor]
 ) -> float:
-    """Return the PSNR of `exact` minus the PSNR of `rounded`, in dB. Either error may be 0."""
+    """Return the PSNR of `exact` minus the PSNR of `rounded`, in dB.
+
+    The mean squared error of `exact` or of `rounded` may be 0.
+    """
     if not all(recon.isfinite().all() for recon in rounded):
         return math.nan
     images, exact, rounded = ([_levels(t) for t in part] for part in (images, exact, rounded))

@@ -37,7 +37,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_access(repo_id: str, *, private: bool = False) -> str | None:
-    """Raise an error if an upload is sure to fail. Otherwise return a warning or None.
+    """Raise an error if an upload is sure to fail, else return a warning or None.
 
     Args:
         private: see `upload_export`.
@@ -49,8 +49,8 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
     # is there a login?
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(
-            "push_to_hub cannot upload while HF_HUB_OFFLINE is set. Unset it, or leave out "
-            "push_to_hub and upload the export later "
+            "push_to_hub cannot upload while HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE, or "
+            "leave out push_to_hub and upload the export later "
             f"(`{_command(repo_id, 'EXPORT', private=private)}`)."
         )
     if huggingface_hub.get_token() is None:
@@ -67,7 +67,7 @@ def check_access(repo_id: str, *, private: bool = False) -> str | None:
             ) from error
         return (
             f"the Hub cannot be reached now ({_reason(error)}). The export is uploaded at the "
-            "end, if the Hub can be reached then."
+            "end of the run, if the Hub can be reached then."
         )
 
     # may the token write to this repository?
@@ -103,7 +103,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
     except Exception as error:  # the export is complete whatever happens here
         raise UploadError(
             f"the export in '{folder}' is complete, but its upload to the Hub failed "
-            f"({_reason(error)}). Upload it later with "
+            f"({_reason(error)}). Upload the export later with "
             f"`{_command(repo_id, str(folder), private=private)}`."
         ) from error
     return str(repository)

@@ -3,13 +3,13 @@
     tensors = to_original(net)             # net: a stock VQModel or AutoencoderKL
     weights = from_original(tensors, net)  # the reverse (latentvae.models.original_names)
 
-The original classes always have a quant_conv and a post_quant_conv. These classes load files with
-missing weights, and the missing weights stay random. So for a network without these two layers
-(SD3, FLUX), identity layers are written, which change no values. diffusers skips the identity
-layers with a warning.
+The original classes always have a quant_conv and a post_quant_conv. These classes also load a file
+in which weights are missing, and leave the missing weights random. So for a network without
+quant_conv and post_quant_conv (SD3, FLUX), identity layers are written, which change no values.
+When diffusers loads the file, it skips the identity layers with a warning.
 
 The original code keeps the scale of latents with the diffusion model, not with the autoencoder. The
-file's metadata holds the scale and the complete config, so `load_network` loses nothing.
+file's metadata holds the scale and the complete config, so `load_network` can restore both.
 """
 
 import json
@@ -37,10 +37,10 @@ def to_original(net: Network) -> dict[str, Tensor]:
     convolution there.
 
     Raises:
-        UserError: the original code has no such network.
+        UserError: the original code has no network like `net`.
     """
     if reason := _why_not(net):
-        raise UserError(f"the original code has no such network: {reason}")
+        raise UserError(f"the original code (CompVis) cannot build this network: {reason}")
     return _identities(net) | with_original_names(net)
 
 
@@ -81,8 +81,8 @@ def convert(
         variant: variant of the model's weights, such as "fp16".
 
     Raises:
-        UserError: the original code has no such network, or `out` exists, or the name of `out`
-            does not end with .safetensors.
+        UserError: the original code has no network like `model`, or `out` exists, or the name of
+            `out` does not end with .safetensors.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"out must be a .safetensors file (got '{out}')")
@@ -127,8 +127,8 @@ def _scale_text(net: Network) -> str:
     return "\n".join(
         [
             "A diffusion model must subtract shift_factor from the latents and multiply them by",
-            "scaling_factor. In the original code, this is the option scale_factor of the",
-            "diffusion model. The file's metadata holds both values for latentvae:",
+            "scaling_factor. In the original code, scaling_factor is the option scale_factor of",
+            "the diffusion model. For latentvae, the file's metadata holds both factors:",
             "",
             *lines,
         ]
@@ -149,30 +149,30 @@ def _identities(net: Network) -> dict[str, Tensor]:
 def _why_not(net: Network) -> str:
     """Return why the original code has no network like `net`, or "" if it has one."""
     if family_of(net).original_options(net) is None:
-        return f"it has only VQModel and AutoencoderKL, no {type(net).__name__}"
+        return f"the original code has only VQModel and AutoencoderKL, no {type(net).__name__}"
 
     # Widths and groups
     config = net.config
     widths = config["block_out_channels"]
     if config["norm_num_groups"] != _GROUPS:
-        return f"its GroupNorm has {_GROUPS} groups, not {config['norm_num_groups']}"
+        return f"the original GroupNorm has {_GROUPS} groups, not {config['norm_num_groups']}"
     if any(width % widths[0] for width in widths):
-        return f"its widths are multiples of the first, not {', '.join(map(str, widths))}"
+        return f"the original widths are multiples of the first, not {', '.join(map(str, widths))}"
 
     # Attention
     if not config["mid_block_add_attention"]:
-        return "its middle block has attention"
+        return "the original middle block has attention"
     encoder, decoder = (
         ["Attn" in block for block in config[f"{side}_block_types"]] for side in ("down", "up")
     )
     if encoder != decoder[::-1]:
-        return "its encoder and decoder have attention at the same levels"
+        return "the original encoder and decoder have attention at the same levels"
 
     # Layers and pixels
     if config["act_fn"] != "silu":
-        return f"its activation is silu, not {config['act_fn']}"
+        return f"the original activation is silu, not {config['act_fn']}"
     if config.get("norm_type", "group") != "group":
-        return "its decoder has no spatial norm"
+        return "the original decoder has no spatial norm"
     if config.get("lookup_from_codebook"):
-        return "its pixels are in [-1, 1], so export without lookup_from_codebook"
+        return "the original pixels are in [-1, 1], so export without lookup_from_codebook"
     return ""

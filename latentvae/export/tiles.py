@@ -1,9 +1,9 @@
 """Choose and check the tiles that an exported network uses after diffusers' `enable_tiling()`.
 
-AutoencoderKL takes the size of a tile from `sample_size`. AutoencoderKL rounds the stride in pixels
-and the stride in latent positions separately. So both strides agree only if a tile and its overlap
-are whole numbers of latent positions. Otherwise each tile is placed some pixels off, and the image
-gets another size.
+AutoencoderKL takes the size of a tile from `sample_size`. AutoencoderKL rounds the stride of tiles
+in pixels and their stride in latent positions separately. So both strides agree only if a tile and
+its overlap are whole numbers of latent positions. If the strides disagree, each tile is placed some
+pixels off, and the decoded image has a wrong size.
 
 `h w` latent positions, `f` downsampling factor.
 """
@@ -24,8 +24,8 @@ def fitting_sample_size(net: Network, side: int) -> int:
     The result is `side` if the network's class does not derive tiles from `sample_size`.
 
     Args:
-        side: longer side of the training images in pixels. The result is never smaller, so that a
-            tile sees at least as much as the network saw in training.
+        side: longer side of the training images in pixels. The result is at least `side`, so that
+            a tile is at least as large as a training image.
     """
     f = family_of(net).latent_shape(net).f
     tiling = family_of(net).tiling(net, f=f)
@@ -37,14 +37,14 @@ def fitting_sample_size(net: Network, side: int) -> int:
 
 @torch.no_grad()
 def misfit_of_tiles(net: Network, *, f: int) -> str:
-    """Return a sentence that says how tiles do not fit together, or "" if they fit.
+    """Return a sentence that says what is wrong if tiles do not fit together, else "".
 
     Tiles that do not fit change the size of the image or of the latent. The function encodes and
     decodes an image that is longer than one tile. A tile in a wrong place moves the following
     tiles, so the sizes are right only if all tiles are in the right places.
 
     Args:
-        net: network in eval mode. The network's tiling settings are restored.
+        net: network in eval mode. The network's tiling settings are restored at the end.
         f: pixels on a side of one latent position.
     """
     tiling = family_of(net).tiling(net, f=f)

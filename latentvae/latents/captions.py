@@ -81,7 +81,7 @@ def _read(path: Path) -> str:
 def clean(data: bytes) -> str:
     """Return bytes as text without white space at both ends.
 
-    Bytes that are not UTF-8 are replaced.
+    Bytes that are not UTF-8 are replaced by U+FFFD.
     """
     return data.decode(errors="replace").strip()
 
@@ -104,7 +104,8 @@ def _metadata(path: Path) -> dict[str, str]:
             name = row["file_name"]
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"'{path}', line {number}: expected an object with file_name, not {line[:80]!r}."
+                f"'{path}', line {number}: expected a JSON object with the key file_name, not "
+                f"{line[:80]!r}."
             ) from error
         texts = [row[column] for column in COLUMNS if isinstance(row.get(column), str)]
         if texts and isinstance(name, str):

@@ -1,8 +1,8 @@
 """Decode shards (files) of tokens or latents to one PNG per image (`latentvae decode`).
 
-Pictures have 8 bits and the channels of the model. With W processes, the process of rank r decodes
-the batches r, r + W, r + 2W and so on. A batch whose pictures all exist is skipped, so the same
-command continues a decoding that was killed.
+Pictures have 8 bits per channel and as many channels as the model. With W processes, the process of
+rank r decodes the batches r, r + W, r + 2W and so on. A batch whose pictures all exist is skipped,
+so the same command continues a decoding that was killed.
 """
 
 import hashlib
@@ -55,25 +55,26 @@ def decode_folder(
     variant: str | None = None,
     device: str | None = None,
 ) -> list[Path]:
-    """Decode the items of a folder of shards, and write each as `<id>.png` below `out`.
+    """Decode the images in a folder of shards, and write each image as `<id>.png` below `out`.
 
     Args:
         shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
-        model: the autoencoder, or its folder or Hub id. With None, the model is loaded whose path
-            or Hub id is in the folder's manifest.json.
-        limit: decode only the first `limit` items (encoded images).
+        model: the autoencoder, or its folder or Hub id. With None, the function loads the model
+            that manifest.json in the folder `shards` names.
+        limit: decode only the first `limit` encoded images.
         batch_size: images per forward pass.
-        optimize: option of `load`, for a folder or Hub id.
+        optimize: option of `load`, if `model` is a folder or a Hub id.
         variant: variant of the weights in a folder, such as `"fp16"`.
         device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
-        The pictures of this rank, in the order of the items.
+        The paths of the pictures that this rank decodes, in the order of the encoded images.
 
     Raises:
         UserError: shards are damaged, indices are out of range, or `model` did not make the
             shards. The error also occurs if `out` holds pictures of other shards, or other files
-            with the names of the pictures. All this is checked before anything is decoded.
+            with the names of the pictures. These conditions are checked before the first image is
+            decoded.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):
@@ -101,7 +102,10 @@ def decode_folder(
 
 
 def picture_names(names: Sequence[str]) -> list[str]:
-    """Return a relative PNG path for each item's name. All paths differ and stay in the folder."""
+    """Return a relative PNG path for each image's name.
+
+    All paths differ and stay in the output folder.
+    """
     inner = [_on_disk(inner_name(name.replace("\\", "/"))) or "item" for name in names]
     stems = [PurePosixPath(name).with_suffix("").as_posix() for name in inner]
     times, taken, result = Counter(stems), set[str](), list[str]()
@@ -149,7 +153,7 @@ def _fitting_model(
             if model is not None:
                 raise
             raise UserError(
-                f"{error} (The manifest names this model. Give another with --model.)"
+                f"{error} (The manifest names this model. Give another model with --model.)"
             ) from error
 
     # the same codes and the same weights
@@ -160,12 +164,12 @@ def _fitting_model(
         )
         raise UserError(
             f"'{reader.folder}' was encoded by a model with {needs}, but '{model.name}' has {has}. "
-            f"Give the model that encoded it ('{reader.manifest.model}')."
+            f"Give the model that encoded the folder ('{reader.manifest.model}')."
         )
     if model.info()["weights_sha256"] != content.model_sha256:
         raise UserError(
             f"'{model.name}' has other weights than the model that encoded '{reader.folder}'. "
-            f"Give the model that encoded it ('{reader.manifest.model}')."
+            f"Give the model that encoded the folder ('{reader.manifest.model}')."
         )
     return model
 
@@ -173,7 +177,7 @@ def _fitting_model(
 def _prepare(
     out: Path, paths: Sequence[Path], reader: ShardReader, *, rank: int, mode: str
 ) -> None:
-    """Create the folder of the pictures, and record in decoded.json the shards they come from."""
+    """Create the folder of the pictures, and record in decoded.json which shards are decoded."""
     record = Decoded(
         shards=str(reader.folder),
         manifest_sha256=sha256_of(reader.folder / MANIFEST),

@@ -94,7 +94,7 @@ def _check_options(
         raise UserError(f"shard_items must be at least 1 (got {shard_items}).")
     if model.num_codes is not None and (dtype is not None or moments):
         raise UserError(
-            f"'{model.name}' is a tokenizer: its indices take the smallest integer type. "
+            f"'{model.name}' is a tokenizer: tokens always take the smallest integer type. "
             "Leave out dtype and moments."
         )
     if dtype is not None and dtype not in LATENT_DTYPES:
@@ -105,9 +105,10 @@ def _check_options(
 
 
 def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int | tuple[int, int]:
-    """Check the resolution of the images to encode. Return one side, or (height, width).
+    """Check the resolution of the images to encode. Return the side of a square or (height, width).
 
-    An image of another size would be padded, and its latent would partly describe padding.
+    An image with a side that is no multiple of the downsampling factor would be padded, and its
+    latent would partly describe the padding.
 
     Raises:
         UserError: `resolution` is not one or two numbers, a side is no multiple of the model's
@@ -160,7 +161,7 @@ def _item_shape(
 
 
 def _levels(model: Autoencoder, item_shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
-    """Return (h, w) of each level of tokens, coarsest first, or None if all have one size."""
+    """Return the size (h, w) of each level, coarsest first, or None if all levels have one size."""
     codes = calls.codes(model.net)
     if codes is None or codes.maps == 1:
         return None

@@ -1,10 +1,10 @@
 """Encode every image of a data set once, into shards (files), for `latentvae encode`.
 
-With W processes, the process of rank r writes those of the shards r, r + W, r + 2W and so on that
-do not exist yet. No batch crosses the end of a shard. So the files do not depend on the number of
-ranks, or on when the command was killed. To write the missing shards, run the same command again.
-Ranks do not communicate. Any rank that finds all shards complete writes the manifest, and the
-manifest of every rank is the same.
+With W processes, the process of rank r writes the shards r, r + W, r + 2W and so on, except those
+that exist already. All images of a batch belong to the same shard. So the files do not depend on
+the number of ranks, or on when the command was killed. To write the missing shards, run the same
+command again. Ranks do not communicate. Any rank that finds all shards complete writes the
+manifest, and the manifest of every rank is the same.
 """
 
 import os
@@ -76,9 +76,9 @@ def encode_folder(
     The module `latents.formats.shards` describes the format.
 
     The items are tokens if the model is a tokenizer, else latents. Each image is converted to the
-    model's channels (grey, RGB or RGBA), with the bit depth of its file. The image is resized to
-    cover `resolution` (also enlarged), and its centre is cropped. The file manifest.json lists
-    images that cannot be read.
+    model's channels (grey, RGB or RGBA), with the bit depth of its file. Each image is resized (a
+    small image is enlarged) to cover `resolution`, and then cropped at the centre. The file
+    manifest.json lists images that cannot be read.
 
     Args:
         model: an autoencoder, or its folder or Hub id.
@@ -99,16 +99,16 @@ def encode_folder(
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
         all_pages: make every page of a TIFF a separate item. By default the first page is used.
         flip: mirror every image left to right.
-        label_column: column of a table with the labels. None means `label`, if there is such a
-            column.
-        caption_column: column of a table with the captions. None means `text` or `caption`, if
-            there is such a column. See `latents.captions` for folders and tar files.
-        overwrite: replace shards of another model or other data. Data is compared by the names,
-            labels and captions of the images, not by their pixels.
-        optimize: option of `load`, for a folder or Hub id. The manifest records the mode that was
-            used.
+        label_column: column of a table with the labels. None means the column `label`, if the table
+            has this column.
+        caption_column: column of a table with the captions. None means the column `text` or
+            `caption`, if the table has one. See `latents.captions` for folders and tar files.
+        overwrite: replace shards of another model or of other images. Only the names, labels and
+            captions of the images are compared, not their pixels.
+        optimize: option `optimize` of `load`, if `model` is a folder or a Hub id. The manifest
+            records the mode of `optimize` that was used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        model_name: path or Hub id that the manifest records for a loaded model. None means the
+        model_name: path or Hub id that the manifest records for a loaded model, by default the
             model's name.
         device: device of the model. None means the GPU of this rank, if there is one.
 
@@ -116,9 +116,8 @@ def encode_folder(
         The manifest, or None if other ranks are still working.
 
     Raises:
-        UserError: an option is wrong, or `out` holds shards of another encoding. Both are checked
-            before any image is read. The error also occurs if no image can be read, or if latents
-            overflow `dtype`.
+        UserError: an option is wrong or `out` holds shards of another encoding (checked before any
+            image is read), no image can be read, or latents overflow `dtype`.
     """
     # open model and images
     out = Path(out).expanduser()
@@ -184,8 +183,8 @@ def encode_folder(
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
     """Create the folder, and remove damaged shards that it holds from an earlier call.
 
-    Shards of another model, of other images or with other options raise an error. With `overwrite`,
-    they are removed.
+    If the folder holds shards of another model, of other images or with other options, remove them
+    with `overwrite`, and raise UserError without it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -200,8 +199,9 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
     same = any(header is not None and header.content == content for header in found.values())
     if overwrite and same and rank == 0:
         print(
-            f"'{out}' holds shards of this model and of images with these names. Complete shards "
-            "are kept, also with overwrite. Delete the folder if the images have changed."
+            f"'{out}' already holds shards of this model and of images with the same names. "
+            "Complete shards are kept, even with overwrite. Delete the folder if the images have "
+            "changed."
         )
 
     # remove files of other encodings, and this rank's damaged shards
@@ -234,8 +234,8 @@ def _refuse_others(
     strange = next((path for path, header in found.items() if header is None), None)
     if strange is not None and manifest is None:
         raise UserError(
-            f"'{strange}' is damaged or not a shard of latentvae. Delete it, or give another "
-            "folder."
+            f"'{strange}' is damaged or not a shard of latentvae. Delete this file, or give "
+            "another output folder."
         )
 
 

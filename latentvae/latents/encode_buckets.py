@@ -1,8 +1,8 @@
 """Encode every image at the nearest of several shapes (`--aspect_ratio_buckets`).
 
 All encoded images of a folder of shards (files) have one shape. So each shape (bucket) gets its own
-folder, such as `OUT/192x320`. Every reader of shards can read such a folder. A class of images has
-the same number in all folders.
+folder, such as `OUT/192x320`. The folder of each shape has the usual format of shards. A class of
+images has the same label number in the folders of all shapes.
 """
 
 import os
@@ -52,9 +52,9 @@ def encode_buckets(
         model, data, out, value_range, ignore_icc, max_pixels, all_pages, optimize, variant, device:
             see `encode_folder`.
         resolution: side of a square, or (height, width), in pixels. Each shape has about as many
-            pixels as this size.
-        aspect_ratio_buckets: largest number of shapes. Their aspect ratios lie between 1:2 and 2:1.
-            A shape that is nearest to no image is left out.
+            pixels as an image of this size.
+        aspect_ratio_buckets: largest number of shapes. The aspect ratios of the shapes lie between
+            1:2 and 2:1. A shape that is nearest to no image is left out.
         options: other options of `encode_folder`.
 
     Returns:
@@ -62,7 +62,7 @@ def encode_buckets(
         left out if none of its images can be read.
 
     Raises:
-        UserError: see `encode_folder`. The error also occurs if `out` holds folders of other
+        UserError: as in `encode_folder`, or if `out` itself holds shards or holds folders of other
             shapes.
     """
     # open model and images
@@ -130,14 +130,16 @@ def _assign(source: ImageSource, sizes: tuple[tuple[int, int], ...]) -> Buckets:
 
 
 def _refuse_other_shapes(out: Path, folders: list[Path]) -> None:
-    """Raise UserError if `out` holds shards of one shape, or folders of other shapes."""
+    """Raise UserError if `out` itself holds shards, or a folder of shards not in `folders`."""
     if (out / MANIFEST).exists() or next(out.glob("shard-*.safetensors"), None) is not None:
         raise UserError(
-            f"'{out}' holds shards of one shape. Give another folder for {len(folders)} shapes."
+            f"'{out}' itself holds shards of one shape. Give another output folder for the "
+            f"{len(folders)} shapes."
         )
     for manifest in sorted(out.glob(f"*/{MANIFEST}")):
         if manifest.parent not in folders:
             raise UserError(
-                f"'{out}' holds shards of the shape {manifest.parent.name}, which is none of the "
-                f"shapes now ({', '.join(folder.name for folder in folders)}). Give another folder."
+                f"'{out}' holds shards of the shape {manifest.parent.name}, but the shapes of this "
+                f"encoding are {', '.join(folder.name for folder in folders)}. Give another output "
+                "folder."
             )

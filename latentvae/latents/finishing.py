@@ -61,7 +61,7 @@ def finish(out: Path, content: Content, *, model: str, data: str, rank: int) -> 
     if manifest.num_items == 0:
         name, reason = manifest.unreadable[0]
         raise NothingReadable(
-            f"none of the {len(manifest.unreadable)} images can be read. The first is '{name}': "
+            f"none of the {len(manifest.unreadable)} images can be read, for example '{name}': "
             f"{reason}"
         )
 
@@ -106,7 +106,8 @@ def load_shard(out: Path, shard: int) -> Tensor:
 def _token_statistics(out: Path, content: Content, counts: list[int]) -> dict[str, Any]:
     """Return usage statistics of the codes, and bits per pixel without and with entropy coding.
 
-    With `content.levels`, `levels` has the same statistics of each level, coarsest first.
+    If the tokens have levels of several sizes, the key `levels` has the same statistics for each
+    level, coarsest first.
     """
     assert content.num_codes is not None
 
@@ -139,7 +140,10 @@ def _by_level(indices: Tensor, content: Content) -> list[Tensor]:
 def _add_bits(
     report: dict[str, Any], tokens: int, content: Content, *, coded: Sequence[int]
 ) -> None:
-    """Add bits per pixel to a report: of raw tokens, and of entropy-coded files of `coded` bits."""
+    """Add the bits per pixel of an image's raw tokens and of its entropy-coded file to a report.
+
+    `tokens` is the number of tokens of an image, and `coded` lists the bits of some coded files.
+    """
     pixels = math.prod(content.size)
     report["raw_bpp"] = tokens * math.log2(content.num_codes or 1) / pixels
     if coded:
@@ -148,7 +152,10 @@ def _add_bits(
 
 
 def _coded_bits(levels: Sequence[Tensor], content: Content) -> list[int]:
-    """Return the bits of a file of all levels and, with several levels, of a file of each."""
+    """Return the size of an image's entropy-coded file in bits, as a list of one number.
+
+    If the tokens have levels of several sizes, the size of a coded file of each level follows.
+    """
     assert content.num_codes is not None
     num_codes, maps = content.num_codes, [level.numpy() for level in levels]
     files = [encode_tokens(level, num_codes=num_codes) for level in maps]

@@ -52,7 +52,8 @@ class SomeItems(Subset):
 class Picture(NamedTuple):
     """An image to encode, (C, H, W), and its (height, width) before the transform.
 
-    `image` is None if the image could not be read. Then `reason` says why, else `reason` is empty.
+    `image` is None if the image could not be read. `reason` says why an image could not be read,
+    and is empty for other images.
     """
 
     number: int
@@ -127,7 +128,7 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
     if label_column is not None:
         raise UserError(
             f"label_column '{label_column}' needs a table, but the data is not a table. Leave the "
-            "option out: the classes of folders and tar files are the first folders in the names."
+            "option out: in folders and tar files, the first-level folder of an image is its class."
         )
     if not isinstance(source, ImageFolder | TarShards):
         return None

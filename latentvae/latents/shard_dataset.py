@@ -67,7 +67,7 @@ class ShardReader:
         """Return item `index` of the stored tensor `name`, as it is stored.
 
         Raises:
-            IndexError: there is no such item.
+            IndexError: there is no item `index`.
             UserError: the shard is damaged.
         """
         shard, row = self._locate(index)
@@ -92,7 +92,7 @@ class ShardReader:
     def payload(self, index: int) -> Tensor:
         """Return an item's tokens in 0..K - 1, or its latent, as stored.
 
-        Shape, type and range are checked.
+        Raise UserError if the shape, the type or the range of the values is wrong.
         """
         shard, _ = self._locate(index)
         item = self.read(self.content.payload, index)
@@ -108,7 +108,7 @@ class ShardReader:
         return self._texts("id")
 
     def caption(self, index: int) -> str:
-        """Return the image's caption, "" if it has none. The folder must have captions."""
+        """Return the image's caption, "" if it has none. The shards must hold captions."""
         return self._text_of(index, "caption")
 
     def captions(self) -> list[str]:
@@ -150,7 +150,8 @@ class ShardReader:
         """Compare every file with the sha256 in the manifest.
 
         Raises:
-            UserError: a file differs. The error names the first such file.
+            UserError: a file is missing, or differs from its sha256. The error names the first
+                file with this fault.
         """
         for number, shard in enumerate(self.manifest.shards):
             files = {shard_path(self.folder, number): shard.sha256}
@@ -159,8 +160,9 @@ class ShardReader:
             for path, digest in files.items():
                 if not path.is_file() or sha256_of(path) != digest:
                     raise UserError(
-                        f"'{path}' does not match '{path.parent / 'manifest.json'}': it is damaged "
-                        "or changed. Run the same `latentvae encode` command again to repair it."
+                        f"'{path}' does not match '{path.parent / 'manifest.json'}', because "
+                        f"{path.name} is damaged, changed or missing. Run the same `latentvae "
+                        "encode` command again to repair it."
                     )
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -265,7 +267,7 @@ class TokenDataset(_Cached):
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...] | None:
-        """Size (h, w) of each level of tokens, coarsest first. None if there is only one size."""
+        """Size (h, w) of each level, coarsest first, or None if all levels have one size."""
         return self.content.levels
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -292,7 +294,8 @@ class LatentDataset(_Cached):
         super().__init__(folder)
         if sample and not self.content.moments:
             raise UserError(
-                f"'{folder}' holds no standard deviations to sample with. Encode with --moments."
+                f"'{folder}' holds no standard deviations, but `sample` needs them. Encode with "
+                "--moments."
             )
         self.sample = sample
         self.normalization = self._normalization() if scaled else None

@@ -48,13 +48,13 @@ def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     Weight 0 gives `first`, and weight 1 gives `second`.
 
     The direction turns at constant speed (Shoemake 1985), and the norm changes linearly. So latents
-    between two typical samples of a Gaussian have the norm of typical samples. The latents of
-    `lerp` have a smaller norm.
+    between two typical samples of a Gaussian have the norm of typical samples. On a straight line
+    (`lerp`), the latents between two samples have a smaller norm.
 
     Args:
         first: (...), a latent.
         second: (...), another latent.
-        weights: the place on the arc of each of the S latents, 0 to 1, (S,).
+        weights: the position of each of the S latents on the arc, from 0 to 1, (S,).
 
     Raises:
         UserError: the latents have different shapes, or opposite directions, between which there
@@ -96,17 +96,20 @@ def nearest_latents(
 
     Args:
         queries: Q latents, (Q, ...).
-        latents: the latents among which neighbours are searched, (N, ...). A query that is one of
-            these latents finds itself.
+        latents: the latents among which neighbours are searched, (N, ...). A query that is also in
+            `latents` is its own nearest neighbour.
         count: number of neighbours, at most N.
-        center: subtract the mean of `latents` first. Otherwise all latents point in similar
-            directions.
+        center: subtract the mean of `latents` from all queries and latents before they are
+            compared. Without this step, all latents point in similar directions.
 
     Raises:
         UserError: the shapes differ, or `count` is wrong.
     """
     if queries.shape[1:] != latents.shape[1:]:
-        raise UserError(f"queries {queries.shape} and latents {latents.shape} differ in shape.")
+        raise UserError(
+            "queries and latents must have the same shape after the first dimension (got "
+            f"{tuple(queries.shape)} and {tuple(latents.shape)})."
+        )
     if not 1 <= count <= len(latents):
         raise UserError(f"the number of neighbours must lie in 1..{len(latents)} (got {count}).")
 
@@ -124,16 +127,17 @@ class Attribute:
     Attributes:
         direction: (...), the mean latent of images with the attribute, minus the mean latent of
             images without it.
-        middle: (...), the point half-way between both means.
+        middle: (...), the point half-way between the mean latents with and without the attribute.
     """
 
     direction: Tensor
     middle: Tensor
 
     def apply(self, latent: Tensor, strengths: Tensor) -> Tensor:
-        """Return a latent (...) moved by each of the strengths (S,): (S, ...).
+        """Move a latent, (...), along `direction` by each of S strengths, and return (S, ...).
 
-        Strength 1 is the distance between the two means. Negative strengths remove the attribute.
+        With strength 1, a latent moves by the difference of the mean latents with and without the
+        attribute. Negative strengths remove the attribute.
         """
         return move_along(latent, self.direction[None], strengths)[0]
 
@@ -150,16 +154,16 @@ class Attribute:
 def attribute_direction(present: Tensor, absent: Tensor) -> Attribute:
     """Return the direction from the mean of `absent` to the mean of `present`.
 
-    The groups should differ in the attribute only. Otherwise the direction also holds whatever else
-    differs, such as the background. The result is best if objects are at the same place in all
-    images.
+    The two groups of images should differ in the attribute only. Otherwise the direction also
+    contains other differences between the groups, such as the background. The result is best if
+    objects are at the same place in all images.
 
     Args:
         present: (N, ...), latents of images with the attribute.
-        absent: (M, ...), latents of images without it.
+        absent: (M, ...), latents of images without the attribute.
 
     Raises:
-        UserError: a group is empty, the shapes differ, or both means are equal.
+        UserError: a group is empty, the shapes differ, or both groups have the same mean.
     """
     if not len(present) or not len(absent) or present.shape[1:] != absent.shape[1:]:
         raise UserError(
@@ -180,7 +184,7 @@ class Components:
     Attributes:
         directions: (R, ...), each as long as one standard deviation of the latents along this
             direction.
-        shares: (R,), the share of the latents' variance along each direction.
+        shares: (R,), the fraction of the latents' total variance along each direction.
     """
 
     directions: Tensor
@@ -188,7 +192,7 @@ class Components:
 
 
 def principal_components(latents: Tensor, *, count: int) -> Components:
-    """Return the directions along which latents (N, ...) vary most.
+    """Return the `count` directions of the largest variance of N latents (N, ...).
 
     The sign of a direction is chosen so that its largest element is positive.
 
@@ -212,21 +216,22 @@ def principal_components(latents: Tensor, *, count: int) -> Components:
 
 
 def move_along(latent: Tensor, directions: Tensor, strengths: Tensor) -> Tensor:
-    """Return a latent (...) moved by each strength (S,) along each direction (R, ...): (R, S, ...).
+    """Move a latent, (...), by each of S strengths along each of R directions: (R, S, ...).
 
     Raises:
         UserError: the directions have another shape than the latent.
     """
     if directions.shape[1:] != latent.shape:
         raise UserError(
-            f"directions {tuple(directions.shape)} do not fit a latent {tuple(latent.shape)}."
+            f"directions of the shape {tuple(directions.shape)} do not fit a latent of the shape "
+            f"{tuple(latent.shape)}."
         )
     steps = _column(strengths, latent) * directions[:, None]
     return (latent + steps).to(latent.dtype)
 
 
 def _column(values: Tensor, latent: Tensor) -> Tensor:
-    """Return values (S,) with one axis more for each axis of the latent."""
+    """Reshape values (S,) to (S, 1, ..., 1), to broadcast them over the axes of a latent."""
     return values.to(latent).view(-1, *[1] * latent.ndim)
 
 

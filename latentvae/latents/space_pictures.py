@@ -58,10 +58,10 @@ class EncodedImages:
         return torch.cat([cast(Tensor, part).cpu() for part in parts])
 
     def numbers(self, wanted: Sequence[str], *, default: Sequence[int]) -> list[int]:
-        """Return the numbers of the images with the wanted names, or the default if none is wanted.
+        """Return the indices of the images named in `wanted`, or `default` if `wanted` is empty.
 
         Raises:
-            UserError: there is no image with such a name.
+            UserError: `wanted` contains a name that no image has.
         """
         places = {name: number for number, name in enumerate(self.names)}
         for name in wanted:
@@ -87,12 +87,12 @@ def encode_images(
     """Read and encode images, evenly spread over the data. Unreadable images are left out.
 
     Args:
-        model: the autoencoder. Latents are the modes of its posteriors.
+        model: the autoencoder. The latents are the modes of the autoencoder's posteriors.
         data: images, see `open_items`.
         resolution: height and width in pixels, or one number for a square. Each image is resized to
-            cover this size, and the centre is cropped.
-        max_images: largest number of images.
-        also: names of images that are read in any case.
+            cover this size, and then cropped at the centre.
+        max_images: largest number of images that are chosen evenly from the data.
+        also: names of images that are read in addition to the evenly chosen images.
         label_column: column of a table with the classes. For folders and tar files, the first-level
             folder of an image is its class.
         batch_size: number of images that are encoded at once.
@@ -139,8 +139,8 @@ def draw_interpolations(
     Args:
         encoded: the images.
         path: the PNG.
-        images: names of two or more images. Each image and the next one are a pair. If empty,
-            images that are evenly spread over the data are used.
+        images: names of two or more images. Each image and the next one are a pair. If `images` is
+            empty, images that are evenly spread over the data are used.
         count: number of pairs to draw, if `images` is empty.
         steps: number of decoded images in a row.
     """
@@ -174,8 +174,8 @@ def draw_neighbours(
     Args:
         encoded: the images.
         path: the PNG.
-        images: names of the query images. If empty, images that are evenly spread over the data are
-            used.
+        images: names of the query images. If `images` is empty, images that are evenly spread over
+            the data are used.
         count: number of query images, if `images` is empty.
         steps: number of neighbours.
     """
@@ -217,26 +217,28 @@ def draw_attribute(
     count: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Draw images that are moved along the direction from one class to another.
+    """Draw images whose latents are moved along the direction from one class to another.
 
     The strengths go from -1 to 2. Strength 1 is the distance between the means of the two classes.
 
-    Two thirds of the images of each class make the direction. The other images test the direction:
-    the function returns the share of test images that lie on their class's side of the middle. This
-    share is a mean over the two classes. A share of 0.5 means that the direction does not separate
-    the classes.
+    The direction is computed from two thirds of the images of each class. The other images test the
+    direction. The result `test_accuracy` is the fraction of test images whose class the sign of
+    `Attribute.scores` predicts correctly, averaged over the two classes. An accuracy of 0.5 means
+    that the direction does not separate the classes.
 
     Args:
         encoded: the images, with classes.
         path: the PNG.
         attribute: the class of images with the attribute.
         against: the class of images without the attribute. None means all other classes.
-        images: names of the images that are moved. If empty, images without the attribute are used.
+        images: names of the images that are moved. If `images` is empty, images without the
+            attribute are used.
         count: number of images, if `images` is empty.
         steps: number of strengths.
 
     Raises:
-        UserError: the images have no classes, there is no such class, or it has too few images.
+        UserError: the images have no classes, or one of the two classes does not exist or has too
+            few images.
     """
     present = _of_class(encoded, attribute)
     if against is None:
@@ -279,14 +281,14 @@ def draw_attribute(
 def draw_components(
     encoded: EncodedImages, path: Path, *, images: Sequence[str], count: int, steps: int
 ) -> dict[str, Any]:
-    """Draw a row for each principal component of the latents: an image that moves along it.
+    """Draw one row for each principal component: an image whose latent moves along the component.
 
-    The image is moved by -2 to 2 standard deviations along the component.
+    The latent is moved by -2 to 2 standard deviations along the component.
 
     Args:
         encoded: the images.
         path: the PNG.
-        images: the name of the image that is moved. If empty, the first image is used.
+        images: the name of the image that is moved. If `images` is empty, the first image is used.
         count: number of components.
         steps: number of images in a row.
 
@@ -307,7 +309,7 @@ def draw_components(
 
 
 def _label(name: str) -> str:
-    """Return the end of a file's name, which fits beside a row."""
+    """Return the end of a file's name, which is short enough to be the label of a row."""
     return Path(name).stem[-13:]
 
 

@@ -1,4 +1,4 @@
-"""Measure mean and standard deviation of latents, which give an export's scale and shift.
+"""Measure mean and standard deviation of latents, for the shift and scale of an exported model.
 
 A diffusion model is trained on latents of about unit variance (Rombach et al. 2022, appendix G,
 https://arxiv.org/abs/2112.10752).
@@ -46,7 +46,7 @@ class LatentStatistics:
         self.merge(batch)
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Add the latents that `other` has counted to these statistics."""
+        """Merge the statistics of `other` into these statistics."""
         if self.num_images and other.num_images and self.num_channels != other.num_channels:
             channels = f"{self.num_channels} and {other.num_channels}"
             raise ValueError(f"all latents must have the same number of channels (got {channels}).")
@@ -102,7 +102,9 @@ class LatentStatistics:
         """1 / std. Latents multiplied by this factor have unit variance."""
         std = self.std
         if std < 1e-8:
-            raise ValueError(f"the latents are constant (std {std:g}), so they have no scale.")
+            raise ValueError(
+                f"the latents are constant (std {std:g}), so they have no scaling factor."
+            )
         return 1.0 / std
 
     @property
@@ -134,9 +136,9 @@ def latent_statistics(
     max_images: int = 1024,
     generator: torch.Generator | None = None,
 ) -> LatentStatistics:
-    """Return statistics of posterior samples of the first images of this process.
+    """Return statistics of samples from the posteriors of this process's first images.
 
-    For a network without a posterior, its latents are used instead of samples.
+    If the network has no posterior, the network's latents are used instead of samples.
 
     Args:
         net: the network, in eval mode and on the device of the batches.

@@ -2,8 +2,8 @@
 
     save_traversal(decode, mean, Path("traversal.png"), kl=kl_per_dimension)
 
-This call writes a grid of images with one row per dimension, sorted by KL. Along a row, the
-dimension goes from -2 to 2.
+`save_traversal` writes a grid of images with one row per dimension, sorted by KL. Along a row, the
+value of the dimension goes from -2 to 2.
 
 `D` dimensions of a code, `R` rows, `V` values in a row, `C` image channels, `H W` image size.
 """
@@ -33,23 +33,27 @@ def traverse(
 
     Args:
         decode: function from codes (N, D) to images (N, C, H, W) in [-1, 1].
-        mean: (D,), the code of an image. All other dimensions keep its values.
+        mean: (D,), the code of an image. In each row, all dimensions but one keep the values of
+            `mean`.
         dimensions: the dimensions, one for each row.
-        values: the values, one for each column. A code's prior is N(0, 1).
+        values: the values, one for each column, in standard deviations of the prior N(0, 1).
 
     Returns:
         (R, V, C, H, W).
 
     Raises:
-        UserError: there is no such dimension, or `dimensions` or `values` is empty.
+        UserError: the code has no dimension of a given number, or `dimensions` or `values` is
+            empty.
     """
     if mean.ndim != 1:
-        raise UserError(f"a traversal starts at the code of one image, (D,), not {mean.shape}.")
+        raise UserError(
+            f"a traversal needs the code of one image, of the shape (D,) (got {tuple(mean.shape)})."
+        )
     wrong = [number for number in dimensions if not 0 <= number < len(mean)]
     if wrong or not dimensions or not values:
         raise UserError(
-            f"a traversal needs values and dimensions from 0 to {len(mean) - 1} (got "
-            f"{len(values)} values and dimensions {list(dimensions)})."
+            f"a traversal needs dimensions from 0 to {len(mean) - 1}, and at least one value (got "
+            f"dimensions {list(dimensions)} and {len(values)} values)."
         )
 
     columns = torch.tensor(list(values)).to(mean)
@@ -70,7 +74,7 @@ def save_traversal(
     dimensions: Sequence[int] | None = None,
     values: Sequence[float] = VALUES,
 ) -> list[int]:
-    """Write a PNG with one row of `traverse` per dimension, and return the dimensions of the rows.
+    """Write a PNG with one row per dimension, and return the dimensions in the order of the rows.
 
     Args:
         decode: function from codes (N, D) to images (N, C, H, W) in [-1, 1].
@@ -82,11 +86,13 @@ def save_traversal(
         values: the values, one for each column.
 
     Raises:
-        UserError: see `traverse`. The error also occurs if `kl` does not have one value per
-            dimension.
+        UserError: as in `traverse`, or if `kl` does not have one value per dimension.
     """
     if kl is not None and kl.shape != mean.shape:
-        raise UserError(f"kl must have one value per dimension, {mean.shape}, not {kl.shape}.")
+        raise UserError(
+            f"kl must have one value per dimension of the code, {mean.numel()} (got shape "
+            f"{tuple(kl.shape)})."
+        )
     order = list(range(len(mean))) if dimensions is None else list(dimensions)
     labels = [f"z{number}" for number in range(len(mean))]
     if kl is not None:

@@ -34,9 +34,9 @@ class LogitLaplace:
     def nll(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Return the negative log-likelihood -ln f of each element, (B, C, H, W), in nats.
 
-        Here f is the density of x, the pixel mapped to [eps, 1 - eps], eps = 0.1, as in the paper.
-        For the density of a pixel in [0, 1], add -ln(1 - 2 eps) = 0.223 nats. For a pixel in
-        [-1, 1], add -ln(0.5 - eps) = 0.916 nats.
+        Here f is the density of x, the pixel mapped to [eps, 1 - eps], eps = 0.1, as in DALL-E.
+        For the density of a pixel in [0, 1], add -ln(1 - 2 eps) = 0.223 nats to the result. For the
+        density of a pixel in [-1, 1], add -ln(0.5 - eps) = 0.916 nats to the result.
 
         Args:
             images: images in [-1, 1], (B, C, H, W).

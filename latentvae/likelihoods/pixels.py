@@ -2,7 +2,8 @@
 
 Each distribution gives a probability to each of the `levels` values of a pixel, and these
 probabilities sum to 1. So the likelihoods of all models are comparable, in nats per image or in
-bits per dimension. A value k in 0 .. levels - 1 is the pixel 2 k / (levels - 1) - 1 in [-1, 1].
+bits per dimension. The value k, from 0 to levels - 1, stands for the pixel 2 k / (levels - 1) - 1
+in [-1, 1].
 
 A continuous distribution is made discrete as in PixelCNN++ (arXiv:1701.05517). The probability of a
 value is the integral of the density over an interval around the value, called its bin. The bins of
@@ -53,7 +54,7 @@ class PixelDistribution(ABC):
         Args:
             images: pixels in [-1, 1], each one of the `levels` values, (B, C, H, W).
             parameters: the decoder's output of M maps, for S latent samples of each image,
-                (S B, M, H, W). The first B rows are the first sample of each image.
+                (S B, M, H, W). The first B entries belong to the first sample of each image.
         """
         images = images.float()
         samples = len(parameters) // len(images)
@@ -76,8 +77,8 @@ class PixelDistribution(ABC):
     def start_bias(self, mean_image: Tensor) -> Tensor | None:
         """Return biases of the decoder's last layer with which `mean` returns `mean_image`.
 
-        The biases are (M, H, W) for M parameter maps. Return None if the distribution has no such
-        biases.
+        The biases are (M, H, W) for M parameter maps. Return None if the distribution does not
+        offer biases for a mean image.
         """
         return None
 
@@ -121,7 +122,7 @@ class Bernoulli(PixelDistribution):
 
 
 class _BinaryLogProb(torch.autograd.Function):
-    """Return sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and shares of white x (B, D).
+    """Return sum_d x_d l_d - ln(1 + e^l_d), for logits l (S B, D) and pixels x in [0, 1], (B, D).
 
     There are S sets of logits for each of B images of D pixels. The gradient is x - sigmoid(l).
     This function needs half of the time and memory of torch's binary cross entropy, which computes
@@ -148,7 +149,7 @@ class _BinaryLogProb(torch.autograd.Function):
 
 
 class LocationScale(PixelDistribution):
-    """Base class of independent pixels with a location and a scale.
+    """Base class of distributions of independent pixels, each with a location and a scale.
 
     For C channels, the parameters are first C maps of locations, then C maps of ln(scale).
     ln(scale) is clamped to [-7, 2]. The standard distribution (location 0, scale 1) must be
@@ -165,7 +166,7 @@ class LocationScale(PixelDistribution):
     def log_mass(self, images: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
         """Return the log-probability of each pixel value, in nats.
 
-        The shapes of the tensors must broadcast.
+        The shapes of `images`, `location` and `log_scale` must broadcast.
         """
         half = 1.0 / (self.levels - 1)
         inverse = torch.exp(-log_scale)
@@ -278,7 +279,7 @@ class DiscretizedLogitLaplace(LocationScale):
 
 
 def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """Split maps (B, 2 C, ...) of C channels into locations and clamped ln(scale), (B, C, ...)."""
+    """Split 2 C parameter maps into C maps of locations and C maps of clamped ln(scale)."""
     location, log_scale = parameters.float().chunk(2, dim=1)
     return location, log_scale.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)
 

@@ -1,8 +1,8 @@
 """Gaussian densities of real values, for tables and for the latents of another network.
 
 The distributions in `likelihoods.pixels` give a probability to each value that a pixel can have.
-The distribution of this module is a density of any real value. `latentvae train-vae` does not offer
-this distribution, because log-densities and log-probabilities cannot be compared.
+`RealGaussian` gives a density to any real value. `latentvae train-vae` does not offer
+`RealGaussian`, because log-densities and log-probabilities cannot be compared.
 """
 
 import math

@@ -18,7 +18,8 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     """Return the hinge loss 0.5 * (E[max(0, 1 - D(x))] + E[max(0, 1 + D(recon))]), a scalar.
 
     D(x) are the logits of real images x, and D(recon) those of reconstructions. The loss is 1 if
-    all logits are 0. It is half the loss of Lim & Ye 2017 (arXiv:1705.02894), as in VQGAN.
+    all logits are 0. As in VQGAN, the loss is half the hinge loss of Lim & Ye 2017
+    (arXiv:1705.02894).
     """
     return 0.5 * (
         F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
@@ -34,8 +35,8 @@ def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) 
     """Return -E[log sigmoid(D(x))] - E[log(1 - sigmoid(D(recon)))], a scalar.
 
     D(x) are the logits of real images x, and D(recon) those of reconstructions. The loss is the
-    negative of eq. 1 in Goodfellow et al. 2014 (arXiv:1406.2661). If all logits are 0, the loss is
-    2 log 2.
+    negative of equation 1 in the GAN paper (Goodfellow et al. 2014, arXiv:1406.2661). If all
+    logits are 0, the loss is 2 log 2.
     """
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
@@ -73,16 +74,16 @@ GAN_LOSSES = {
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return 0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406).
 
-    The formula is eq. 9 of that paper. Here D(x) is the mean of an image's logits, as in the GAN
-    losses. The squared gradient of this mean falls with the number of pixels, so the penalty's
+    The formula is equation 9 of arXiv:1801.04406. D(x) is the mean of an image's logits, as in the
+    GAN losses. The squared gradient of this mean falls with the number of pixels, so the penalty's
     weight should grow with the number of pixels. StyleGAN2-ADA (arXiv:2006.06676) uses the weight
     0.0002 * H * W, divided by the number of images per update.
 
     Args:
         discriminator: the network without DDP's wrapper. A forward pass through the wrapper would
             prepare a second reduction of gradients. Add the penalty to the loss that was computed
-            through the wrapper, and call `backward` once. DDP then reduces the sum of both
-            gradients.
+            through the wrapper, and call `backward` once. DDP then reduces the sum of the gradients
+            of the loss and of the penalty.
         images: real images as the discriminator gets them, (B, C, H, W).
 
     Returns:
@@ -124,10 +125,10 @@ class LeCam:
         """Return E[(D(x) - average fake)+^2] + E[(average real - D(recon))+^2], a scalar.
 
         D(x) are the logits of real images, D(recon) those of reconstructions ("fake"), and ()+ is
-        the positive part, max(0, ...). The formula is eq. 4 of arXiv:2104.03310, with the positive
-        part of the authors' code (google/lecam-gan, third_party/lecam_loss.py). Without it, the
-        penalty would also pull up the logit of a real image below the average logit of
-        reconstructions. That is the task of the GAN loss.
+        the positive part, max(0, ...). The formula is equation 4 of arXiv:2104.03310, with the
+        positive part of the authors' code (google/lecam-gan, third_party/lecam_loss.py). Without
+        the positive part, the penalty would also pull up logits of real images that are below the
+        average logit of reconstructions, which is the task of the GAN loss.
         """
         real_anchor, fake_anchor = self.anchors.unbind()
         above = F.relu(real_logits.float() - fake_anchor)
@@ -155,11 +156,11 @@ class LeCam:
 def adaptive_weight(
     recon: Tensor, last_layer: Tensor, *, nll_grad: Tensor, adversarial_grad: Tensor, cap: float
 ) -> Tensor:
-    """Return |d nll / d W| / (|d adversarial / d W| + 1e-4), capped (arXiv:2012.09841, eq. 7).
+    """Return VQGAN's weight |d nll / d W| / (|d adversarial / d W| + 1e-4), but at most `cap`.
 
-    W is the decoder's last weight, `nll` the reconstruction loss and `adversarial` the model's GAN
-    loss. The gradients with respect to ``recon`` are already known, so each loss needs a backward
-    pass through only one convolution. Each gradient is averaged over ranks before its norm.
+    W is the decoder's last weight, `nll` the reconstruction loss and `adversarial` the GAN loss, as
+    in arXiv:2012.09841, equation 7. The gradients with respect to ``recon`` are given, so each loss
+    needs a backward pass through one convolution. The norms are of gradients averaged over ranks.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).
@@ -183,10 +184,10 @@ class Adversary:
     """The discriminator, with the loss functions and weights to use in one update.
 
     Attributes:
-        discriminator: the network without wrappers, for the model's loss. This loss needs only the
-            gradient with respect to the reconstruction. Each rank has its own reconstructions, so
-            DDP is not needed.
-        prepared: the same network wrapped by DDP and autocast, for the discriminator's own step.
+        discriminator: the network without wrappers, for the model's loss. The model's loss needs
+            only the gradient with respect to the reconstruction. Each rank has its own
+            reconstructions, so this gradient needs no DDP.
+        prepared: the same network wrapped by DDP and autocast, for the discriminator's update.
         factor: weight of the adversarial term in the model's loss in this update, not yet
             multiplied by the adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.

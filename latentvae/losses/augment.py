@@ -1,8 +1,9 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): random, differentiable image changes.
+"""Change images by random, differentiable operations: DiffAugment (arXiv:2006.10738).
 
 All images that the discriminator gets, real images and reconstructions, are changed at random. The
 gradient to the reconstruction passes through the change. Each image has its own random numbers. The
-numbers come from torch's global generator, which the training loop seeds for each micro-step.
+random numbers come from torch's global generator, which the training loop seeds for each
+micro-step.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0,
 which is grey.
@@ -89,8 +90,8 @@ def _uniform(images: Tensor) -> Tensor:
 def _shifted(images: Tensor, size: int) -> Tensor:
     """Return for each row (or column) of a shifted image the original row to copy, (B, size).
 
-    The rows of the original are counted after padding by one pixel. Each of the B images has its
-    own random shift.
+    The original is padded by one pixel, so its first row has the index 1. Each of the B images has
+    its own random shift.
     """
     most = int(size * _TRANSLATION + 0.5)
     shift = torch.randint(-most, most + 1, (len(images), 1), device=images.device)

@@ -139,17 +139,18 @@ class DiscriminatorConfig(Section):
         default=None,
         description=(
             "Output folder of an earlier training. The new training starts with the discriminator "
-            "of the earlier one. Use this option together with pretrained_model_name_or_path, "
+            "of the earlier training. Use this option together with pretrained_model_name_or_path, "
             "which loads only the autoencoder."
         ),
     )
     disc_watch: Annotated[Literal["off", "warn", "disable"], MayChange()] = Field(
         default="warn",
         description=(
-            "Check during training whether the discriminator fails. It fails if its loss is near "
-            "0, or if validation LPIPS gets steadily worse while the discriminator is active. In "
-            "this case, `warn` prints a warning. `disable` also switches the discriminator off for "
-            "the rest of the training. `off` turns this check off."
+            "Check during training whether the discriminator fails. The discriminator fails if its "
+            "loss is near 0, or if validation LPIPS gets steadily worse while the discriminator is "
+            "active. `warn` prints a warning if the discriminator fails. `disable` also switches "
+            "the failing discriminator off for the rest of the training. `off` turns this check "
+            "off."
         ),
     )
 

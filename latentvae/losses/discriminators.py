@@ -3,9 +3,9 @@
 The discriminator of patches follows Isola et al. 2017, arXiv:1611.07004. The discriminator of whole
 images follows Karras et al. 2020, arXiv:1912.04958.
 
-No discriminator here has batch norm. With batch norm, the logits of real images would depend on the
-reconstructions in the batch and on the number of ranks. Also, the model's training step would
-change the discriminator's running averages.
+No discriminator in this module has batch norm. With batch norm, the logits of real images would
+depend on the reconstructions in the batch and on the number of ranks. Also, the model's training
+step would change the running averages of the discriminator's batch norm.
 
 `B` batch, `C` image channels, `H W` image size, `h w` size of the map of logits.
 """
@@ -48,10 +48,10 @@ class PatchGAN(nn.Module):
 
     The only difference from the discriminator of pix2pix is the norm, which is not BatchNorm.
 
-    The network is always in eval mode, and `.train()` has no effect. The reason is torch's spectral
-    norm, which in train mode takes a step of its power iteration in every forward pass. The weights
-    would then differ between the forward passes of one update. Instead, the function
-    `power_iteration` takes one step per update.
+    The network is always in eval mode, and `.train()` has no effect. In train mode, torch's
+    spectral norm would take a step of its power iteration in every forward pass, so the weights
+    would differ between the forward passes of one update. Therefore the function `power_iteration`
+    takes one step of the power iteration per update.
 
     Args:
         in_channels: number of image channels.
@@ -115,7 +115,8 @@ class PatchGAN(nn.Module):
 class _SpectralConv2d(nn.Conv2d):
     """A convolution that computes its spectral norm in float32.
 
-    Under autocast, torch's spectral norm would multiply a bfloat16 vector by a float32 vector.
+    Under autocast on a GPU, torch's spectral norm would multiply a bfloat16 vector by a float32
+    vector.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -141,13 +142,14 @@ class StyleGANDiscriminator(nn.Module):
     images -> 1x1 conv -> residual blocks that each halve the map -> 3x3 conv -> mean over space ->
     two dense layers -> logit
 
-    Two things differ from the original:
+    Two things differ from StyleGAN2:
 
-    - The original flattens a 4 x 4 map. Here a mean over space allows images of any size.
-    - The original has a layer with the standard deviation over the minibatch. Here this layer is
-      left out, because an image's logit would depend on the other images of the batch, and thus
-      on ranks and micro-steps. The layer prevents mode collapse of a generator, which cannot happen
-      with reconstructions.
+    - StyleGAN2 flattens a 4 x 4 map. This class takes a mean over space, which allows images of any
+      size.
+    - StyleGAN2 has a layer with the standard deviation over the minibatch. This class leaves that
+      layer out, because an image's logit would depend on the other images of the batch, and thus
+      on ranks and micro-steps. In StyleGAN2, that layer prevents mode collapse of the generator,
+      which cannot happen with reconstructions.
 
     Weights start as N(0, 1) and are scaled in each forward pass (equalised learning rate). So the
     learning rate should be 2e-3 as in the paper, not 1e-4 as for a PatchGAN.
@@ -252,12 +254,11 @@ class DiscriminatorKind:
     Attributes:
         build: the discriminator's class, called with `in_channels`, `channels`, `num_layers`, and
             with `norm` if there is a choice of norms.
-        norms: allowed values of `norm`, the default first. Empty if there is no choice of norms.
-        default_layers: function that returns the default number of layers that halve the map. Its
-            argument is the shorter side of the images in pixels.
-        smallest_side: function that returns the smallest side of an image, in pixels, for which the
-            discriminator returns a logit. Its argument is the number of layers, or None for the
-            default.
+        norms: allowed values of `norm`, the default first, or empty if there is no choice of norms.
+        default_layers: function that takes the shorter side of the images in pixels, and returns
+            the default number of layers that halve the map.
+        smallest_side: function that takes the number of layers, or None for the default, and
+            returns the smallest side of an image, in pixels, for which there is a logit.
     """
 
     build: Callable[..., Discriminator]
@@ -305,7 +306,8 @@ def build_discriminator(
         num_layers: number of layers or blocks that halve the map. The default for "patch" is 3,
             which gives patches of 70 x 70 pixels. The default for "stylegan" is the largest number
             that leaves a map of at least 4 positions on the shorter side.
-        norm: "group" (the default), "spectral" or "none". Only "patch" has this choice.
+        norm: "group" (the default), "spectral" or "none". Only the kind "patch" has a choice of
+            norms.
 
     Raises:
         UserError: the kind or the norm is unknown, or the images are too small.

@@ -120,8 +120,8 @@ class DistillationLoss(nn.Module):
 def noisy(z: Tensor, strength: float) -> Tensor:
     """Add Gaussian noise, drawn with torch's global generator, to latents (B, d, h, w).
 
-    Each image has its own standard deviation of the noise. It is drawn uniformly from 0 to
-    `strength` times the standard deviation of `z`.
+    Each image has its own standard deviation of the noise, drawn uniformly from 0 to `strength`
+    times the standard deviation of `z`.
     """
     if strength == 0:
         return z

@@ -1,11 +1,12 @@
 """The distance of images and reconstructions in the features of a network such as DINOv2.
 
-ViTok-v2 (arXiv:2605.05331) trains with such a loss in place of LPIPS and a discriminator. Its
-authors' package `dino-perceptual` takes the hidden states of every block, scales the vector at each
-position to unit length, and averages the squared differences over blocks, positions and channels.
-Here the mean over channels is replaced by half the sum over channels. So the loss is the mean of
-1 - cosine similarity, which is C / 2 times the loss of the package. A good weight of this loss does
-not depend on the number of channels C of the network.
+ViTok-v2 (arXiv:2605.05331) trains with a feature loss in place of LPIPS and a discriminator. The
+package `dino-perceptual` of ViTok-v2's authors takes the hidden states of every block, scales the
+vector at each position to unit length, and averages the squared differences over blocks, positions
+and channels. This module takes half the sum over channels, not the mean over channels. So the loss
+of this module is the mean of 1 - cosine similarity, which is C / 2 times the loss of
+`dino-perceptual`. A good weight for this feature loss does not depend on the number of channels C
+of the network.
 
 `B` batch, `C` channels of a layer, `S` positions of a layer, `H W` image size.
 """
@@ -44,7 +45,7 @@ class FeatureLoss(nn.Module):
             network's training images were normalised with these values.
 
     Attributes:
-        num_layers: number of layers that are compared, after the first call.
+        num_layers: number of layers that are compared, or 0 before the first call.
     """
 
     mean: Tensor
@@ -89,7 +90,7 @@ class FeatureLoss(nn.Module):
     def features(self, images: Tensor) -> Sequence[Tensor]:
         """Return the hidden states of all layers except the embedding.
 
-        Each has C channels at S positions, (B, C, S).
+        Each hidden state has C channels at S positions, (B, C, S).
         """
         pixels = (0.5 * to_rgb(images) + 0.5 - self.mean) / self.std
         states = self.network(
@@ -108,7 +109,7 @@ class FeatureLoss(nn.Module):
     def _options(self) -> dict[str, bool]:
         """Return the argument with which some networks take images of other sizes than in training.
 
-        The result is empty for other networks.
+        The result is empty for networks without this argument.
         """
         names = inspect.signature(self.network.forward).parameters
         return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in names else {}

@@ -7,9 +7,9 @@ The density of x is
 
 DALL-E's decoder returns six maps, three of mu and three of ln b (`likelihoods.LogitLaplace`).
 ViT-VQGAN (arXiv:2110.04627) adds a logit-Laplace loss with weight 0.1 to the L2 loss of its three
-output maps. We found no description of the value of b. Three maps can only give mu. So here each
-output is mapped to x like a pixel, mu is the logit of this x, and b is 1. Another constant b would
-only change the weight of the loss.
+output maps. We found no description of ViT-VQGAN's value of b. Three maps can only give mu. So this
+module maps each output to x like a pixel, takes the logit of this x as mu, and sets b to 1. Another
+constant b would only change the weight of the loss.
 """
 
 import math
@@ -37,6 +37,6 @@ def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
 
 
 def _logit(x: Tensor) -> Tensor:
-    """Return the logit of values in [eps, 1 - eps], and its linear continuation for others."""
+    """Return the logit of x in [eps, 1 - eps], and continue the logit linearly for other x."""
     inside = x.clamp(EPS, 1.0 - EPS)
     return torch.logit(inside) + (x - inside) / (EPS * (1.0 - EPS))

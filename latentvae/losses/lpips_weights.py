@@ -1,7 +1,7 @@
 """Find the published weights of LPIPS, and read them without running code from a file.
 
 The linear heads of LPIPS come with the `lpips` package. The backbone is torchvision's ImageNet
-VGG16 or AlexNet. Its weights are looked for in this order:
+VGG16 or AlexNet. The backbone's weights are looked for in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache

@@ -19,14 +19,14 @@ class NeedsKL(Mark):
 
 @dataclass(frozen=True)
 class PlacesKL(Mark):
-    """Marks an option that decides how large the KL becomes. Set only one of these options."""
+    """Marks an option that decides how large the KL becomes. Only one such option may be set."""
 
 
 @dataclass(frozen=True)
 class KLTarget(Mark):
     """Marks an option that changes the KL's weight until a target is reached.
 
-    Such an option needs an encoder that is trained.
+    An option with this mark needs an encoder that is trained, not frozen.
     """
 
 
@@ -48,7 +48,8 @@ class PixelLossConfig(Section):
         ),
     )
     lpips_net: Literal["vgg", "alex"] = Field(
-        default="vgg", description="Backbone of the LPIPS loss. alex is faster than vgg."
+        default="vgg",
+        description="Backbone of the LPIPS loss. The backbone alex is faster than vgg.",
     )
     lpips_weights: Annotated[str | None, MayChange(), Private()] = Field(
         default=None,
@@ -74,18 +75,18 @@ class ObjectiveConfig(PixelLossConfig):
         description=(
             "Weight of the logit-Laplace loss of ViT-VQGAN, which is added to the pixel loss. The "
             "logit-Laplace loss converts the pixel values of image and reconstruction to logits "
-            "and takes their absolute difference. 0 turns this loss off."
+            "and takes their absolute difference. 0 turns the logit-Laplace loss off."
         ),
     )
     feature_loss: Annotated[str | None, MayChange()] = Field(
         default=None,
         description=(
             "Frozen image network for a feature loss: a folder or Hub id that the package "
-            "transformers loads, such as DINOv2 or ConvNeXt. The loss compares the network's "
-            "features of an image and of its reconstruction. This loss is 1 minus the cosine "
-            "similarity of these features, averaged over all layers and positions. By default, "
-            "there is no feature loss. If you resume a training with another folder, this folder "
-            "must hold the same weights."
+            "transformers loads, such as DINOv2 or ConvNeXt. The feature loss is 1 minus the "
+            "cosine similarity between the network's features of an image and of its "
+            "reconstruction, averaged over all layers and positions. By default, there is no "
+            "feature loss. If you resume a training with another folder, the new folder must hold "
+            "the same weights as the old folder."
         ),
     )
     feature_scale: Annotated[float, Field(gt=0.0)] = Field(
@@ -111,14 +112,14 @@ class ObjectiveConfig(PixelLossConfig):
         default=0.0,
         description=(
             "Lower limit for the KL of each latent channel, in bits per latent element. The loss "
-            "does not push a channel's KL below this limit. 0 turns the limit off."
+            "does not push a channel's KL below free_bits. 0 means no lower limit."
         ),
     )
     kl_capacity: Annotated[float, Field(ge=0.0), NeedsKL(), PlacesKL()] = Field(
         default=0.0,
         description=(
             "Value that the KL should have, in bits per latent element. The KL loss is then the "
-            "distance of the KL from this value, so a smaller KL grows and a larger KL falls. 0 "
+            "distance of the KL from kl_capacity, so a smaller KL grows and a larger KL falls. 0 "
             "turns this option off."
         ),
     )
@@ -147,9 +148,9 @@ class ObjectiveConfig(PixelLossConfig):
     kl_target_rate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=0.01,
         description=(
-            "Speed at which kl_target and rec_target change the weight of the KL loss. Each update "
-            "changes the natural logarithm of the weight by at most about this value: 0.01 means "
-            "about 1 %."
+            "Speed at which kl_target and rec_target change the weight of the KL loss. Far from "
+            "the target, each update changes the natural logarithm of the KL's weight by "
+            "kl_target_rate, and 0.01 means about 1 % per update."
         ),
     )
     output_logvar: float = Field(
@@ -171,8 +172,8 @@ class ObjectiveConfig(PixelLossConfig):
     def _check(self) -> "ObjectiveConfig":
         if self.feature_loss is None and self.feature_scale != 1:
             raise ValueError(
-                f"feature_scale {self.feature_scale:g} needs feature_loss too. Give the folder of "
-                "an image network, or leave feature_scale out."
+                f"feature_scale {self.feature_scale:g} needs feature_loss too. Set feature_loss to "
+                "the folder of an image network, or leave feature_scale out."
             )
         given = [name for name in marked(type(self), PlacesKL) if getattr(self, name)]
         if len(given) > 1:
@@ -193,6 +194,6 @@ class ObjectiveConfig(PixelLossConfig):
             near = min(max(self.kl_scale, lowest), highest)
             raise ValueError(
                 f"kl_scale must be from {lowest:g} to {highest:g} with {target}, because the KL's "
-                f"weight starts there (got {self.kl_scale:g}). The nearest is {near:g}."
+                f"weight starts at kl_scale (got {self.kl_scale:g}). The nearest is {near:g}."
             )
         return self

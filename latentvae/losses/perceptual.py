@@ -1,8 +1,8 @@
 """LPIPS, the learned perceptual distance, with the published weights (arXiv:1801.03924).
 
-Missing weights cannot stay random unnoticed. The network is built without values, and every tensor
-must come from a file (see `lpips_weights`). After loading, the distance between two fixed pictures
-must have its known value.
+This module makes sure that no weight of LPIPS stays random by mistake. The network is built without
+values, and every tensor must come from a file (see `lpips_weights`). After loading, the LPIPS
+distance between two fixed images must have its known value, or the module raises an error.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -127,10 +127,10 @@ class PerceptualLoss(nn.Module):
     def maps(self, images: Tensor, recon: Tensor) -> Tensor:
         """Return a map of the distance of each image from its reconstruction, (B, H, W).
 
-        The backbone gives a map of distances for each of its five levels. These maps are enlarged
-        to the size of the images and added. The mean of the result over pixels is close to the
-        distance that `forward` returns. The small difference comes from the enlargement at the
-        border.
+        The backbone gives a map of distances for each of its five levels. The five maps are
+        enlarged to the size of the images and added. The mean of the result over pixels is close to
+        the distance that `forward` returns. The two values differ slightly if the sides of a map do
+        not divide the sides of the images.
 
         Args:
             images, recon: as in `forward`.
@@ -146,14 +146,14 @@ class PerceptualLoss(nn.Module):
 
 
 def _heads(model: LPIPS) -> list[Tensor]:
-    """Return for each level of the backbone the weights of its C channels, (1, C, 1, 1)."""
+    """Return the weights of the C channels of each level of the backbone, (1, C, 1, 1) each."""
     return [cast(nn.Sequential, head.model)[-1].get_buffer("weight") for head in model.lins]
 
 
 def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
     """Return the part of the LPIPS distance that comes from one level of the backbone, (B,).
 
-    It is the weighted squared difference of features of unit length, averaged over space.
+    A level's part is the weighted squared difference of unit-length features, averaged over space.
     """
     difference = (unit_features(features) - unit_features(target)).square()
     return F.conv2d(difference, head).mean(dim=(1, 2, 3))
@@ -162,8 +162,9 @@ def _distance(target: Tensor, features: Tensor, head: Tensor) -> Tensor:
 def unit_features(features: Tensor) -> Tensor:
     """Return `features` scaled to unit length over the channels, in float32 or wider.
 
-    This function replaces `lpips.normalize_tensor`. Where all channels are 0, the gradient of its
-    square root is NaN. The gradient of `vector_norm`, which is used here, is 0.
+    This function replaces `lpips.normalize_tensor`, whose gradient is NaN where all channels are 0.
+    The reason for NaN is the square root in `lpips.normalize_tensor`. The function `vector_norm`,
+    which is used here instead, has the gradient 0 where all channels are 0.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
@@ -190,7 +191,7 @@ def _build_empty(net: Net) -> LPIPS:
 def _all_tensors(model: LPIPS, path: Path, net: Net) -> dict[str, Tensor]:
     """Return all weights of the backbone and the heads, by their names in the package `lpips`.
 
-    The names of the backbone contain the layer numbers of torchvision.
+    The names of the backbone's weights contain the layer numbers of torchvision.
     """
     trunk, heads = read_trunk(path, net), read_heads(net)
     tensors = {}
@@ -214,7 +215,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """Return the distance of two fixed images by this network, and the known correct distance."""
+    """Return the LPIPS distance of two fixed images by this network, and its correct value."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()

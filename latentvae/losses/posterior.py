@@ -43,7 +43,7 @@ class ActiveUnits:
     Args:
         num_channels: number of latent channels d.
         device: device of the latents.
-        saved: result of `state()` on this rank, to continue that window in a resumed training.
+        saved: result of `state()` on this rank, with which a resumed training continues its window.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ActiveUnits:
     def state(self) -> list[list[float]]:
         """Return the statistics of the current window, three lists with one number per channel.
 
-        They are the count, the mean, and the sum of squared deviations from the mean.
+        The lists are the count, the mean, and the sum of squared deviations from the mean.
         """
         moments = self._moments
         counts = [float(moments.count)] * moments.num_features

@@ -1,18 +1,19 @@
 """Split the KL of a Gaussian posterior into three parts, as beta-TCVAE does.
 
-The source is Chen et al. 2018, arXiv:1802.04942. A code z has dimensions z_k, q(z | n) is the
-posterior of image n, and q(z) = E_n[q(z | n)] is the aggregate posterior over all images. Then:
+The source of this split is Chen et al. 2018, arXiv:1802.04942. A code z has dimensions z_k,
+q(z | n) is the posterior of image n, and q(z) = E_n[q(z | n)] is the aggregate posterior over all
+images. Then:
 
     KL(q(z|n) | p(z))  =  log q(z|n) / q(z)            index-code mutual information
                        +  log q(z) / prod_k q(z_k)     total correlation
                        +  sum_k log q(z_k) / p(z_k)    dimension-wise KL
 
-The equation holds in the mean over n and z. beta-TCVAE multiplies the total correlation by beta.
-q(z) is estimated from a batch, so the three parts are estimates too. In their sum, q(z) cancels:
-the sum is log q(z|n) - log p(z), whose mean is the KL.
+This equation for the KL holds in the mean over images n and codes z. beta-TCVAE multiplies the
+total correlation by beta. q(z) is estimated from a batch, so the three parts are estimates too. In
+the sum of the three parts, q(z) cancels: the sum is log q(z|n) - log p(z), whose mean is the KL.
 
-`B` images of a batch, `M` posteriors that make up the aggregate, `N` images of the data set, `D`
-dimensions of a code.
+`B` images of a batch, `M` posteriors whose mean is the aggregate posterior, `N` images of the data
+set, `D` dimensions of a code.
 """
 
 import math
@@ -34,10 +35,10 @@ class KLParts:
     """The three parts of the KL, in nats per image: (B,), or scalars if they are means.
 
     Attributes:
-        information: mutual information of the image's number and its code. It is at most log N for
-            a data set of N images.
+        information: mutual information between the index of an image and its code. The mutual
+            information is at most log N for a data set of N images.
         total_correlation: dependence between the dimensions of the code, 0 if they are independent.
-        dimension_kl: sum over dimensions of the KL from the dimension's distribution to the prior.
+        dimension_kl: sum over dimensions k of the KL from q(z_k) to the prior p(z_k).
     """
 
     information: Tensor
@@ -60,15 +61,16 @@ def split_kl(
 ) -> KLParts:
     """Return the three parts of the KL for each code of a batch, with their graph.
 
-    q(z) is the mean of the posteriors of all N images of the data set. It is estimated from the B
+    q(z) is the mean of the posteriors of all N images of the data set, and is estimated from the B
     images of the batch. Stratified sampling estimates q(z) without bias, and is exact if the batch
-    is the data set. Weighted sampling is the simpler estimate of the paper (arXiv:1802.04942). With
-    it, the values of the parts are wrong by about log N, but their gradients are right. For N much
-    larger than B, both methods have almost equal gradients.
+    is the data set. Weighted sampling is the simpler estimate of the paper (arXiv:1802.04942). If
+    the batch is the data set, weighted sampling gives parts that are wrong by multiples of log N,
+    but exact gradients. For N much larger than B, the two sampling methods have different
+    gradients.
 
     With several processes, give the codes and posteriors of all ranks
-    (`distributed.gather_with_gradient`). Then the estimate is the same as with one process and all
-    images.
+    (`distributed.gather_with_gradient`). The estimate is then the same as that of one process with
+    the images of all ranks.
 
     Args:
         z: one sample from the posterior of each image, (B, D) for codes of D dimensions.
@@ -138,14 +140,15 @@ def measure_kl_parts(
 def stratified_log_weights(batch: int, num_images: int) -> Tensor:
     """Return the log-weight of each posterior j in the estimate of q(z_i): (B, B).
 
-    q(z_i) is the density of code z_i under the mean of the posteriors of all N images. In its
-    estimate from a batch of B images, the posterior of image i has the weight 1/N. The other
-    posteriors share the remaining weight equally.
+    q(z_i) is the density of code z_i under the mean of the posteriors of all N images. In the
+    estimate of q(z_i) from a batch of B images, the posterior of image i has the weight 1/N. The
+    other B - 1 posteriors share the remaining weight 1 - 1/N equally.
 
     The paper (arXiv:1802.04942, appendix C.2) gives the last of the other posteriors a different
-    weight. The order of the images is random, so this function takes the mean over all orders. The
-    result has the same mean as the paper's estimate, and less variance. The authors' first code
-    sets wrong entries of the matrix: https://github.com/rtqichen/beta-tcvae/pull/1.
+    weight. The order of the images is random, so this function takes the mean of the paper's
+    weights over all orders. With the mean weights, the estimate of q(z_i) has the same mean as in
+    the paper, and less variance. The authors' first code sets wrong entries of the matrix of
+    weights: https://github.com/rtqichen/beta-tcvae/pull/1.
     """
     if batch == 1:
         return torch.zeros(1, 1)  # `num_images` is also 1, see `_check`
@@ -157,7 +160,7 @@ def stratified_log_weights(batch: int, num_images: int) -> Tensor:
 def weighted_log_weights(batch: int, num_images: int) -> Tensor:
     """Return the log-weights of weighted sampling (arXiv:1802.04942, section 4.1): (B, B).
 
-    All of them are -log(B N), for batches of B images from N images.
+    All log-weights are -log(B N), for batches of B images from N images.
     """
     return torch.full((batch, batch), -math.log(batch * num_images), dtype=torch.float64)
 
@@ -182,7 +185,7 @@ def _parts(
         z: the codes, (B, D).
         mean, logvar: moments of the posterior from which each code was drawn, (B, D).
         posterior: mean and log-variance of the M posteriors whose weighted mean is q(z), (M, D).
-        log_weights: log-weights of these posteriors, for each code.
+        log_weights: log-weights of the M posteriors, for each code.
     """
     own = _log_normal(z, mean, logvar).sum(1)
     prior = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)

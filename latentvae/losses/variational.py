@@ -4,7 +4,8 @@ Every value is in nats per image. The loss is the negative of one of three bound
 
 - the ELBO of Kingma and Welling (arXiv:1312.6114)
 - the importance-weighted bound of Burda et al. (IWAE, arXiv:1509.00519)
-- the same bound with the doubly reparameterised gradient of Tucker et al. (DReG, arXiv:1810.04152)
+- the importance-weighted bound with the doubly reparameterised gradient of Tucker et al. (DReG,
+  arXiv:1810.04152)
 
 Symbols: `B` batch, `S` samples per image, `G` groups of latents.
 """
@@ -56,14 +57,14 @@ class VariationalConfig(Section):
         description=(
             "Number of cycles: the training is divided into this many equal parts. In the first "
             "kl_warmup_steps updates of each cycle, the weight of the KL grows from 0 to kl_scale. "
-            "With 1, the weight grows only once."
+            "With one cycle, the weight grows only once."
         ),
     )
     free_nats: Weight = Field(
         default=0.0,
         description=(
             "Lower limit for the KL of each group of latents, in nats per image (free bits). The "
-            "loss does not push a group's mean KL below this limit. 0 turns the limit off."
+            "loss does not push a group's mean KL below free_nats. 0 means no lower limit."
         ),
     )
     kl_balance: bool = Field(
@@ -96,7 +97,8 @@ class VariationalConfig(Section):
         description=(
             "Weight of the spectral penalty of NVAE: the sum of the largest singular values of all "
             "convolutions. The penalty keeps deep networks stable. NVAE uses a weight of 0.01 to "
-            "0.1. Its loss is in nats per image, as here. 0 turns the penalty off."
+            "0.1, for a loss in nats per image as in this project. 0 turns the spectral penalty "
+            "off."
         ),
     )
     tc_scale: Annotated[Weight, Elsewhere("gamma tc_weight")] = Field(
@@ -104,7 +106,8 @@ class VariationalConfig(Section):
         description=(
             "Weight of an additional loss term, the total correlation of the latent units, which "
             "measures how much the units depend on each other. This weight is called gamma in "
-            "FactorVAE, and it equals beta - 1 in beta-TCVAE. 0 turns the term off."
+            "FactorVAE, and it equals beta - 1 in beta-TCVAE. 0 leaves the total "
+            "correlation out of the loss."
         ),
     )
     tc_estimate: Literal["discriminator", "minibatch"] = Field(
@@ -135,17 +138,17 @@ class VariationalConfig(Section):
         description=(
             "Weight of the classifier's cross entropy on images with a label, for the architecture "
             "`classes`. This weight is called alpha in the paper of M2 (a semi-supervised VAE, "
-            "arXiv:1406.5298). The paper uses 0.1 if its loss is divided by the number of images, "
-            "as here."
+            "arXiv:1406.5298). In the paper of M2, this weight is 0.1 if the loss is a mean over "
+            "images, as in this project."
         ),
     )
     class_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.1,
         description=(
             "For an image without a label, the loss sums over the possible classes. To save time, "
-            "the sum leaves out classes whose predicted probability is below this value divided by "
-            "the number of classes. With 0, all classes are summed. This option is for the "
-            "architecture `classes`."
+            "the sum leaves out classes whose predicted probability is below class_floor divided "
+            "by the number of classes. With 0, the loss sums over all classes. This option is for "
+            "the architecture `classes`."
         ),
     )
     label_warmup_steps: UpdatesOrShare = Field(
@@ -166,7 +169,7 @@ class VariationalConfig(Section):
             )
             raise ValueError(
                 f"{name} {getattr(self, name)} changes the KL, but bound {self.bound} has no "
-                "separate KL. Use bound elbo, or leave it out."
+                f"separate KL. Use bound elbo, or leave {name} out."
             )
         if self.bound == "dreg" and self.train_samples == 1:
             raise ValueError("bound dreg needs train_samples of at least 2 (got 1).")
@@ -242,7 +245,7 @@ class VariationalLoss:
         """Return the loss, a scalar, and values to log, in nats per image.
 
         Args:
-            out: parts of the bound of a batch.
+            out: parts of the variational bound for a batch of images.
             update: number of updates done.
         """
         reported = {
@@ -308,8 +311,8 @@ def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return a weight for the KL of each group, in proportion to the group's KL per latent value.
 
     The mean of the weights is 1. As in the code of NVAE, the KL is divided by the size of the
-    group. In the paper (arXiv:2007.03898, appendix A), the KL is multiplied by the size, which the
-    author calls an error (github.com/NVlabs/NVAE/issues/26).
+    group. In the paper on NVAE (arXiv:2007.03898, appendix A), the KL is multiplied by the size of
+    the group, which the author calls an error (github.com/NVlabs/NVAE/issues/26).
 
     Args:
         groups: mean KL of each group of latents on this rank, in nats, one value per group.
@@ -325,10 +328,10 @@ def doubly_reparameterised(out: BoundParts) -> Tensor:
 
     The importance weights of the samples are treated as constants. In the decoder's gradient, each
     sample is multiplied by its normalised weight. In the encoder's gradient, each sample is
-    multiplied by the square of this weight (arXiv:1810.04152, equation 8).
+    multiplied by the square of its normalised weight (arXiv:1810.04152, equation 8).
 
     Args:
-        out: parts of a bound with one group of latents. Its `log_ratio` must be computed with
+        out: parts of a bound with one group of latents. `out.log_ratio` must be computed with
             constant parameters of the posterior.
     """
     assert out.latents is not None and len(out.latents) == 1

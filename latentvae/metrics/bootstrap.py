@@ -1,8 +1,8 @@
 """Compute a mean over images and its confidence interval, in constant memory.
 
-The interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images, with
-replacement, for each resample. Here a resample gives each image a weight from Poisson(1) instead,
-so images can come as a stream of unknown length.
+The confidence interval comes from the Poisson bootstrap. The usual bootstrap draws n of n images,
+with replacement, for each resample. In the Poisson bootstrap, each resample draws a weight for each
+image from Poisson(1), so the number of images need not be known in advance.
 
 Sources: Hanley and MacGibbon 2006, https://doi.org/10.1016/j.cmpb.2006.04.006, and Chamandy et al.
 2012, https://research.google/pubs/estimating-uncertainty-for-massive-data-streams/.
@@ -49,10 +49,10 @@ def resample_weights(index: int) -> NDArray[np.float64]:
 
 
 class BootstrapMean:
-    """Computes the mean of one value per image, with its 95 % percentile interval.
+    """Computes the mean of one value per image, with its 95 % confidence interval.
 
-    The interval comes from 2,000 resamples. Infinite values, such as the PSNR of equal images, are
-    counted, but the mean leaves them out.
+    The interval holds the middle 95 % of the means of 2,000 bootstrap resamples. Infinite values,
+    such as the PSNR of equal images, are counted, but the mean leaves them out.
 
         psnr = BootstrapMean()
         psnr.update(31.4, index=0)  # once per image, in any order
@@ -71,7 +71,7 @@ class BootstrapMean:
 
         Args:
             value: any number or +inf.
-            index: place of the image in its data set, from 0. Use each index at most once.
+            index: position of the image in its data set, from 0. Use each index at most once.
         """
         if math.isnan(value) or value == -math.inf:
             raise ValueError(
@@ -107,7 +107,7 @@ class BootstrapMean:
         return float(low), float(high)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return all sums by name."""
+        """Return all counts, weights and means by name."""
         return {
             "finite": np.asarray(self._finite),
             "infinite": np.asarray(self._infinite),
@@ -117,7 +117,7 @@ class BootstrapMean:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set all sums to the values that `state_dict` returned."""
+        """Set all counts, weights and means to the values that `state_dict` returned."""
         self._finite, self._infinite = int(state["finite"]), int(state["infinite"])
         self._mean = float(state["mean"])
         self._weights, self._means = state["weights"].copy(), state["means"].copy()

@@ -50,7 +50,8 @@ class FrechetDistance:
     def result(self) -> float:
         """Return the distance, at least 0, and 0 for a perfect copy.
 
-        The distance needs at least 2 images. With fewer than D images, it is biased upwards.
+        The distance needs at least 2 images. With fewer than D images, the distance is biased
+        upwards.
         """
         mean, other_mean = self._real.mean, self._recon.mean
         covariance, other = self._real.covariance(), self._recon.covariance()
@@ -79,8 +80,8 @@ class KernelDistance:
     A reconstruction depends on its original, so the two sets are not independent samples. The sum
     must therefore leave out k(x_i, y_i), the kernel of an original and its own reconstruction
     (Gretton et al. 2012, lemma 6, equation 4).
-    The usual kernel Inception distance (KID) includes these terms, so KID is negative for near
-    copies.
+    The usual kernel Inception distance (KID) includes these kernels k(x_i, y_i), so KID is negative
+    if the reconstructions are almost equal to the originals.
 
         kernel = KernelDistance()
         kernel.update(features(images), features(recon))  # (B, D) each
@@ -176,9 +177,9 @@ def trunk_features(levels: Sequence[Tensor]) -> Tensor:
 def _trace_of_root(a: Tensor, b: Tensor) -> Tensor:
     """Return Tr((a b)^(1/2)) of two covariances.
 
-    The trace is the sum of the square roots of the eigenvalues of a^(1/2) b a^(1/2). These roots
-    are the singular values of a^(1/2) b^(1/2). This way needs no root of an eigenvalue that is only
-    rounding noise.
+    The trace is the sum of the square roots of the eigenvalues of a^(1/2) b a^(1/2). These square
+    roots are the singular values of a^(1/2) b^(1/2). The function computes the singular values, so
+    that it needs no square root of an eigenvalue that is only rounding noise.
     """
     return torch.linalg.svdvals(_root(a).T @ _root(b)).sum()
 

@@ -1,11 +1,13 @@
 """Compute PSNR, SSIM and MS-SSIM of image pairs, one value per pair.
 
-Images are float in [-1, 1]. To measure images as saved, round them with `to_8bit` first.
+Images are float in [-1, 1]. To measure images as they would be in an 8-bit file, round them with
+`to_8bit` first.
 
-- SSIM follows Wang et al. 2004. Its window is a Gaussian of sigma 1.5 over 11 x 11 pixels, at valid
-  positions only. SSIM is measured per channel, then averaged.
-- MS-SSIM follows Wang et al. 2003. It has five scales. The images of each further scale are the
-  means of 2 x 2 pixels of the scale before. Negative terms count as 0.
+- SSIM follows Wang et al. 2004. The window of SSIM is a Gaussian of sigma 1.5 over 11 x 11 pixels,
+  only at positions where the window lies inside the image. SSIM is computed for each channel and
+  then averaged over channels.
+- MS-SSIM follows Wang et al. 2003. MS-SSIM has five scales. From one scale to the next, the images
+  are halved by means over 2 x 2 pixels. Negative terms of MS-SSIM count as 0.
 - LPIPS is in `losses.perceptual`.
 
 `B` batch, `C` channels, `H W` space.
@@ -30,7 +32,8 @@ def to_8bit(images: Tensor) -> Tensor:
     The result is in [-1, 1], not in [0, 255].
 
     A level is the same float on every device, because the code divides by a tensor. On GPUs, a
-    division by a Python number would become a product with its reciprocal.
+    division by a Python number would become a product with the number's reciprocal, which is
+    rounded differently.
     """
     levels = (images.float().clamp(-1, 1) + 1).mul(127.5).round()
     return levels / levels.new_tensor(127.5) - 1
@@ -39,9 +42,10 @@ def to_8bit(images: Tensor) -> Tensor:
 def round_alike(recon: Tensor, images: Tensor) -> Tensor:
     """Return reconstructions as they would be stored in the format of their images, in [-1, 1].
 
-    A reconstruction is rounded to 8 bits if its image has 8 bits, which means that all values are
-    on the 256 levels. Otherwise the reconstruction is only clamped. (Rounding to 16 bits would cap
-    PSNR at 107 dB, far above the PSNR of any reconstruction.)
+    A reconstruction is rounded to 8 bits if its image has 8 bits, which means that all values of
+    the image are on the 256 levels of `to_8bit`. The reconstruction of any other image is only
+    clamped to [-1, 1]. (Rounding to 16 bits would cap PSNR at 107 dB, far above the PSNR of any
+    reconstruction.)
     """
     is_8bit = (to_8bit(images) == images).flatten(1).all(1)  # (B,)
     return torch.where(is_8bit[:, None, None, None], to_8bit(recon), recon.float().clamp(-1, 1))
@@ -51,8 +55,8 @@ def round_alike(recon: Tensor, images: Tensor) -> Tensor:
 def psnr(images: Tensor, recon: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio in dB, (B,): 10 log10(2**2 / MSE).
 
-    The MSE is a mean over all elements of an image. The peak is the width of [-1, 1], so the value
-    equals the PSNR of 8-bit images with peak 255. Equal images give infinity.
+    The MSE is a mean over all elements of an image. The peak is 2, the width of [-1, 1], so the
+    result equals the PSNR of the same images in [0, 255] with peak 255. Equal images give infinity.
     """
     _check_shapes(images, recon, minimum=1, metric="PSNR")
     mse = (recon.float() - images.float()).square().mean(dim=(1, 2, 3))
@@ -87,10 +91,10 @@ def ms_ssim(images: Tensor, recon: Tensor) -> Tensor | None:
 
 
 def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means over valid windows, each (B,): SSIM, and only its contrast and structure terms.
+    """Return SSIM, and SSIM without its luminance term, as means over windows, (B,) each.
 
     Args:
-        x, y: images in [0, 1]. The constants of SSIM belong to this range.
+        x, y: images in [0, 1], because SSIM's constants `C1` and `C2` are made for this range.
     """
     moments = _window_means(torch.cat([x, y, x * x, y * y, x * y], dim=1))
     mean_x, mean_y, xx, yy, xy = moments.chunk(5, dim=1)
@@ -112,7 +116,7 @@ def _window_means(maps: Tensor) -> Tensor:
 def _halve(images: Tensor) -> Tensor:
     """Return means of 2 x 2 pixels.
 
-    If a side is odd, repeat its last line, as in the paper's code.
+    If the height or width is odd, repeat the last row or column, as in the code of Wang et al.
     """
     height, width = images.shape[2:]
     return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode="replicate"), 2)

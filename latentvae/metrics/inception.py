@@ -2,8 +2,8 @@
 
 FID is defined by one network, the TensorFlow graph of 2015-12-05 (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fidelity ported this
-network to torch (https://github.com/toshas/torch-fidelity). Other weights give numbers that look
-like FID but are not comparable.
+network to torch (https://github.com/toshas/torch-fidelity). Other weights give values that look
+like FID but cannot be compared with FID.
 
 `B` batch, `H W` space.
 """
@@ -75,8 +75,8 @@ def load_inception(
 def _read(path: Path) -> io.BytesIO:
     """Return the network's weights from the file `path`, as a new file in memory.
 
-    torch-fidelity reads its file with `weights_only=False`, which can run code from a file. So we
-    check the file, read it safely, and give torch-fidelity a copy that we wrote.
+    torch-fidelity reads its file with `weights_only=False`, which can run code from a file. So this
+    function checks the file, reads it safely, and returns a new copy for torch-fidelity.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,7 +99,7 @@ def _named_file(path: Path) -> Path:
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = nearest(path.name, siblings)
     raise UserError(
-        f"The Inception weights of rfid must be the file of {URL}, but '{path}' does not exist"
+        f"The Inception weights of rfid must be the file from {URL}, but '{path}' does not exist"
         f"{hint}"
     )
 
@@ -108,7 +108,7 @@ def _cached_file(allow_download: bool) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     if not path.is_file() and not allow_download:
         raise UserError(
-            "rfid needs the Inception weights. Give the path of the file, or allow the download "
+            "rfid needs the Inception weights. Give the path of their file, or allow the download "
             f"from {URL}"
         )
     if not path.is_file():

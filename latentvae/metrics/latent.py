@@ -1,9 +1,10 @@
 """Measure statistics of latents: moments, information, dead and redundant channels, scale.
 
-Sums are in float64 and are combined by the pairwise rules of Chan et al. (1979) and Pebay (2008,
-https://doi.org/10.2172/1028931). Active units are defined as in Burda et al. 2016
-(https://arxiv.org/abs/1509.00519, section 5.4). A unit is a channel over all images and positions.
-A channel is dead if it carries almost no information for the decoder.
+Sums are in float64. The sums of different batches are combined by the pairwise rules of Chan et al.
+(1979) and Pebay (2008, https://doi.org/10.2172/1028931). Active units are defined as in Burda et
+al. 2016 (https://arxiv.org/abs/1509.00519, section 5.4). In this module, a unit is a latent channel
+over all images and positions. A channel is dead if it carries almost no information for the
+decoder.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -48,10 +49,10 @@ class Correlation(TypedDict):
 class LatentScale(TypedDict):
     """The measured scale of latents, and the scale in the network's config.
 
-    `measured_scaling_factor` is 1 / std, and `measured_shift_factor` is the mean, of all latents
-    together. With a posterior, both factors are measured on samples from the posterior.
-    `scaled_mean` and `scaled_std` are mean and std of the latents after shift and scaling with the
-    factors of the network's config.
+    `measured_scaling_factor` is 1 / std of all latents together, and `measured_shift_factor` is the
+    mean of all latents. If the network has a posterior, the measured factors are those of samples
+    from the posterior. `scaled_mean` and `scaled_std` are mean and std of the latents after shift
+    and scaling with the factors of the network's config.
     """
 
     config_scaling_factor: float | None
@@ -70,9 +71,9 @@ class _Information(TypedDict):
 
 
 class LatentReport(_Information):
-    """The results of `LatentHealth`. Lists have one value per channel.
+    """The results of `LatentHealth`. Lists of statistics have one value per channel.
 
-    With a posterior, the moments are those of the posterior mean.
+    If the network has a posterior, the moments are those of the posterior mean.
     """
 
     images: int
@@ -116,7 +117,7 @@ class LatentHealth:
 
     @property
     def positions(self) -> int:
-        """Number of latent positions seen. A report needs at least 2."""
+        """Number of latent positions so far. A report needs at least 2 positions."""
         return self._moments.count
 
     def update(self, mean: Tensor, *, logvar: Tensor | None = None) -> None:
@@ -135,7 +136,7 @@ class LatentHealth:
             raise ValueError("Log-variances must come with every batch of latents or with none.")
         if logvar is not None and logvar.shape != mean.shape:
             shapes = f"{tuple(mean.shape)} and {tuple(logvar.shape)}"
-            raise ValueError(f"Means and log-variances must have one shape (got {shapes}).")
+            raise ValueError(f"Means and log-variances must have the same shape (got {shapes}).")
 
         if logvar is not None:
             self._add_posterior(rows, self._rows(logvar))
@@ -157,11 +158,11 @@ class LatentHealth:
         Args:
             scaling_factor: value in the model's config. With None, the scale of the config is not
                 compared with the measured scale.
-            shift_factor: value in the config. None counts as 0, as in the pipelines.
+            shift_factor: value in the model's config. None counts as 0, as in diffusers' pipelines.
             latents_mean: mean of each channel, from the config. If `latents_std` is set too,
                 `latents_mean` replaces `shift_factor`.
-            latents_std: standard deviation of each channel, from the config. Pipelines use
-                `latents_mean` and `latents_std` only if both are set.
+            latents_std: standard deviation of each channel, from the config. diffusers'
+                pipelines use `latents_mean` and `latents_std` only if both are set.
         """
         # statistics of the channels
         covariance = self._moments.covariance()
@@ -195,7 +196,7 @@ class LatentHealth:
         }
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return all sums by name."""
+        """Return all counts, sums and moments by name."""
         posterior = -1 if self._posterior is None else int(self._posterior)
         return {
             "images": np.asarray(self._images),
@@ -205,7 +206,7 @@ class LatentHealth:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Set all sums to the values that `state_dict` returned."""
+        """Set all counts, sums and moments to the values that `state_dict` returned."""
         self._images, posterior = int(state["images"]), int(state["posterior"])
         self._posterior = None if posterior < 0 else bool(posterior)
         self._sums = {name: torch.from_numpy(state[name].copy()) for name in self._sums}
@@ -229,7 +230,7 @@ class LatentHealth:
     def _add_higher_moments(self, rows: Tensor) -> None:
         """Add a batch to the sums of third and fourth powers, the minimum and the maximum.
 
-        Names with `a` belong to the earlier batches, names with `b` to this batch.
+        Variable names with `a` belong to the earlier batches, names with `b` to this batch.
         """
         sums, n = self._sums, self._moments.count + len(rows)
         a, b = self._moments.count / n, len(rows) / n
@@ -246,8 +247,8 @@ class LatentHealth:
     def _constant(self) -> Tensor:
         """Return which channels are constant, (d,).
 
-        The variance is not used for this, because rounding can make the variance of a constant
-        channel slightly larger than 0.
+        A channel is constant if its minimum equals its maximum. The variance is not tested, because
+        rounding can make the variance of a constant channel slightly larger than 0.
         """
         return self._sums["minimum"] == self._sums["maximum"]
 
@@ -258,7 +259,7 @@ class LatentHealth:
         return [None if constant else value for value, constant in rows]
 
     def _information(self, covariance: Tensor) -> _Information:
-        """Return KL and active units. Both are None without a posterior."""
+        """Return KL and active units. All values are None if the network has no posterior."""
         if not self._posterior:
             return {"kl_nats": None, "kl_bits": None, "active_units": None, "active": None}
         kl = self._sums["kl"] / self._moments.count
@@ -317,9 +318,9 @@ class LatentHealth:
     def _pooled(self, shift: Tensor | float, factor: Tensor | float) -> tuple[float, float]:
         """Return mean and std of (latents - shift) * factor over all channels together.
 
-        `latents.LatentStatistics` measures the same values on posterior samples: the std is about
-        the pooled mean, with the divisor n - 1. Here no samples are drawn. Instead, the mean
-        variance of the posteriors is added.
+        The std is that of the deviations from the mean over all channels, with the divisor n - 1.
+        `latents.LatentStatistics` measures the same mean and std on posterior samples. This
+        function draws no samples, but adds the mean variance of the posteriors.
         """
         count, channels = self._moments.count, len(self._moments.mean)
         means = (self._moments.mean - shift) * factor
@@ -350,14 +351,14 @@ def _scale_warnings(scale: LatentScale) -> list[str]:
         config = scale["config_scaling_factor"] or 1.0
         warnings.append(
             f"With the config's scaling_factor {config:.4g} the latents of these images have a "
-            f"standard deviation of {std:.3g} instead of 1. A factor of {config / std:.4g} would "
-            "give 1."
+            f"standard deviation of {std:.3g} instead of 1. A scaling_factor of {config / std:.4g} "
+            "would give a standard deviation of 1."
         )
     if abs(mean) > SHIFT_TOLERANCE * std:
         warnings.append(
             f"The mean of the latents, scaled by the config, is {mean / std:+.2f} standard "
-            f"deviations from 0. Before scaling it is {scale['measured_shift_factor']:.4g}, but "
-            f"the config's shift_factor is {scale['config_shift_factor'] or 0:.4g}."
+            f"deviations from 0. Before scaling, the mean is {scale['measured_shift_factor']:.4g}, "
+            f"but the config's shift_factor is {scale['config_shift_factor'] or 0:.4g}."
         )
     return warnings
 
@@ -367,7 +368,7 @@ def _channel_warnings(dead: list[int], std: list[float], largest: Correlation | 
     if dead:
         names = ", ".join(map(str, dead))
         warnings.append(
-            f"Dead channels, which carry next to no information: {names} of {len(std)}."
+            f"Dead channels, which carry almost no information: {names} of {len(std)} channels."
         )
     alive = sorted((value, c) for c, value in enumerate(std) if c not in dead)
     if alive and alive[-1][0] > STD_RATIO * alive[0][0]:

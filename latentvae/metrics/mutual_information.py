@@ -15,15 +15,15 @@ from torch import Tensor
 def mutual_information(
     means: Tensor, logvars: Tensor, *, samples: int = 1, generator: torch.Generator | None = None
 ) -> float:
-    """Estimate I(x; z) for x drawn from N images, in nats. The result is at most ln N.
+    """Estimate the mutual information I(x; z) of N images x and latents z: at most ln N nats.
 
         I = mean over x, z ~ q(z|x) of ln q(z|x) - ln (1/N sum_j q(z|x_j))
 
     Args:
         means: means of the Gaussian posteriors, (N, U).
         logvars: log-variances of the posteriors, (N, U).
-        samples: latents drawn for each image.
-        generator: draws the latents. With None, torch's global generator draws them.
+        samples: number of latents that are drawn for each image.
+        generator: draws the latents. With None, torch's global generator draws the latents.
     """
     means, logvars = means.double(), logvars.double()
     stds, total = (0.5 * logvars).exp(), 0.0

@@ -17,9 +17,9 @@ Curve = Sequence[tuple[float, float]]  # (bits per pixel, quality), in any order
 def bd_rate(anchor: Curve, curve: Curve) -> float | None:
     """Return how many percent more bits `curve` needs than `anchor` at equal quality.
 
-    A negative number means fewer bits. A point is left out if another point of the curve has at
-    least its quality and fewer bits. The result is None if a curve then has fewer than two points,
-    or if no quality is reached by both curves.
+    A negative number means fewer bits. A point of a curve is left out if another point of the same
+    curve needs fewer bits for the same or a higher quality. The result is None if fewer than two
+    points of a curve are left, or if no quality is reached by both curves.
     """
     curves = [_rising(anchor), _rising(curve)]
     if min(map(len, curves)) < 2:

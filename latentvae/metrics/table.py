@@ -1,8 +1,8 @@
 """List the metrics that compare a reconstruction with its image, one value per image.
 
-A new metric needs a function in a file of this folder, a line in this table, and a column in
-`report.schema.Metrics`. LPIPS is not here, because it shares its features with the distances
-between sets of images. See `evaluation.measures.Judge`.
+A new metric needs a function in a file of this folder, an entry in `IMAGE_METRICS`, and a column in
+`report.schema.Metrics`. `IMAGE_METRICS` does not contain LPIPS, because LPIPS shares its features
+with the distances between sets of images. See `evaluation.measures.Judge`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class ImageMetric:
     Attributes:
         measure: function from images and reconstructions, (B, C, H, W) each in [-1, 1], to one
             value per pair, (B,).
-        min_size: smallest shorter side of an image, in pixels.
+        min_size: smallest allowed size of an image's shorter side, in pixels.
         protocol: how the metric is measured, for reports.
     """
 

@@ -24,8 +24,8 @@ class LevelReport(TypedDict):
 class TokenReport(LevelReport):
     """Statistics of all codebooks of a tokenizer together.
 
-    `tokens` and `num_codes_used` are sums over codebooks. The other values are means over
-    codebooks.
+    `tokens` and `num_codes_used` are sums over codebooks. All other values of the report are means
+    over codebooks.
     """
 
     levels: NotRequired[list[LevelReport]]  # statistics of each codebook, if there are several
@@ -47,11 +47,11 @@ class TokenUsage:
         self._counts = torch.zeros(codebooks, num_codes, dtype=torch.int64)
 
     def update(self, indices: Tensor | Sequence[Tensor]) -> None:
-        """Add integer indices in 0..K - 1.
+        """Add the code indices of a batch, which are integers in 0..K - 1.
 
         Args:
-            indices: any shape, but (B, L, h, w) for several codebooks. Or a list of L tensors of
-                any shape, one for each codebook.
+            indices: code indices of any shape for one codebook, or (B, L, h, w) for L codebooks. A
+                list of L tensors of any shape, one for each codebook, is possible too.
         """
         codebooks, num_codes = self._counts.shape
         for counts, part in zip(self._counts, _by_codebook(indices, codebooks), strict=True):
@@ -86,7 +86,7 @@ class TokenUsage:
         return total
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the counts by name."""
+        """Return by name how often each code occurs."""
         return {"counts": self._counts.numpy().copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -110,7 +110,7 @@ def _by_codebook(indices: Tensor | Sequence[Tensor], codebooks: int) -> Sequence
 def _level_report(counts: Tensor) -> LevelReport:
     tokens, used = int(counts.sum()), counts[counts > 0]
     if tokens == 0:
-        raise ValueError("The use of codes needs at least one token (got none).")
+        raise ValueError("Statistics of codes need at least one token (got none).")
     share = used.double() / tokens
     nats = -(share * share.log()).sum().item()
     return {

@@ -1,4 +1,4 @@
-"""Define the networks, by classes of diffusers where possible, and their training wrappers.
+"""Define the networks and their training wrappers. Many networks are classes of diffusers.
 
 The module `table` lists every kind of network. The modules `family` and `trainable` define the
 methods that each kind has. The module `calls` has the functions that other code uses on any

@@ -24,12 +24,13 @@ from latentvae.likelihoods import PixelDistribution
 class Bound(BaseOutput):
     """The parts of a variational bound, in nats per image, float32.
 
-    The network draws S latents for each of B images. The latents have G groups of U units in all.
+    The network draws S latents for each of B images. A latent consists of G groups, which have U
+    units together.
 
     Attributes:
         log_likelihood: ln p(x | z), (S, B).
         kl: KL divergence from posterior to prior of each group, given the drawn latents of the
-            groups before it, (G, S, B). It is exact where a closed form exists. Otherwise `kl`
+            groups before it, (G, S, B). `kl` is exact where a closed form exists. Otherwise `kl`
             equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
         unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units.
@@ -95,8 +96,8 @@ class LikelihoodNet(Protocol):
     def posterior_means(self, images: Tensor) -> Tensor | None:
         """Return the posterior mean of each of U latent units given the image, (B, U).
 
-        Return None if the mean is unknown. Code that counts the active units uses the KL of each
-        unit in that case.
+        If the posterior mean is unknown, return None. Without posterior means, the active units are
+        counted by the KL of each unit.
         """
         ...
 
@@ -146,7 +147,7 @@ class LikelihoodNet(Protocol):
         ...
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set a new decoder's last biases so that its output is `mean_image`, if possible.
+        """Set the last biases of a new decoder so that its output is `mean_image`, if possible.
 
         Args:
             mean_image: mean of the training images, (C, H, W).

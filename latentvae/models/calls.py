@@ -6,9 +6,9 @@
 
 diffusers' classes differ: their outputs have `latent_dist`, `latents` or `latent`, and a few
 classes take pixels in [0, 1]. In this module, images are always in [-1, 1]. For a tokenizer, `z` is
-the encoder's output before quantisation, and `tokenize` returns the indices. `models.table` finds
-a `Family` object, which has the methods for this kind of network. Each function here calls one of
-these methods.
+the encoder's output before quantisation, and `tokenize` returns the indices of the codes.
+`models.table` finds the `Family` object of a network, which has the methods for this kind of
+network. Each function of this module calls a method of the `Family` object.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `f`
 downsampling factor.
@@ -35,9 +35,9 @@ def encode(
     Args:
         images: (B, C, H, W).
         sample: draw from the posterior. By default the posterior's mode is returned.
-        generator: random generator for this draw.
+        generator: random generator for the draw from the posterior.
         computation: object that replaces the network's own `encode` and `decode`, for example to
-            compute strip by strip.
+            compute an image strip by strip.
     """
     family = family_of(net)
     return family.encode(net, images, sample=sample, generator=generator, computation=computation)

@@ -1,4 +1,4 @@
-"""Define `Family`, the methods with which all code uses one kind of network.
+"""Define `Family`: the methods that all code of latentvae calls to use one kind of network.
 
     family = family_of(net)  # models.table
     z = family.encode(net, images)
@@ -56,12 +56,12 @@ class Codes:
         kind: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         number: number of codes K of each codebook.
         levels: number of codes per latent position L, above 1 for a residual quantiser. A network
-            with maps of codes of several sizes has 1 + 4 + ... codes per position of the coarsest
-            map, see `models.levels`.
-        codebooks: number of codebooks. It is 1 if all levels share a codebook.
+            with three maps of codes has 1 + 4 + 16 codes per position of the coarsest map, see
+            `models.levels`.
+        codebooks: number of codebooks, which is 1 if all levels share a codebook.
         channels: code width D.
-        maps: number of maps of codes. If there are several, each map has its own codebook and twice
-            the height and width of the map before it.
+        maps: number of maps of codes. If there are several maps, each map has its own codebook and
+            twice the height and width of the map before it.
     """
 
     kind: str
@@ -91,8 +91,9 @@ class Usage:
     """Text of a model card that shows how to use an exported network.
 
     Args:
-        snippet: Python code that encodes and decodes with `vae`. It is a format string with the
-            fields `channels`, `kind` (such as ", grey,") and `latents` (code that normalises `z`).
+        snippet: Python code that encodes and decodes with `vae`. The snippet is a format string
+            with the fields `channels`, `kind` (such as ", grey,") and `latents` (code that
+            normalises `z`).
         pipelines: a sentence about the pipelines that accept the network, with a space at its end,
             or empty.
         package: the package from which the network's class is imported.
@@ -256,8 +257,8 @@ class Family:
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
         """Decode code indices to images without a search for the nearest code.
 
-        `decode_indices` may quantise the given codes again. Rounding then changes the codes a
-        little.
+        `decode_indices` may quantise the given codes again, and this second quantisation may change
+        the codes a little by rounding.
         """
         _refuse_codes(net)
 
@@ -273,8 +274,9 @@ class Family:
     def original_options(self, net: Network) -> dict[str, Any] | None:
         """Return options of the matching class in the original code of VQGAN and latent diffusion.
 
-        The options of the network's shape are left out. The papers are arXiv:2012.09841 and
-        arXiv:2112.10752. The result is None if the original code has no matching class.
+        The options of the network's shape are left out. The papers on VQGAN and latent diffusion
+        are arXiv:2012.09841 and arXiv:2112.10752. The result is None if the original code has no
+        matching class.
         """
         return None
 

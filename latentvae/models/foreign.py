@@ -10,7 +10,7 @@ from latentvae.models.normalization import LatentNormalization, pooled
 class RAEFamily(Family):
     """Methods for `AutoencoderRAE`, a decoder on features of a frozen encoder (arXiv:2510.11690).
 
-    The pixels are in [0, 1], and the latents are already normalised.
+    The network's pixels are in [0, 1], and the network itself normalises its latents.
     """
 
     def takes_unit_range(self, net: Network) -> bool:

@@ -2,10 +2,10 @@
 
 The coarsest level has a map of h x w codes, and each further level is twice as fine: 2h x 2w, and
 so on. The image's sequence of tokens lists the codes of one level after the other, coarsest first.
-The codes of a level are listed row by row. The tensor (B, P, h, w) holds this sequence, cut into
-P planes of h x w codes. P is the sum 1 + 4 + ... with one term for each level. Plane 0 is the
-coarsest map. Planes 1 to 4 are the next map, read row by row and cut into four equal parts. So
-`indices.flatten(1)` is the sequence, and the tensor's shape also gives h and w.
+The codes of a level are listed row by row. The tensor (B, P, h, w) holds the sequence of tokens,
+cut into P planes of h x w codes. With three levels, P is 1 + 4 + 16. Plane 0 is the coarsest map.
+Planes 1 to 4 are the next map, read row by row and cut into four equal parts. So
+`indices.flatten(1)` is the sequence of tokens, and the tensor's shape also gives h and w.
 
 `B` batch, `P` codes per coarsest position, `h w` size of the coarsest map.
 """
@@ -35,8 +35,8 @@ def split_levels(indices: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tens
     """Return the map (B, h_l, w_l) of each level l, coarsest first.
 
     Args:
-        indices: the result of `join_levels`, (B, P, h, w) with P codes per coarsest position. The
-            same values in another shape (B, ...) are allowed.
+        indices: the result of `join_levels`, (B, P, h, w) with P codes per position of the coarsest
+            map. Another shape of the same values is allowed, if its first dimension is B.
         sizes: height and width (h_l, w_l) of the map of each level l, coarsest first.
     """
     parts = indices.flatten(1).split([math.prod(size) for size in sizes], dim=1)

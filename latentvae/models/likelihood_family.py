@@ -1,6 +1,6 @@
 """Let other code (`latentvae.load`, latent caches) use networks with a likelihood as autoencoders.
 
-Here the latent of an image is one vector of all its latent values, in the shape (B, d, 1, 1). The
+In this module, the latent of an image is one vector of all its latent values, (B, d, 1, 1). The
 groups of latents of a hierarchical VAE are flattened and joined, the coarsest group first.
 
 `B` batch, `d` latent values of an image.
@@ -17,7 +17,7 @@ from latentvae.models.network import Computation, Network
 
 
 class LikelihoodFamily(Family):
-    """Methods for the networks of `models.likelihood_models`. They take images of one size only."""
+    """Methods for the networks of `models.likelihood_models`, which take only one image size."""
 
     def encode(
         self,

@@ -48,8 +48,9 @@ class ImagesOfModel(BaseModel):
     An exported network has this format in its file `images.json`.
 
     Attributes:
-        binarize: how pixels become black or white. "none" leaves them grey, "static" draws with the
-            grey value as the probability of white, and "threshold" rounds.
+        binarize: how pixels become black or white. "none" keeps grey pixels, "static" draws black
+            or white with the grey value as the probability of white, and "threshold" rounds to
+            black or white.
         image_interpolation_mode: filter that resizes images.
         value_range: pixel values that mean black and white in the image files. None means the usual
             values of the file's data type.
@@ -81,7 +82,7 @@ def find_likelihood_export(path: Path) -> Path | None:
 
 
 def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]:
-    """Load an exported network in eval mode. Return it with the format of images it expects.
+    """Load an exported network in eval mode, and the format of images that the network expects.
 
     Args:
         path: folder of the exported network, or of the training run that wrote it.

@@ -38,8 +38,8 @@ def load_network(
 
     Args:
         path: a folder with config.json and the weights as safetensors, or a `.safetensors` file
-            with an AutoencoderKL or a VQModel. If no such path exists, `owner/name` or
-            `owner/name/folder` on the Hugging Face Hub.
+            with an AutoencoderKL or a VQModel. A path that does not exist is read as `owner/name`
+            or `owner/name/folder` on the Hugging Face Hub.
         dtype: dtype of the weights. None is float32.
         family: model family of a single file, such as "sdxl", see `load_single_file`.
         variant: variant of the weights in a folder, such as "fp16". None loads the plain weights,
@@ -126,7 +126,7 @@ class _Source:
         )
 
     def _load_unwrapped(self, variant: str | None) -> Any:
-        """Load the network from weights whose names have extra parts from a training tool."""
+        """Load the network from weights whose names have extra parts, such as `module.` of DDP."""
         folder = Path(self.repository)
         if not folder.is_dir():
             inside = "**/" if self.subfolder is None else f"{self.subfolder}/"
@@ -154,8 +154,8 @@ _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 def _is_of_folder(file: Path) -> bool:
     """Return whether a file holds the weights of the diffusers folder that it is in.
 
-    The config.json beside the file may belong to another model. In that case the result is False,
-    and the file is loaded without the folder.
+    The result is also False if the config.json beside the file is not the config of an autoencoder.
+    The file is then loaded without the folder.
     """
     if not is_weights(file.name, variant=variant_of(file.name)):
         return False
@@ -190,7 +190,7 @@ def _check_folder(path: Path) -> None:
 def _hint(path: Path) -> str:
     """Return a hint at what the user may mean by a folder without config.json, or ""."""
     if (path / "adapter_config.json").is_file():
-        return ". It holds an adapter of PEFT, which must be merged into its network first"
+        return ". The folder holds an adapter of PEFT, which must be merged into its network first"
     inner = [path / name for name in _INNER if (path / name / "config.json").is_file()]
     files = sorted(path.glob("*.safetensors"))
     meant = inner[0] if inner else files[0] if len(files) == 1 else None
@@ -200,7 +200,7 @@ def _hint(path: Path) -> str:
 def _nearest_folder(path: Path) -> Path | None:
     """Return the model folder whose path is closest to a mistyped path, or None.
 
-    Parts of the path that exist are kept.
+    Only those parts of the path that do not exist are replaced by similar names.
     """
     found = Path(path.anchor) if path.is_absolute() else Path(".")
     for part in path.parts[1:] if path.is_absolute() else path.parts:
@@ -214,7 +214,7 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _near(path: Path) -> str:
-    """Return a hint for a mistyped path: the closest model folder, or a guess for a wrong part."""
+    """Return a hint for a mistyped path: the closest model folder, or a name like a wrong part."""
     if (whole := _nearest_folder(path)) is not None:
         return f"; did you mean '{whole}'?"
     for part in [*reversed(path.parents), path]:
@@ -236,7 +236,7 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
             text = f"'{where}/config.json' is not the config of a diffusers model"
         else:
             text = (
-                f"'{where}' is neither a folder here nor can it be read from the Hub as owner/name "
+                f"'{where}' is not a local folder, and cannot be read from the Hub as owner/name "
                 "or owner/name/folder (in a pipeline: owner/name/vae): "
                 f"{_first_line(error)}{_near(Path(where))}"
             )

@@ -4,13 +4,13 @@
     merged(net)  # a stock network with the same outputs
     adapter_tensors(net)  # what PEFT loads onto the base
 
-A layer's weight becomes W + B A. For a convolution with a k x k kernel, A is (r, I k k) and B is
-(O, r). B starts at 0, so the network's outputs are unchanged at first. The LoRA of the library PEFT
-computes the same function with alpha = r.
+An adapter changes a layer's weight W to W + B A. For a convolution with a k x k kernel, A is
+(r, I k k) and B is (O, r). B starts at 0, so the network's outputs are unchanged at first. The LoRA
+of the library PEFT computes the same function with alpha = r.
 
-PEFT would replace the layers by layers of PEFT's own classes. Here a torch parametrization computes
-the weight, and the layers stay as they are. So the code for upsampling and export, and the names of
-other weights, need no change.
+PEFT would replace the layers by layers of PEFT's own classes. This module computes the weight by a
+torch parametrization instead, and does not replace the layers. So the code for upsampling and
+export works without changes, and all other weights keep their names.
 
 `I` and `O` channels in and out, `r` rank.
 """
@@ -75,8 +75,8 @@ def trained_weight(layer: nn.Module) -> Tensor:
 def merged(net: Network) -> Any:
     """Return a network of the same class in which every adapter is added to its weight.
 
-    torch's `remove_parametrizations` is not used here. That function changes the class of a layer.
-    A copied layer shares its class with the layer of `net`, so `net` would break.
+    torch's `remove_parametrizations` is not used, because it changes the class of a layer. A copy
+    of a layer shares its class with the original layer in `net`, so `net` would break.
     """
     weights = {n: v for n, v in net.state_dict().items() if ".parametrizations." not in n}
     for name, layer, _ in adapters(net):

@@ -63,7 +63,7 @@ class ModelConfig(Pretrained):
         default=4,
         description=(
             "Number of latent channels. Stable Diffusion has 4 latent channels. SD3 and FLUX have "
-            "16."
+            "16 latent channels."
         ),
     )
 
@@ -88,7 +88,7 @@ class ModelConfig(Pretrained):
 
     @property
     def kl_channels(self) -> int:
-        """Number of latent channels whose KL is computed separately."""
+        """Number of latent channels, each of which has a separate KL."""
         return self.latent_channels
 
     @property
@@ -155,7 +155,7 @@ class LevelsConfig(ModelConfig):
         if len(values) != len(self.block_out_channels):
             raise ValueError(
                 f"{name} has {len(values)} levels, but block_out_channels has "
-                f"{len(self.block_out_channels)}"
+                f"{len(self.block_out_channels)} levels"
             )
 
 
@@ -166,9 +166,9 @@ class SingleFile(Pretrained):
         default=None,
         description=(
             "Model family (such as sdxl) of an autoencoder that you give as a single .safetensors "
-            "file. The family decides the scaling factor of the latents. With `other`, this factor "
-            "is 1. By default, the program recognises the family if the file is a complete "
-            "checkpoint."
+            "file. The family decides the scaling factor of the latents. With the family `other`, "
+            "the scaling factor is 1. By default, the program recognises the family if the file is "
+            "a complete checkpoint."
         ),
     )
 

@@ -1,7 +1,8 @@
 """The attributes and methods that all code may use on a network of any class.
 
 diffusers' autoencoders already have these attributes and methods. Some kinds of networks have more
-modules, such as a quantiser. Only the `Family` class of such a network (`models.family`) uses them.
+modules, such as a quantiser. Only the `Family` class of such a network (`models.family`) uses these
+additional modules.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,10 @@ class Network(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, images: Tensor, /) -> Any:
-        """Encode images (B, C, H, W). The output has `latent_dist`, `latents` or `latent`."""
+        """Encode images (B, C, H, W).
+
+        The output has the attribute `latent_dist`, `latents` or `latent`.
+        """
         ...
 
     def decode(self, z: Tensor, /) -> Any:

@@ -1,8 +1,8 @@
 """Bring a network's latents to about unit variance, as its pipelines do.
 
 Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. SDXL-type configs have
-`latents_mean` and `latents_std` per channel. If the pipelines of a kind of network do something
-else, its subclass of `Family` overrides `Family.normalization`.
+`latents_mean` and `latents_std` per channel. If the pipelines of a kind of network normalise in
+another way, the subclass of `Family` for this kind of network overrides `Family.normalization`.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -22,12 +22,12 @@ class LatentNormalization:
 
     Args:
         scaling_factor, shift_factor: values in the model's config, for diffusers' pipelines and for
-            reports. `apply` and `invert` do not use them.
+            reports. `apply` and `invert` use `mean` and `scale` instead.
         mean, scale: one value for each channel of the folded latents, or one value for all
             channels.
         fold: side of the squares of positions that are folded into channels. 1 means no folding.
-        applied: whether the network itself normalises its latents. In that case, `scale` is 1 and
-            `mean` is 0.
+        applied: whether the network itself normalises its latents. If `applied` is True, `scale` is
+            1 and `mean` is 0.
     """
 
     scaling_factor: float
@@ -56,7 +56,7 @@ class LatentNormalization:
 def from_config(config: Mapping[str, Any]) -> LatentNormalization:
     """Return the normalisation in a network's config.
 
-    If the config has no such values, the scale is 1 and the mean is 0.
+    If the config has no values for the normalisation, the scale is 1 and the mean is 0.
     """
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")

@@ -1,8 +1,8 @@
-"""Convert tensor names between diffusers and the original code.
+"""Convert tensor names between diffusers and the original code of VQGAN and latent diffusion.
 
 The original code is taming-transformers (arXiv:2012.09841) and latent diffusion (arXiv:2112.10752),
 both of CompVis. diffusers has the same networks, but gives their tensors other names. The original
-code counts the decoder's levels from the other end, and stores the matrices of attention layers as
+code counts the decoder's levels in reverse order, and stores the matrices of attention layers as
 1 x 1 convolutions.
 """
 
@@ -66,6 +66,6 @@ def in_shape_of(own: Tensor, value: Tensor, *, name: str) -> Tensor:
         ValueError: `value` does not fit this shape.
     """
     if value.numel() != own.numel() or value.shape[: own.ndim] != own.shape:
-        shapes = f"{tuple(value.shape)}, but a network of these blocks has {tuple(own.shape)}"
+        shapes = f"{tuple(value.shape)}, but the network needs {tuple(own.shape)}"
         raise ValueError(f"{name} has the shape {shapes}")
     return value.view(own.shape)

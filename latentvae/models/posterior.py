@@ -28,9 +28,9 @@ class PosteriorConfig(ModelConfig):
     posterior_logvar: Annotated[Logvar | None, OfTheRun()] = Field(
         default=None,
         description=(
-            "Log-variance of every posterior, such as -1.386 for a standard deviation of 0.5. The "
-            "encoder then predicts only the mean. The exported model also samples with this "
-            "variance. By default, the encoder predicts the variance too."
+            "Log-variance of every posterior, such as -1.386 for a standard deviation of 0.5. With "
+            "posterior_logvar, the encoder predicts only the mean, and the exported model also "
+            "samples with the fixed variance. By default, the encoder predicts the variance too."
         ),
     )
     posterior_flow: Annotated[Count, OfTheRun()] = Field(
@@ -38,8 +38,9 @@ class PosteriorConfig(ModelConfig):
         description=(
             "Number of coupling layers of a normalising flow, such as 8. The flow is a learned "
             "prior for the KL loss (Flow-VAE), in place of the standard normal prior. At the same "
-            "reconstruction error, the KL is then smaller. The exported model does not contain the "
-            "flow. With 0, there is no flow."
+            "reconstruction error, the KL is smaller with the flow than with the standard normal "
+            "prior. The exported model does not contain the flow. With posterior_flow 0, there is "
+            "no flow."
         ),
     )
     posterior_flow_channels: Annotated[Positive, OfTheRun()] = Field(
@@ -88,7 +89,7 @@ class PosteriorConfig(ModelConfig):
             if self.freeze_encoder and value != type(self).model_fields[name].default:
                 raise ValueError(
                     f"{name} {value:g} and freeze_encoder exclude each other: the posterior of a "
-                    "frozen encoder does not change. Leave one of them out."
+                    "frozen encoder does not change. Leave one of the two options out."
                 )
         return self
 
@@ -164,7 +165,7 @@ class PosteriorFamily(TrainableFamily):
         """Write a fixed log-variance into the layer that computes the moments.
 
         The mean that the layer computes does not change. If the variance is fixed, training ignores
-        the log-variance that the layer computes, so this value can be anything after training.
+        the log-variance that the layer computes, so after training it may have any value.
         """
         logvar = getattr(options, "posterior_logvar", None)
         if logvar is None:

@@ -1,11 +1,12 @@
 """Load an `AutoencoderKL` or a `VQModel` from one `.safetensors` file.
 
 The file is a complete checkpoint of the original code (CompVis, taming-transformers), or only its
-autoencoder. The tensors have CompVis' names, or diffusers' old or new names. The metadata of a file
-that `latentvae convert` wrote has the network's config. For other files, the tensors show widths,
-blocks, attention and codes. Two facts are not in the tensors: the number of groups in GroupNorm,
-and the scale of the latents. The number of groups is assumed to be 32. The scale follows from the
-model family, such as SDXL.
+autoencoder. The tensors have CompVis' names, or diffusers' old or new names. A file that
+`latentvae convert` wrote has the network's config in its metadata. If a file has no config, the
+numbers of channels, blocks, attention layers and codes follow from its tensors. Two facts are not
+in the tensors: the number of groups in GroupNorm, and the scale of the latents. The number of
+GroupNorm's groups is assumed to be 32. If the file stores no scale of the latents, the scale
+follows from the model family, such as SDXL.
 """
 
 import json
@@ -67,7 +68,7 @@ class _File:
 
     Attributes:
         path: path of the file.
-        tensors: the tensors, by their names in the autoencoder.
+        tensors: the autoencoder's tensors by name, without the prefix of a complete checkpoint.
         family: model family of a complete checkpoint, otherwise None.
         scale: `scale_factor` that a complete checkpoint of latent diffusion stores, otherwise None.
         config: config of the network, if the metadata has it, otherwise None.
@@ -129,7 +130,10 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
 
 def _read(path: Path) -> _File:
     if path.suffix != ".safetensors":
-        raise UserError(f"'{path}' is no .safetensors file. Other formats can hold code.")
+        raise UserError(
+            f"'{path}' is no .safetensors file. Other formats can hold code that does harm, so "
+            "latentvae does not read them."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             # A complete checkpoint has other parts beside the autoencoder
@@ -180,15 +184,15 @@ def _read_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | No
 
 
 def _compare_scales(file: _File, family: SingleFileKind | None) -> None:
-    """Print a note if the scale in the file is not that of the model family the user gave."""
+    """Print a note if the file's `scaling_factor` is not that of the family that the user gave."""
     assert file.config is not None
     if family is None or file.config["_class_name"] != "AutoencoderKL":
         return
     own, other = file.config.get("scaling_factor"), _SCALES[family]["scaling_factor"]
     if own != other:
         say(
-            f"'{file.path}' says in its metadata that scaling_factor is {own}, so the {other} of "
-            f"family '{family}' is not used"
+            f"'{file.path}' says in its metadata that scaling_factor is {own}, so the value "
+            f"{other} of family '{family}' is not used"
         )
 
 
@@ -216,14 +220,17 @@ def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
     if others:
         kind = type(net).__name__
         raise UserError(
-            f"'{file.path}' holds no {kind} of this kind: it has {len(others)} other tensors, "
-            f"such as {min(others)}"
+            f"'{file.path}' is no {kind} of diffusers: besides the tensors of this class, the file "
+            f"has {len(others)} other tensors, such as {min(others)}"
         )
     return weights
 
 
 def _renewed(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """Return the current name and value of a tensor. Attention weights become matrices."""
+    """Return a tensor and its name, both as in current versions of diffusers.
+
+    Attention weights that are 1 x 1 convolutions become matrices.
+    """
     match = re.fullmatch(r"(.*\.attentions\.\d+)\.(\w+)(?:\.0)?\.(weight|bias)", name)
     if match is None or match[2] == "group_norm":
         return name, value
@@ -254,15 +261,15 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
         )
     if family is None:
         raise UserError(
-            f"'{file.path}' does not say how its latents are scaled. Give its family (family= of "
-            "latentvae.load, or --pretrained_family in training): "
+            f"'{file.path}' does not say how its latents are scaled. Give the file's model family "
+            "(family= of latentvae.load, or --pretrained_family in training): "
             f"{', '.join(SINGLE_FILE_KINDS)}."
         )
     if channels != _CHANNELS.get(family, channels):
         raise UserError(
             f"'{file.path}' has {channels} latent channels, but autoencoders of the family "
-            f"'{family}' have {_CHANNELS[family]}. If the file belongs to no family, give 'other' "
-            "(scaling_factor 1.0)."
+            f"'{family}' have {_CHANNELS[family]}. If the file belongs to none of latentvae's "
+            "model families, give 'other' as the family (scaling_factor 1.0)."
         )
     quantized = {
         "use_quant_conv": "quant_conv.weight" in tensors,
@@ -280,12 +287,15 @@ def _shape(file: _File) -> dict[str, Any]:
     block = r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight"
     found = {m.groups(): name for name in tensors if (m := re.fullmatch(block, name))}
     if ("0", "0") not in found or "decoder.conv_in.weight" not in tensors:
-        raise UserError(f"'{path}' holds no autoencoder of this kind: its blocks have other names")
+        raise UserError(
+            f"'{path}' holds no AutoencoderKL or VQModel: its blocks have other names than the "
+            "blocks of these classes"
+        )
     levels = 1 + max(int(level) for level, _ in found)
     layers = 1 + max(int(number) for level, number in found if level == "0")
     if levels * layers > len(found):  # some blocks are missing, or a name has a huge number
         raise UserError(
-            f"'{path}' holds no autoencoder of this kind: some of its blocks are missing"
+            f"'{path}' holds no complete AutoencoderKL or VQModel: some of its blocks are missing"
         )
     widths = tuple(tensors[found[str(level), "0"]].shape[0] for level in range(levels))
     _check_widths(widths, path)
@@ -320,8 +330,8 @@ def _blocks(name: str, levels: int, attention: set[int]) -> tuple[str, ...]:
 def _check_widths(widths: Sequence[int], path: Path) -> None:
     if any(width % _GROUPS for width in widths):
         raise UserError(
-            f"'{path}' has levels of {', '.join(map(str, widths))} channels. In a single file, "
-            f"they must be multiples of {_GROUPS}, because the file does not say how many groups "
-            f"GroupNorm has, and {_GROUPS} is assumed. Give a diffusers folder, whose config.json "
-            "says it."
+            f"'{path}' has levels of {', '.join(map(str, widths))} channels. In a single file, the "
+            f"numbers of channels must be multiples of {_GROUPS}, because {_GROUPS} groups are "
+            "assumed for GroupNorm. Give a diffusers folder instead, whose config.json has the "
+            "number of groups."
         )

@@ -5,10 +5,10 @@
     learn_only(net, "decoder")
 
 Most teachers have an `AutoencoderTiny` as student, the network of TAESD
-(https://github.com/madebyollin/taesd). This student reads latents that are already scaled as in
-pipelines, so its own `scaling_factor` is 1. FLUX.2's pipeline takes only the class
-`AutoencoderKLFlux2`. So the student for FLUX.2 has this class too, with a narrower decoder ("small
-decoder").
+(https://github.com/madebyollin/taesd). An `AutoencoderTiny` reads latents that are already scaled
+as in pipelines, so its own `scaling_factor` is 1. FLUX.2's pipeline takes only autoencoders of the
+class `AutoencoderKLFlux2`. So the student for FLUX.2 is also an `AutoencoderKLFlux2`, but its
+decoder is narrower than the teacher's ("small decoder").
 
 `f` downsampling factor, `d` latent channels.
 """
@@ -78,7 +78,7 @@ class StudentKind(ABC):
         if (ours.f, ours.channels) != (theirs.f, theirs.channels):
             raise UserError(
                 f"'{name}' has f = {ours.f} and {ours.channels} latent channels, but the teacher "
-                f"has f = {theirs.f} and {theirs.channels}. Give another "
+                f"has f = {theirs.f} and {theirs.channels} latent channels. Give another "
                 "pretrained_model_name_or_path."
             )
         channels = calls.image_channels(net), calls.image_channels(teacher)
@@ -101,8 +101,8 @@ class TinyStudent(StudentKind):
 
         if stages % 1:
             raise UserError(
-                f"an AutoencoderTiny halves the image some times, but the teacher's f is "
-                f"{latent.f}. f must be a power of two."
+                "the downsampling factor f of an AutoencoderTiny is a power of two, but the "
+                f"teacher's f is {latent.f}. Give a teacher whose f is a power of two."
             )
         if shape.widths:
             raise UserError(
@@ -176,9 +176,9 @@ def learn_only(net: Network, part: Part) -> None:
 
 
 def silence(net: Network, part: Part) -> None:
-    """Set the last layer of a part to 0, so that the part's output is always 0.
+    """Set the last layer of `part` (encoder or decoder) to 0, so that its output is always 0.
 
-    This marks the part of a student that is not trained.
+    Zeros mark the encoder or decoder of a student that is not trained.
     """
     *_, last = convolutions(net, part)
     nn.init.zeros_(last.weight)
@@ -208,9 +208,9 @@ def inner_matrices(net: Network) -> Iterator[nn.Parameter]:
 def to_student(student: Network, teacher: Network, z: Tensor) -> Tensor:
     """Convert the teacher's latents (B, d, h, w) to the scale that the student's decoder reads.
 
-    A pipeline normalises latents with the values in the config of its network. After this
-    conversion, a student normalises to the same latents as its teacher, and can replace it in a
-    pipeline.
+    A pipeline normalises latents with the values in the config of its autoencoder. After this
+    conversion, normalisation with the student's config gives the teacher's normalised latents. So
+    the student can replace the teacher in a pipeline.
     """
     normalised = family_of(teacher).normalization(teacher).apply(z)
     return family_of(student).normalization(student).invert(normalised)

@@ -1,7 +1,8 @@
 """Set the tiles in which diffusers' classes encode and decode large images.
 
-There are two sets of attributes. Classes like AutoencoderKL take the overlap as a share of a tile.
-Other classes take the distance from one tile to the next.
+diffusers' classes store the overlap of tiles in two ways. Classes like AutoencoderKL store the
+overlap as a fraction of a tile's side. Classes like AutoencoderDC store the distance from one tile
+to the next.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ class Tiling:
 
     Args:
         share: fraction of a tile's side that the next tile overlaps.
-        by_factor: whether the class stores this fraction. Otherwise the class stores the distance
-            from one tile to the next.
+        by_factor: whether the class stores the fraction `share`. If `by_factor` is False, the class
+            stores the distance from one tile to the next.
     """
 
     share: Fraction
@@ -53,8 +54,8 @@ class Tiling:
 def read_tiling(net: Any, *, f: int) -> Tiling | None:
     """Return the overlap of a network's tiles, or None if its class cannot compute in tiles.
 
-    AutoencoderTiny computes its tiles with `spatial_scale_factor`, which may differ from its true
-    downsampling factor `f`. The tiles would then be wrong, so this function returns None.
+    AutoencoderTiny computes its tiles with `spatial_scale_factor`. If this value differs from the
+    true downsampling factor `f`, tiles would be wrong, so the function returns None.
 
     Args:
         net: the network.

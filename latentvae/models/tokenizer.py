@@ -39,7 +39,7 @@ class TokenOutput(BaseOutput):
 class Tokenizer(ModelMixin, ConfigMixin):
     """A network with a quantiser of this package, and with diffusers' methods and file format.
 
-    A subclass creates these attributes in its constructor.
+    A subclass of `Tokenizer` creates the attributes below in its constructor.
 
     Attributes:
         encoder: turns images (B, C, H, W) into maps (B, *, h, w) of any number of channels.
@@ -77,8 +77,8 @@ class Tokenizer(ModelMixin, ConfigMixin):
     ) -> Any:
         """Quantise features (B, c, h, w) and decode the codes to images.
 
-        With `force_not_quantize`, `latents` must be codes z (B, D, h, w) of width D. The method
-        then decodes these codes without quantisation.
+        With `force_not_quantize`, `latents` must already be codes z (B, D, h, w) of width D, and
+        they are decoded without quantisation.
         """
         z = latents if force_not_quantize else self.quantize(latents).z
         sample = self.decode_parameters(z.to(self.dtype))

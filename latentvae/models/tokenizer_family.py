@@ -71,7 +71,7 @@ class TokenizerConfig(ModelConfig):
 class DiscreteTrainingWrapper(TrainingWrapper):
     """Training wrapper that encodes, quantises and decodes images.
 
-    Its output has all values that the loss and the update of the codebook need.
+    The wrapper's output has all values that the loss and the update of the codebook need.
     """
 
     @property
@@ -110,14 +110,17 @@ class DiscreteTrainingWrapper(TrainingWrapper):
 
 
 class TokenizerFamily(DiscreteFamily):
-    """Methods that all classes of `Tokenizer` share. Each subclass builds one of the classes."""
+    """Methods that all subclasses of `Tokenizer` share.
+
+    Each subclass of `TokenizerFamily` builds networks of one subclass of `Tokenizer`.
+    """
 
     wrapper = DiscreteTrainingWrapper
 
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the options of a training run with the shape of its pretrained network.
+        """Return the options of a training run, with the values that a pretrained network decides.
 
         If the run's options and the pretrained network have a quantiser of the same type, the run's
         options decide how the quantiser learns.

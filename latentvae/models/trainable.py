@@ -43,7 +43,7 @@ class TrainableFamily(Family, ABC):
 
     @property
     def exports(self) -> tuple[type[Any], ...]:
-        """Classes as which a network of this kind can be exported."""
+        """Classes that an exported network of this kind can have."""
         return (self.network,)
 
     # A new network, or a pretrained one.
@@ -54,7 +54,8 @@ class TrainableFamily(Family, ABC):
 
         Args:
             image_channels: number of image channels C.
-            sample_size: side of the training images in pixels. diffusers uses it as the tile size.
+            sample_size: side of the training images in pixels. diffusers uses this number as the
+                tile size.
             options: the result of `self.options(...).shape()`.
         """
 
@@ -132,8 +133,8 @@ class DiscreteFamily(TrainableFamily):
 
     A network with several latents overrides `quantizers` and `features`.
 
-    If a class of diffusers finds the same codes, the tokenizer is exported as this class. Otherwise
-    it is exported as its own class.
+    If a class of diffusers computes the same codes for all images, the tokenizer is exported as
+    this class of diffusers, and otherwise as its own class.
     """
 
     has_posterior = False
@@ -183,6 +184,6 @@ class DiscreteFamily(TrainableFamily):
             images: (B, C, H, W) in [-1, 1], to measure the features' lengths.
 
         Returns:
-            The factor on the features, a power of two.
+            The factor by which the features were multiplied, a power of two.
         """
         return 1.0

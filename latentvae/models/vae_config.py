@@ -24,17 +24,17 @@ class VAEConfig(Section):
     likelihood: Annotated[LikelihoodName, Elsewhere("decoder_distribution")] = Field(
         default="bernoulli",
         description=(
-            "Distribution of the pixels. `bernoulli` is for binary images. All other distributions "
-            "are for 8-bit pixels. With `gaussian`, `logit_laplace` and `discretized_logistic`, "
-            "the decoder predicts a location and a scale for each pixel and channel. "
-            "`logistic_mixture` is a mixture of 10 logistics in which the channels of a pixel "
-            "depend on each other."
+            "Distribution of the pixels. `bernoulli` is for binary images, and all other "
+            "distributions are for 8-bit pixels. With `gaussian`, `logit_laplace` and "
+            "`discretized_logistic`, the decoder predicts a location and a scale for each pixel "
+            "and channel. `logistic_mixture` is a mixture of 10 logistics in which the channels of "
+            "a pixel depend on each other."
         ),
     )
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether the network has batch norm. All processes must share its statistics."""
+        """Whether the network has batch norm, whose statistics all processes must share."""
         return False
 
     @abstractmethod

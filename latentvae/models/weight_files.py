@@ -21,7 +21,7 @@ _WITH_CODE = (".bin", ".ckpt", ".pt", ".pth")  # pickles
 
 
 def is_weights(name: str, *, variant: str | None) -> bool:
-    """Return whether a file of this name holds weights of the variant. None means plain weights."""
+    """Return whether the file `name` holds weights of the variant. None means plain weights."""
     match = _NAME.fullmatch(name)
     return match is not None and match["variant"] == variant
 
@@ -61,7 +61,8 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
         path: path of the folder, for messages.
 
     Raises:
-        UserError: there is no such variant, there are several, or there are no weights.
+        UserError: the folder has no weights or no such variant, or it has several variants but no
+            plain weights, and `variant` is None.
     """
     names = list(names)
     found = {match["variant"] for name in names if (match := _NAME.fullmatch(name))}
@@ -89,13 +90,15 @@ def _why_none(names: Sequence[str]) -> str:
     """Return the reason why none of the files with these names has usable weights."""
     if pickles := [name for name in names if name.endswith(_WITH_CODE)]:
         return (
-            f"they are only in {pickles[0]}, which is not loaded because such a file can hold "
-            "code. If you trust the file, load it once with diffusers (use_safetensors=False), and "
-            "save it with save_pretrained, which writes safetensors."
+            f"the weights are only in {pickles[0]}, which is not loaded because a pickle file can "
+            "hold code that does harm. If you trust the file, load it once with diffusers "
+            "(use_safetensors=False), and save the network with save_pretrained, which writes "
+            "safetensors."
         )
     if files := [name for name in names if name.endswith(".safetensors")]:
         return (
-            f"there is no diffusion_pytorch_model.safetensors, but {files[0]}. "
-            "Rename it, or give the path of this file."
+            f"the folder has no diffusion_pytorch_model.safetensors, but has {files[0]}. "
+            f"Rename {files[0]} to diffusion_pytorch_model.safetensors, or give the path of this "
+            "file instead of the folder."
         )
     return "there is no diffusion_pytorch_model.safetensors"

@@ -11,12 +11,14 @@ from latentvae.models.low_rank import trained_weight
 class TrainingWrapper(nn.Module):
     """A network with the additions that only training needs.
 
-    Each kind of network adds its `forward(images, *, sample, temperature) -> AutoencoderOutput`.
+    Each kind of network has a subclass of `TrainingWrapper` with the method
+    `forward(images, *, sample, temperature) -> AutoencoderOutput`.
 
     Args:
-        net: the autoencoder. It is exported without the wrapper.
+        net: the autoencoder, which is exported without the wrapper.
         output_logvar: initial log-variance of the output likelihood (natural logarithm).
-        learn_logvar: whether the log-variance is a trained parameter. Otherwise it is a constant.
+        learn_logvar: whether the log-variance is a trained parameter. If `learn_logvar` is False,
+            the log-variance is a constant.
     """
 
     def __init__(self, net: Any, *, output_logvar: float = 0.0, learn_logvar: bool = False) -> None:

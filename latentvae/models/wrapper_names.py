@@ -25,7 +25,7 @@ def plain_names(names: Iterable[str], *, path: str | Path) -> dict[str, str]:
 
     Args:
         names: names of the tensors.
-        path: path of their file or folder, for the message.
+        path: path of the tensors' file or folder, for the error message.
 
     Raises:
         UserError: the tensors are adapters that were not merged into the network.
@@ -34,7 +34,7 @@ def plain_names(names: Iterable[str], *, path: str | Path) -> dict[str, str]:
     if adapter := next(filter(_ADAPTER.search, names), None):
         raise UserError(
             f"'{path}' holds adapters that are not merged into the network, such as '{adapter}'. "
-            "Merge them with PEFT's merge_and_unload() and save the network."
+            "Merge the adapters with PEFT's merge_and_unload() and save the network."
         )
     return {name: _WRAPPER.sub("", name) for name in names}
 

@@ -1,4 +1,4 @@
-"""Generators of tokens and latents, which show how well an autoencoder's codes can be learned."""
+"""Generative models that learn an autoencoder's tokens or latents, and show how easy this is."""
 
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.flow_pipeline import FlowPipeline

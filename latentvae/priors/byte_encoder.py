@@ -2,9 +2,9 @@
 
     UTF-8 bytes -> embedding -> blocks that look in both directions -> norm -> states
 
-This encoder needs no vocabulary and no download. It learns only from the training captions, so use
-it for captions with few different words and patterns. For other captions, use a pretrained, frozen
-text encoder.
+`ByteTextEncoder` needs no vocabulary and no download. The encoder learns only from the training
+captions, so use it for captions with few different words and patterns. For more varied captions,
+use a pretrained, frozen text encoder.
 
 `B` batch, `S` bytes of the longest text, `C` channels.
 """
@@ -34,7 +34,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         depth: number of blocks.
         num_heads: number of attention heads.
         max_bytes: largest number of bytes of a text. Longer texts are cut.
-        dropout: share of values that training drops in each residual branch.
+        dropout: dropout probability in each residual branch.
     """
 
     _no_split_modules: ClassVar = ["Block"]
@@ -76,7 +76,10 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         return Words(torch.tensor(rows, device=device), torch.tensor(mask, device=device))
 
     def forward(self, words: Words) -> Text:
-        """Return the states (B, S, C) of texts, with their mask. Padding changes no other state."""
+        """Return the states (B, S, C) of texts, with their mask.
+
+        Padding does not change the states of the texts' own bytes.
+        """
         slots = words.ids.shape[1]
         # A slot always sees itself, so that no row of the mask is empty.
         itself = torch.eye(slots, dtype=torch.bool, device=words.mask.device)

@@ -1,16 +1,16 @@
 """A small diffusion transformer for flow matching: diffusers' DiT, with the paper's initialisation.
 
-DiT (Peebles & Xie 2022, arXiv:2212.09748) is `DiTTransformer2DModel`. Three things differ from
-what diffusers builds:
+DiT (Peebles & Xie 2022, arXiv:2212.09748) is `DiTTransformer2DModel` in diffusers. The networks of
+this module differ in three ways from the networks that diffusers builds:
 
-- Layers that the paper initialises to zero are zero here too. So the network predicts 0 at the
-  start of training.
-- diffusers drops labels at random, separately in each block. Here the caller drops labels once for
-  all blocks: label number `num_classes` means "no class".
+- Layers that the paper initialises to zero are also zero at the start of training here. So an
+  untrained network predicts 0.
+- diffusers drops labels at random, separately in each block. In this module, the caller of the
+  network drops a label for all blocks at once: label number `num_classes` means "no class".
 - `DiTPipeline` always uses label 1000 for "no class". So an export has 1,000 classes, and the
   classes after the model's last class are copies of "no class".
 
-`velocity` and `sample_latents` also take the network of `pixart`, which reads text.
+`velocity` and `sample_latents` also take the network of the module `pixart`, which reads text.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -113,8 +113,8 @@ def velocity(net: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> 
         net: the DiT, or for texts the PixArt network.
         x: noised latents, (B, d, h, w).
         sigma: noise levels in [0, 1], (B,).
-        condition: classes (B,), int64, where `NO_CLASS` means "no class". For a PixArt network,
-            texts, where the encoding of "" means "no text".
+        condition: classes (B,), int64, where `NO_CLASS` means "no class". A PixArt network gets
+            encoded texts instead of classes, where the encoding of "" means "no text".
     """
     time = sigma * TIME_SCALE
     if isinstance(condition, Text):
@@ -147,7 +147,7 @@ def sample_latents(
         net: the DiT or PixArt network, in eval mode.
         condition: class of each image, (B,), where `NO_CLASS` means "no class", or the text of each
             image.
-        unconditional: the encoding of "" (one row). Guidance with texts needs this encoding.
+        unconditional: the encoding of "" (one row), which guidance with texts needs.
         options: solver, steps and guidance.
         shift: shift of the noise levels, see `flow_matching.shifted`.
         seed: seed of the noise.
@@ -185,7 +185,7 @@ def _with_unconditional(condition: Condition, unconditional: Text | None) -> Con
 def for_pipeline(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """Return a copy with 1,000 classes, which diffusers' `DiTPipeline` can use with guidance.
 
-    The classes after the network's last class mean "no class".
+    In the copy, all classes after the network's last class mean "no class".
 
     Raises:
         ValueError: the network has more than 1,000 classes.

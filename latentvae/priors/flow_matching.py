@@ -3,10 +3,10 @@
     x_sigma = (1 - sigma) x + sigma n      x latent, n noise from N(0, I), sigma in [0, 1]
     v       = n - x                        what the network learns to predict
 
-With time t = 1 - sigma, this is the path of Lipman et al. (2022, arXiv:2210.02747) and Liu et al.
-(2022, arXiv:2209.03003). Names and signs are those of diffusers' flow matching schedulers. In
-training, sigma is logit-normal and then shifted, as in Stable Diffusion 3 (Esser et al. 2024,
-arXiv:2403.03206, section 3.1 and equation 23).
+With time t = 1 - sigma, x_sigma is the path of the papers on flow matching (arXiv:2210.02747) and
+rectified flow (arXiv:2209.03003). Names and signs are those of diffusers' flow matching schedulers.
+In training, sigma is logit-normal and then shifted, as in Stable Diffusion 3 (arXiv:2403.03206,
+section 3.1 and equation 23).
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """
@@ -36,11 +36,11 @@ class FlowSampling:
 
     Args:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the velocity
-            without the condition and b the velocity with it. The result is a + g (b - a). 1 is no
-            guidance.
+            without the condition and b the velocity with the condition. The guided velocity is
+            a + g (b - a). g = 1 is no guidance.
         steps: number of steps from noise to latent.
-        solver: `euler` evaluates the network once in a step. `heun` evaluates it twice, and is
-            more exact (Karras et al. 2022, arXiv:2206.00364, algorithm 1).
+        solver: `euler` evaluates the network once in a step. `heun` evaluates the network twice in
+            a step, and is more exact than `euler` (arXiv:2206.00364, algorithm 1).
 
     Raises:
         UserError: a value is out of range.
@@ -64,8 +64,8 @@ def default_shift(values: int) -> float:
 
     The shift is sqrt(values / 4096), and at least 1.
 
-    More noise is needed to hide a latent with more values. So its noise levels are shifted towards
-    1, which is pure noise.
+    More noise is needed to hide a latent with more values. So the noise levels of a large latent
+    are shifted towards 1, which is pure noise.
     """
     return max(math.sqrt(values / BASE_VALUES), 1.0)
 
@@ -93,7 +93,7 @@ def noised(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
-    """Return the smallest possible loss of the velocity on independent Gaussian latents, a scalar.
+    """Return the smallest loss of a velocity prediction on independent Gaussian latents, a scalar.
 
     Let a latent value have the variance s. At noise level sigma, x_sigma has the variance q =
     sigma^2 + (1 - sigma)^2 s, and its covariance with v is c = sigma - (1 - sigma) s. The smallest
@@ -109,7 +109,7 @@ def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
 
 
 def noise_of(shape: Iterable[int], *, seed: int, numbers: Iterable[int]) -> Tensor:
-    """Return the noise (B, d, h, w) at which sampling starts, by seed and number of each image."""
+    """Return noise (B, d, h, w) to start sampling from, given the seed and each image's number."""
     shape = tuple(shape)
     rows = [
         np.random.default_rng([seed, number]).standard_normal(shape, np.float32)

@@ -3,10 +3,11 @@
 noise, class -> DiT, step by step -> normalised latent -> latent -> autoencoder's decoder -> picture
 noise, prompt -> PixArt network, step by step -> ...
 
-Most exports are folders of diffusers' own `DiTPipeline`, or for text of `PixArtSigmaPipeline`. Such
-an export works where only diffusers is installed. But these pipelines only divide latents by the
-autoencoder's `scaling_factor`, and only read text with T5. For latents with another normalisation
-or for another text encoder, the export uses `FlowPipeline`.
+Most exports of flow matching models are folders of diffusers' own `DiTPipeline`, or for text of
+`PixArtSigmaPipeline`. An export with a pipeline of diffusers works where only diffusers is
+installed. But diffusers' pipelines only divide latents by the autoencoder's `scaling_factor`, and
+only read text with T5. For latents with another normalisation, or for another text encoder than T5,
+the export uses `FlowPipeline`.
 
 `B` batch, `T` sampling steps.
 """
@@ -50,13 +51,13 @@ class FlowPipeline(DiffusionPipeline):
     Args:
         transformer: the DiT, or for text the PixArt network.
         vae: the autoencoder.
-        scheduler: the sampler of diffusers. `FlowPipeline` reads only its `flow_shift`.
+        scheduler: the sampler of diffusers, of which `FlowPipeline` reads only `flow_shift`.
         id2label: names of the classes by number, separated by commas if a class has several.
         latents_mean, latents_scale: normalised latents are (z - mean) * scale, with one value for
             each channel or one value for all channels. With None, the autoencoder's own
             normalisation is used.
-        fold: side of the squares of latent positions that are folded into channels. 1 means no
-            folding.
+        fold: side of the squares of latent positions that are folded into channels (pixel
+            unshuffle). 1 means no folding.
         text_encoder: encoder of prompts, for a model with text.
         tokenizer: the text tokenizer, which splits prompts for `text_encoder`.
     """
@@ -96,7 +97,10 @@ class FlowPipeline(DiffusionPipeline):
 
     @property
     def shift(self) -> float:
-        """Shift of the noise levels. Above 1, sampling makes more steps at high noise levels."""
+        """Shift of the noise levels.
+
+        With a shift above 1, sampling makes more steps at high noise levels than with a shift of 1.
+        """
         return self.scheduler.config.flow_shift
 
     @torch.no_grad()
@@ -118,7 +122,7 @@ class FlowPipeline(DiffusionPipeline):
             classes: names or numbers of classes, for a model with classes. None takes all classes
                 in turn.
             prompt: texts, for a model with text.
-            num_images: number of pictures. One class or prompt is then used for all of them.
+            num_images: number of pictures. A single class or prompt is used for all pictures.
             guidance_scale, num_inference_steps, solver: see `FlowSampling`.
             seed: seed of the noise. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
@@ -150,7 +154,7 @@ class FlowPipeline(DiffusionPipeline):
         """Return the conditions of `count` images.
 
         Args:
-            labels: one class, or a class for each image, or none for all classes in turn.
+            labels: one class, or a class for each image, or an empty list for all classes in turn.
             prompts: one prompt, or a prompt for each image.
             count: number of images.
 
@@ -235,7 +239,7 @@ class FlowPipeline(DiffusionPipeline):
         if options.guidance == 1 or isinstance(condition, Text):
             return
         if int(condition.max()) == NO_CLASS:
-            raise UserError("guidance needs a class. Give one, or leave guidance out.")
+            raise UserError("guidance needs a class. Give a class, or leave guidance out.")
 
     @torch.no_grad()
     def decode(self, normalised: Tensor) -> Tensor:
@@ -255,7 +259,7 @@ def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
     """Return whether diffusers' own pipelines can decode latents with this normalisation.
 
     `DiTPipeline` and `PixArtSigmaPipeline` divide latents by `scaling_factor`, without any other
-    normalisation. They load only diffusers' own classes of autoencoders.
+    normalisation. Both pipelines load only diffusers' own classes of autoencoders.
     """
     if not type(vae).__module__.startswith("diffusers."):
         return False
@@ -268,7 +272,7 @@ def stock_decodes(vae: Any, normalization: LatentNormalization) -> bool:
 def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
     """Return whether diffusers' `PixArtSigmaPipeline` can use a text encoder and an autoencoder.
 
-    The pipeline takes only T5, and computes the size of a picture from the autoencoder's
+    `PixArtSigmaPipeline` takes only T5, and computes the size of a picture from the autoencoder's
     `block_out_channels`.
 
     Args:
@@ -286,7 +290,7 @@ def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     """Return diffusers' solver for the noise levels and velocities of `flow_matching`.
 
     The solver of order 1 is the Euler method. The solver of order 2, the default, needs fewer
-    steps.
+    steps than the Euler method.
     """
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,

@@ -20,9 +20,9 @@ LATENTS_NAME = "latents.json"  # file of an export with facts about the latents 
 
 
 def flow_export(path: Path) -> Path | None:
-    """Return the folder of an exported flow matching model. `path` is this folder or its run.
+    """Return the folder of an exported flow matching model, or None if there is no export.
 
-    A run is the folder of a training. Return None if there is no export.
+    `path` is the folder of the export, or the folder of the training.
     """
     for folder in (path, path / "export"):
         if (folder / "model_index.json").is_file() and (folder / LATENTS_NAME).is_file():
@@ -53,7 +53,7 @@ def sample_flow_folder(
     batch_size: int = 32,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
+    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
 
     Args:
         folder: an export of a flow matching model.
@@ -71,7 +71,7 @@ def sample_flow_folder(
         The paths of the pictures.
 
     Raises:
-        UserError: an option is wrong, or `out` holds other files.
+        UserError: an option is wrong, or the folder `out` is not empty.
     """
     # checks
     if num < 1 or batch_size < 1:

@@ -68,13 +68,14 @@ class TokenPipeline(DiffusionPipeline):
             classes: names or numbers of classes, for a prior with classes. None takes all classes
                 in turn.
             prompt: texts, for a prior with text.
-            num_images: number of pictures. One class or prompt is then used for all of them.
+            num_images: number of pictures. A single class or prompt is used for all pictures.
             guidance_scale, temperature, top_k, top_p: how tokens are drawn, see `Sampling`.
             seed: seed of the random numbers. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the prior has no such class, or has no classes or no text.
+            UserError: the class does not exist, an option is out of range, or the prior does not
+                accept classes or prompts.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -87,7 +88,10 @@ class TokenPipeline(DiffusionPipeline):
         options = Sampling(guidance_scale, temperature, top_k, top_p)
         chosen = torch.tensor(numbers) if numbers else self.all_classes(count)
         if options.guidance != 1 and text is None and int(chosen.max()) == NO_CLASS:
-            raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
+            raise UserError(
+                "guidance needs a class or a prompt. Give a class or a prompt, or leave guidance "
+                "out."
+            )
         tokens = sample_tokens(self.transformer, chosen, text=text, options=options, seed=seed)
         images: Any = convert(self.decode(tokens), output_type)
         return ImagePipelineOutput(images=images)
@@ -135,7 +139,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
-    """Return `count` values: a single value is repeated. Of several values, there must be `count`.
+    """Repeat a single value `count` times, or return `count` given values as they are.
 
     Raises:
         UserError: the number of values is neither 0 nor 1 nor `count`.
@@ -143,5 +147,7 @@ def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
     if len(values) == 1:
         return values * count
     if values and len(values) != count:
-        raise UserError(f"there are {len(values)} {name} for {count} images. Give 1 or {count}.")
+        raise UserError(
+            f"there are {len(values)} {name} for {count} images. Give 1 or {count} {name}."
+        )
     return values

@@ -1,9 +1,9 @@
 """A small diffusion transformer that reads text: diffusers' PixArt with the paper's initialisation.
 
-PixArt-alpha (Chen et al. 2023, arXiv:2310.00426) is `PixArtTransformer2DModel`: a DiT whose blocks
-also attend to the states of a frozen text encoder. Layers that the official code initialises to
-zero are zero here too. So the network predicts 0 at the start of training, and the influence of the
-text grows slowly.
+PixArt-alpha (arXiv:2310.00426) is `PixArtTransformer2DModel` in diffusers: a DiT whose blocks also
+attend to the states of a frozen text encoder. Layers that the official code initialises to zero
+also start at zero here. So the network predicts 0 at the start of training, and the influence of
+the text grows slowly.
 
 The encoding of "" means "no caption", as in diffusers' pipelines.
 
@@ -93,8 +93,9 @@ def load_caption_encoder(path: str) -> tuple[Any, Any]:
     tokenizer, encoder = load_text_encoder(path)
     if not encode_captions(["", "a"], tokenizer, encoder).mask[0].any():
         raise UserError(
-            f"text_encoder '{path}' has no token for an empty text, which here means 'no caption'. "
-            "Give an encoder whose tokenizer ends each text with a token, as T5's does."
+            f"text_encoder '{path}' has no token for an empty text, but training uses the encoding "
+            "of an empty text as 'no caption'. Give an encoder whose tokenizer ends each text with "
+            "a token, as T5's tokenizer does."
         )
     return tokenizer, encoder
 

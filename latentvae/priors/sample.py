@@ -40,7 +40,7 @@ def sample_folder(
     tokens: bool = False,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
+    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
 
     Args:
         prior: folder of an exported prior, or of a finished training.
@@ -59,7 +59,7 @@ def sample_folder(
         The paths of the pictures.
 
     Raises:
-        UserError: an option is wrong, or `out` holds other files.
+        UserError: an option is wrong, or the folder `out` is not empty.
     """
     # checks
     if num < 1 or batch_size < 1:
@@ -73,7 +73,9 @@ def sample_folder(
         classes = torch.full((num,), pipeline.class_number(class_name))
     text = None if prompt is None else pipeline.encode([prompt])
     if options.guidance != 1 and text is None and int(classes.max()) == NO_CLASS:
-        raise UserError("guidance needs a class or a prompt. Give one, or leave guidance out.")
+        raise UserError(
+            "guidance needs a class or a prompt. Give a class or a prompt, or leave guidance out."
+        )
     check_new_folder(out)
 
     # pictures
@@ -102,7 +104,7 @@ def sample_folder(
 
 
 def check_new_folder(out: Path) -> None:
-    """Create the folder `out`. Raise UserError if it holds files."""
+    """Create the folder `out`, or raise UserError if `out` exists and is not empty."""
     if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
         raise UserError(f"'{out}' exists and is not an empty folder. Give another folder.")
     out.mkdir(parents=True, exist_ok=True)
@@ -120,11 +122,11 @@ def find_export(prior: Path) -> Path:
     if (prior / "config.yaml").is_file():
         raise UserError(
             f"the run '{prior}' has no export of a generator yet. Run its training command again, "
-            "until it is done."
+            "and wait until the training is done."
         )
     raise UserError(
-        f"'{prior}' is no prior and no flow matching model. Give a run of train_prior.py or "
-        "train_flow.py, or the folder `export` in it."
+        f"'{prior}' is no prior and no flow matching model. Give the output folder of "
+        "train_prior.py or train_flow.py, or the folder `export` in this output folder."
     )
 
 
@@ -150,7 +152,7 @@ def read_content(folder: Path) -> Content:
 def write_samples(
     out: Path, sequences: Tensor, classes: Tensor, content: Content, *, folder: Path
 ) -> None:
-    """Write sampled tokens (n, T) as shards, with the manifest of `latentvae encode`."""
+    """Write sampled tokens (n, T) as shards, with a manifest like that of `latentvae encode`."""
     # what the shards hold
     count, labels = len(sequences), content.labels and int(classes.min()) >= 0
     items = sequences.reshape(count, *content.item_shape).to(DTYPES[content.dtype])

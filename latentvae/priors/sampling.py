@@ -1,7 +1,7 @@
 """Draw the tokens of images from a `TokenTransformer`, with cached keys and values.
 
-The random numbers of image number i depend only on the seed and on i. So the image is the same in
-every batch and on every rank, except where rounding differs.
+The random numbers of image number i depend only on the seed and on i. So an image does not depend
+on its batch or its rank, except for rounding.
 
 `B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
 """
@@ -23,13 +23,13 @@ class Sampling:
 
     Args:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the logits
-            without the condition and b the logits with it. The result is a + g (b - a). 1 is no
-            guidance, 0 ignores the condition.
-        temperature: number above 0 by which logits are divided. Lower values give more likely
-            tokens.
-        top_k: draw only from this many most likely codes. 0 draws from all codes.
-        top_p: keep the most likely codes until their probabilities add up to this share, and draw
-            from these only (arXiv:1904.09751). 1 keeps all.
+            without the condition and b the logits with the condition. The guided logits are
+            a + g (b - a). g = 1 is no guidance, and g = 0 ignores the condition.
+        temperature: number above 0 by which logits are divided. A lower temperature gives more
+            likely tokens.
+        top_k: draw only from the `top_k` most likely codes. `top_k` 0 draws from all codes.
+        top_p: draw only from the most likely codes whose probabilities add up to `top_p` (nucleus
+            sampling, arXiv:1904.09751). `top_p` 1 draws from all codes.
 
     Raises:
         UserError: a value is out of range.

@@ -62,8 +62,8 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
     """Return the last hidden states of prompts, (B, S, C), float32, with their mask.
 
-    S is the length of the longest prompt, at most `MAX_TEXT_TOKENS`. Without a tokenizer, the
-    encoder splits texts itself (`ByteTextEncoder`).
+    S is the number of tokens of the longest prompt, at most `MAX_TEXT_TOKENS`. Without a tokenizer,
+    the encoder itself splits texts (`ByteTextEncoder`).
     """
     if tokenizer is None:
         text = encoder(encoder.split(prompts))
@@ -80,7 +80,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text
 
 
 def longest_text(tokenizer: Any) -> int:
-    """Return the largest number of tokens of a text. Longer texts are cut."""
+    """Return the largest number of tokens that a text can have. Longer texts are cut."""
     return min(MAX_TEXT_TOKENS, tokenizer.model_max_length)
 
 

@@ -5,8 +5,8 @@
 Tokens of several levels form one sequence, coarsest level first, each level row by row. The
 transformer's input is a sequence of slots. Slot t reads token t - 1 and predicts token t. Slot 0
 reads the class. The slots of a text come before slot 0. The position of a slot is the position of
-the token that it predicts. This position enters twice: as a 2-D rotary embedding in attention
-(arXiv:2104.09864), and as a learned embedding that is added to the input.
+the token that it predicts. The network uses the position of each slot twice: as a 2-D rotary
+embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the input.
 
 `B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
 """
@@ -85,14 +85,14 @@ class TokenTransformer(ModelMixin, ConfigMixin):
         levels: (height, width) in tokens of each level (map of tokens), coarsest level first. For a
             residual tokenizer with L levels, the same size is given L times.
         item_shape: shape in which the tokenizer takes the tokens of an image, such as (8, 8). The
-            transformer itself does not use it. None means the size of the level if there is only
-            one level, otherwise (T,).
+            transformer itself does not use `item_shape`. None means the size of the level if there
+            is only one level, otherwise (T,).
         num_classes: number of classes of the condition, 0 for none.
         text_channels: channels C of the text encoder's states, 0 for a model without text.
         width: channels of the transformer, a multiple of 4 * num_heads.
         depth: number of blocks.
         num_heads: number of attention heads.
-        dropout: share of values that training drops in each residual branch and in the inputs.
+        dropout: dropout probability in each residual branch and in the inputs.
         class_names: names of the classes 0, 1, 2 and so on, if they have names.
     """
 
@@ -204,7 +204,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
     def embed_text(self, text: Text, *, after: int) -> tuple[Tensor, Tensor]:
         """Return the inputs for a text (B, S, W), and a mask for these and `after` more inputs.
 
-        The mask (B, 1, S + after, S + after) is causal and hides padding. An input always sees
+        The mask (B, 1, S + after, S + after) is causal and hides padding. Each input attends to
         itself, so that no row of the mask is empty.
         """
         if self.text is None:
@@ -243,15 +243,15 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, turns: Tensor, mask: Tensor | None = None, cache: "Cache | None" = None
     ) -> Tensor:
-        """Return the next hidden states (B, T, W).
+        """Return the hidden states (B, T, W) after this block.
 
         Args:
             x: (B, T, W).
             turns: rotations of the rotary embedding for the T entries of `x`, (2, T, D / 2). D is
                 the number of channels of a head.
             mask: (B, 1, T, keys), True where an entry may attend. None means causal attention. With
-                a cache, None means attention to all entries so far.
-            cache: keys and values of earlier entries. The keys and values of `x` are appended.
+                a cache and T = 1, None means attention to all entries in the cache.
+            cache: keys and values of earlier entries, to which those of `x` are appended.
         """
         # attention
         pattern = "b t (three h d) -> three b h t d"
@@ -283,7 +283,7 @@ class Cache:
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values (B, heads, t, D) of t new inputs.
 
-        Return those of all inputs so far.
+        Return the keys and values of all inputs so far.
         """
         if self._kept is None:
             batch, heads, _, channels = keys.shape
@@ -295,10 +295,11 @@ class Cache:
 
 
 def places_of(levels: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the place (row, column) of each token, (T, 2), measured in the finest level.
+    """Return the position (row, column) of each token, (T, 2), in the grid of the finest level.
 
-    Places are in units of the finest level, so that places of different levels are comparable. With
-    levels of 8 x 8 and 16 x 16 tokens, the first coarse token has the place (0.5, 0.5).
+    Positions of all levels refer to the grid of the finest level, so that they are comparable. With
+    levels of 8 x 8 and 16 x 16 tokens, the first token of the 8 x 8 level has the position
+    (0.5, 0.5).
     """
     rows, columns = max(height for height, _ in levels), max(width for _, width in levels)
     places = []

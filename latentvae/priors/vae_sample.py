@@ -26,12 +26,12 @@ def sample_vae_folder(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Path]:
-    """Sample pictures, and write them (`00000.png`, ...) and a grid of them into `out`.
+    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
 
     Args:
         model: folder of an exported network, or of a finished training.
         num: number of pictures.
-        temperature: factor of the prior's standard deviations.
+        temperature: factor by which the prior's standard deviations are multiplied.
         class_name: name or number of the pictures' class, for a network with classes. By default, a
             random class is drawn for each picture.
         seed: seed of the random numbers. A picture does not depend on `num`.
@@ -41,7 +41,7 @@ def sample_vae_folder(
         The paths of the pictures.
 
     Raises:
-        UserError: an option is wrong, or `out` holds other files.
+        UserError: an option is wrong, or the folder `out` is not empty.
     """
     if num < 1:
         raise UserError(f"num must be at least 1 (got {num}).")

@@ -1,1 +1,1 @@
-"""Test a user's training: `preflight` checks its first updates, `verify_resume` its resume."""
+"""Test a user's training: `preflight` checks its first updates, and `verify_resume` its resume."""

@@ -85,7 +85,7 @@ def _teacher(rehearsal: FirstUpdates) -> Check:
         passed=same and not learns and mode == "eval",
         value=f"{changed}, {len(learns)} weights with a gradient, {mode}",
         expected="unchanged, 0 weights with a gradient, eval",
-        advice="The student would learn from a moving target.",
+        advice="The student would learn from a teacher that changes.",
     )
 
 
@@ -103,9 +103,10 @@ def _parts(rehearsal: FirstUpdates) -> Check:
     return Check(
         name="parts",
         passed=missing == 0 and wrong == 0,
-        value=f"{missing} weights of the {task.pair.part} without a gradient, {wrong} others with",
+        value=f"{missing} weights of the {task.pair.part} without a gradient, "
+        f"{wrong} frozen weights with a gradient",
         expected="0 and 0",
-        advice="A part would not learn, or a frozen part would.",
+        advice="Some of the student's weights do not learn, or frozen weights get a gradient.",
     )
 
 
@@ -113,7 +114,7 @@ def _parts(rehearsal: FirstUpdates) -> Check:
 def _latents(rehearsal: FirstUpdates) -> Check:
     """Check that the standard deviation of the teacher's scaled latents is about 1.
 
-    The latents are scaled as in diffusion pipelines, also if the student reads another scale.
+    The latents are scaled as in diffusion pipelines, even if the student uses another scale.
     """
     task: DistillTask = rehearsal.task
     z = task.teacher.normalization.apply(calls.encode(task.teacher.net, _images(rehearsal)))
@@ -123,10 +124,11 @@ def _latents(rehearsal: FirstUpdates) -> Check:
         name="latents",
         passed=low <= std <= high,
         value=std,
-        expected=f"standard deviation of the scaled latents from {low:g} to {high:g}",
+        expected=f"scaled latents with a standard deviation of {low:g} to {high:g}",
         advice=(
-            "The teacher's config has no right scaling_factor, and an AutoencoderTiny cuts latents "
-            "off at 3. Export the teacher with latentvae, or correct its config.json."
+            "The scaling_factor in the teacher's config is missing or wrong, and an "
+            "AutoencoderTiny limits latents to [-3, 3]. Export the teacher with latentvae, or "
+            "correct its config.json."
         ),
     )
 
@@ -143,6 +145,6 @@ def _scale(rehearsal: FirstUpdates) -> Check:
         name="scale",
         passed=error < SCALE_TOLERANCE,
         value=error,
-        expected=f"a relative error of scaling and back below {SCALE_TOLERANCE:g}",
+        expected=f"a relative error below {SCALE_TOLERANCE:g} after scaling to student and back",
         advice="Student and teacher could not replace each other in a pipeline.",
     )

@@ -2,8 +2,8 @@
 
     exit_code = run_checks(PriorTask, config, checks, json=None)
 
-This module has the checks that are the same for all such tasks. `prior_preflight`, `flow_preflight`
-and `distill_preflight` add the checks of their own task.
+This module has the checks that several tasks share. `prior_preflight`, `flow_preflight`,
+`likelihood_preflight` and `distill_preflight` add the checks of their own task.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class FirstUpdates:
         start: metrics of a validation before the first update.
         results: result of each update.
         before, after: hashes of all tensors that an update changes, before and after the updates.
-        items: indices of the images, latents or token maps that this rank read first.
+        items: indices of the images, latents or token maps of this rank's first micro-step.
     """
 
     task: Any
@@ -203,11 +203,12 @@ def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
 def dropped_check(dropped: Tensor, share: float) -> Check:
     """Check that the share of dropped conditions is near the requested share.
 
-    A condition is a class or a caption. Four standard deviations of difference are allowed.
+    A condition is a class or a caption. The measured and the requested share may differ by four
+    standard deviations.
 
     Args:
         dropped: for each of `DRAWS` images, whether its condition was dropped.
-        share: the share that the options request.
+        share: share of dropped conditions that the options request.
     """
     found = dropped.float().mean().item()
     return Check(
@@ -215,12 +216,12 @@ def dropped_check(dropped: Tensor, share: float) -> Check:
         passed=abs(found - share) <= 4 * math.sqrt(share * (1 - share) / len(dropped)),
         value=found,
         expected=f"about {share:g} of the conditions are dropped",
-        advice="Guidance needs a model that has learned without condition.",
+        advice="Guidance needs a model that was also trained without class or caption.",
     )
 
 
 def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
-    """Check that the next update is the same again after a checkpoint is restored.
+    """Check that the next update has the same result before and after a checkpoint is restored.
 
     On a GPU, only the logged value `loss` is compared.
     """
@@ -254,7 +255,8 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
         passed=not differs,
         value=f"{', '.join(differs)} differ" if differs else "next update repeated",
         expected="a restored run repeats the next update" + " to the bit" * exact,
-        advice="A resumed run would give other weights. `latentvae verify-resume` shows more.",
+        advice="A resumed run would give other weights than an uninterrupted run. `latentvae "
+        "verify-resume` shows more.",
     )
 
 
@@ -263,7 +265,7 @@ def falls_check(rehearsal: FirstUpdates, *, loss: str, advice: str) -> Check:
 
     Args:
         rehearsal: the first updates.
-        loss: log name of the loss.
+        loss: name of the loss in the training log.
         advice: what to do if the loss does not fall.
     """
     task = rehearsal.task
@@ -274,7 +276,7 @@ def falls_check(rehearsal: FirstUpdates, *, loss: str, advice: str) -> Check:
     return Check(
         name="loss-falls",
         passed=last < first,
-        value=f"{first:.4f} to {last:.4f} in {REPEATS} updates on the same {task.unit}",
+        value=f"loss {first:.4f} to {last:.4f} in {REPEATS} updates on the same {task.unit}",
         expected="the loss falls",
         advice=advice,
     )

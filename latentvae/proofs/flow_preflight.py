@@ -1,4 +1,4 @@
-"""Check the run of a flow matching model before it starts (`train_flow.py --preflight`).
+"""Check the training of a flow matching model before it starts (`train_flow.py --preflight`).
 
 The check makes a few updates with the user's latents, precision and processes, and prints a line
 for each check. It does not read or change the run's own folder.
@@ -84,8 +84,8 @@ def _scale(rehearsal: FirstUpdates) -> Check:
     return Check(
         name="latents",
         passed=0.5 <= std <= 2.0 and error < ROUND_TRIP,
-        value=f"standard deviation {std:.3f}, round trip within {error:.1g}",
-        expected=f"0.5 to 2, and within {ROUND_TRIP:g}",
+        value=f"standard deviation {std:.3f}, error {error:.1g} after scaling back and forth",
+        expected=f"0.5 to 2, and an error below {ROUND_TRIP:g}",
         advice="Give --normalization channel.",
     )
 
@@ -93,7 +93,8 @@ def _scale(rehearsal: FirstUpdates) -> Check:
 def _start(rehearsal: FirstUpdates) -> Check:
     """Check that the untrained network predicts a velocity of 0.
 
-    Its loss is then the mean square of the velocity: 1 plus the mean square of the latents.
+    The loss of a prediction of 0 is the mean square of the true velocity, which is 1 (from the
+    noise) plus the mean square of the latents.
     """
     table, norm = rehearsal.task.data.validation, rehearsal.task.data.normalization
     expected = 1 + norm.apply(table.z.float()).square().mean().item()
@@ -101,8 +102,8 @@ def _start(rehearsal: FirstUpdates) -> Check:
         name="loss-at-start",
         passed=math.isclose(rehearsal.start["validation/loss"], expected, rel_tol=START_TOLERANCE),
         value=rehearsal.start["validation/loss"],
-        expected=f"about {expected:.3f}, the loss of a prediction of 0",
-        advice="The output layer must start at zero.",
+        expected=f"about {expected:.3f}, the loss of a predicted velocity of 0",
+        advice="The weights of the output layer must be 0 at the start.",
     )
 
 
@@ -124,13 +125,13 @@ def _direction(rehearsal: FirstUpdates) -> Check:
         name="sampling",
         passed=max(errors) < ROUND_TRIP,
         value=max(errors),
-        expected=f"the exact velocity leads to the latents within {ROUND_TRIP:g}",
-        advice="The signs of velocity and time differ between training and sampling.",
+        expected=f"sampling with the exact velocity gives the latents within {ROUND_TRIP:g}",
+        advice="The sign of the velocity or of the time differs between training and sampling.",
     )
 
 
 class _Exact(torch.nn.Module):
-    """A network that knows the latents x: the velocity at x_sigma is (x_sigma - x) / sigma."""
+    """A network that knows the latents x and returns the velocity (x_sigma - x) / sigma."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class _Exact(torch.nn.Module):
 
 @torch.no_grad()
 def _condition(rehearsal: FirstUpdates) -> Check:
-    """Check that the class or the caption changes the velocity."""
+    """Check that the class or the caption changes the predicted velocity."""
     task = rehearsal.task
     x, known = _example(rehearsal)
     noise, sigma = torch.randn_like(x), torch.full((len(x),), 0.5, device=x.device)
@@ -161,7 +162,7 @@ def _condition(rehearsal: FirstUpdates) -> Check:
         passed=difference > 0,
         value=difference,
         expected="the condition changes the velocity",
-        advice="The model would ignore its condition.",
+        advice="The model would ignore the class or the caption.",
     )
 
 

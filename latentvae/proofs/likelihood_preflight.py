@@ -88,8 +88,9 @@ def _values(rehearsal: FirstUpdates) -> Check:
         name="values",
         passed=error < 1e-4,
         value=error,
-        expected=f"at most 1e-4 from one of {task.net.pixels.levels} values",
-        advice="The likelihood would not be a probability. Check likelihood and binarize.",
+        expected=f"pixel values within 1e-4 of one of the {task.net.pixels.levels} allowed values",
+        advice="For other pixel values, the likelihood is not a probability. Check likelihood and "
+        "binarize.",
     )
 
 
@@ -105,6 +106,6 @@ def _bounds(rehearsal: FirstUpdates) -> Check:
         name="bounds",
         passed=math.isfinite(gap) and gap > -1e-3,
         value=gap,
-        expected="importance-weighted bound minus ELBO of at least 0 nats",
-        advice="The parts of the bound do not fit each other.",
+        expected="the importance-weighted bound minus the ELBO is at least 0 nats",
+        advice="The values log_likelihood and log_ratio of the bound are inconsistent.",
     )

@@ -1,4 +1,4 @@
-"""Check the run of a prior before it starts (`train_prior.py --preflight`).
+"""Check the training of a prior before it starts (`train_prior.py --preflight`).
 
 The check makes a few updates with the user's tokens, precision and processes, and prints a line for
 each check. It does not read or change the run's own folder.
@@ -77,7 +77,7 @@ def _start(rehearsal: FirstUpdates) -> Check:
         passed=abs(rehearsal.start["validation/bits_per_token"] - uniform) < START_TOLERANCE,
         value=f"{rehearsal.start['validation/bits_per_token']:.3f} bits per token",
         expected=f"log2 of the number of codes, {uniform:.3f}",
-        advice="The untrained network must find all codes equally likely.",
+        advice="The untrained network must give all codes the same probability.",
     )
 
 
@@ -88,7 +88,7 @@ def _example(rehearsal: FirstUpdates) -> tuple[Tensor, Tensor | None, Text | Non
 
 
 def _causal(rehearsal: FirstUpdates) -> Check:
-    """Check by gradients that each token depends on all tokens before it, and on no other."""
+    """Check by gradients that a token's logits depend on all earlier tokens, and on no other."""
     net, device = rehearsal.task.net, rehearsal.task.device
     indices, classes, text = _example(rehearsal)
     embedded: list[Tensor] = []
@@ -132,7 +132,7 @@ def _cache(rehearsal: FirstUpdates) -> Check:
         name="cache",
         passed=difference < CACHE_TOLERANCE,
         value=difference,
-        expected=f"logits of sampling within {CACHE_TOLERANCE:g} of those of training",
+        expected=f"logits of sampling and training differ by less than {CACHE_TOLERANCE:g}",
         advice="Samples would not come from the trained distribution.",
     )
 
@@ -148,12 +148,12 @@ def _condition(rehearsal: FirstUpdates) -> Check:
         passed=difference > 0,
         value=difference,
         expected="the condition changes the logits",
-        advice="The prior would ignore its condition.",
+        advice="The prior would ignore the class or the caption.",
     )
 
 
 def _text_learns(rehearsal: FirstUpdates) -> Check:
-    """Check that the gradient of the loss reaches every weight of the text encoder that learns."""
+    """Check that the gradient of the loss reaches every weight of a trained text encoder."""
     task, table = rehearsal.task, rehearsal.task.data.train
     numbers = list(range(min(len(table), task.config.run.train_batch_size)))
     trained = task.learners["model"].module
@@ -166,9 +166,9 @@ def _text_learns(rehearsal: FirstUpdates) -> Check:
     return Check(
         name="text-encoder",
         passed=not without,
-        value=f"{len(without)} of {len(weights)} tensors without a gradient",
+        value=f"{len(without)} of {len(weights)} text encoder tensors without a gradient",
         expected="the loss has a gradient for every tensor of the text encoder",
-        advice="The text encoder stays random. Compute its states with gradients.",
+        advice="The text encoder stays random. Compute its hidden states with gradients.",
     )
 
 

@@ -1,6 +1,6 @@
 """Put several reports into one table, if they were measured under the same protocol.
 
-latentvae compare a/report.json b/report.json --markdown
+The command is `latentvae compare a/report.json b/report.json --markdown`.
 """
 
 import itertools
@@ -29,7 +29,7 @@ SHOWN = 80  # longest text of a value that differs, in characters
 
 
 def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
-    """Read reports from files or folders. Return a dict from names for tables to reports."""
+    """Read reports from files or folders. Return a dict from each report's name to the report."""
     files = [path / "report.json" if path.is_dir() else path for path in paths]
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise UserError("a report is given twice. Give each report once.")
@@ -84,7 +84,7 @@ def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
             differences is left out.
 
     Raises:
-        UserError: there is no report, or protocols or images differ without `force`.
+        UserError: there is no report, or protocols or images differ and `force` is false.
     """
     if not paths:
         raise UserError("compare needs at least 1 report (got none).")
@@ -111,8 +111,8 @@ def _rows(reports: Mapping[str, Report], paths: Sequence[Path]) -> list[_Row]:
     """Return a row for each model, with the name to show.
 
     If models of several reports have the same name, the name of the report is added to the model's
-    name. The linear code (principal components of patches) is a baseline. It is shown once if its
-    values are the same in all reports.
+    name. The linear code (principal components of patches) is a baseline. The linear code is shown
+    once if its values are the same in all reports.
     """
     # models of each report. Each different linear code is listed once.
     shown: dict[str, list[str]] = {}
@@ -154,7 +154,7 @@ def _values_table(rows: Sequence[_Row], *, with_rates: bool) -> Table:
         ]
         table.add_row(Text(row.label), *cells)
     if any(best.values()):
-        table.caption = f"{BEST} best of its column. \u00b1 half of the 95 % interval over images."
+        table.caption = f"{BEST}: best in column. \u00b1: half of the 95 % interval over images."
     return table
 
 
@@ -219,7 +219,7 @@ def _differences_table(rows: Sequence[_Row]) -> Table | None:
     table.title = Text(
         f"Difference from {printable(first.label)} on the same images ({count} images)"
     )
-    table.caption = Text(f"Mean [95 % interval]. {CLEAR} the interval excludes 0.")
+    table.caption = Text(f"Mean [95 % interval]. {CLEAR}: the 95 % interval excludes 0.")
     for i, row in enumerate(others):
         cells = [_difference_cell(found.get((i, m)), IMAGE_COLUMNS[m].digits) for m in metrics]
         table.add_row(Text(row.label), *cells)
@@ -258,7 +258,7 @@ def _facts(report: Report) -> dict[str, Any]:
 
 
 def _same_rates(reports: Sequence[Report]) -> bool:
-    """Return whether the points of all curves were measured with the same settings."""
+    """Return whether the rate curves of all reports were measured with the same settings."""
     keys = ("curves", "bitstream", "codecs")
     first, *others = ([report.protocol.get(key) for key in keys] for report in reports)
     return all(other == first for other in others)

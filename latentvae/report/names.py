@@ -8,7 +8,7 @@ from latentvae.errors import UserError
 
 
 def unique_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return the shortest different ends of paths, such as `a/export` and `b/export`."""
+    """Return the shortest ends of paths that are all different, such as `a/export`, `b/export`."""
     parts = [Path(path).absolute().parts for path in paths]
     if twice := [path for path, n in Counter(map(str, paths)).items() if n > 1]:
         raise UserError(f"'{twice[0]}' is given twice. Give each path once.")

@@ -44,14 +44,17 @@ with a seed that is not shown.</li>
 
 CHECKS = {
     "better_than_noise": "The code is better than the same code with noise",
-    "better_than_shuffled_labels": "Its samples fit their class better than with shuffled classes",
+    "better_than_shuffled_labels": (
+        "Samples fit their class better than after a training with shuffled classes"
+    ),
     "better_than_blocks": "The code is better than mean colours of blocks with as many values",
     "better_than_shuffled_tokens": "The code is better than tokens in a random order",
     "nearer_to_reconstruction_than_to_untrained": (
-        "Its samples are nearer to the reconstructions than to an untrained generator"
+        "The distance of the samples is nearer to that of reconstructions than to that of an "
+        "untrained generator"
     ),
-    "classes_above_chance": "The class of samples is recognised above chance",
-    "no_copies": "Samples are not nearer to training pictures than unseen pictures are",
+    "classes_above_chance": "The classes of samples are recognised more often than by chance",
+    "no_copies": "Samples are not nearer to training pictures than held-out pictures are",
 }
 ANSWERS = {True: ("yes", "yes"), False: ("no", "no"), None: ("open", "not measured")}
 

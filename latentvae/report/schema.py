@@ -60,7 +60,7 @@ class Column:
 class Metrics(_Part):
     """Distortion and perceptual metrics. A metric is absent if no image was large enough.
 
-    `psnr` is the mean of the images' own values. `psnr_pooled` is the PSNR of the mean squared
+    `psnr` is the mean of the images' PSNR values. `psnr_pooled` is the PSNR of the mean squared
     error over the pixels of all images.
     """
 
@@ -99,9 +99,9 @@ class CurvePoint(_Part):
 class Point(_Part):
     """One setting of a coder (model or image codec), with means over all images with a value.
 
-    `images` is the number of images in each mean. The numbers can differ, because an exact copy has
-    no finite PSNR and a small image has no LPIPS. `curves` has means by metric over images that are
-    the same for every coder.
+    `images` is the number of images in each mean. These numbers can differ between metrics, because
+    an exact copy has no finite PSNR and a small image has no LPIPS. `curves` has, for each metric,
+    means over images that are the same for every coder.
 
     The setting of a codec is `quality`. The setting of a continuous latent is `noise_psnr`, the
     PSNR in dB that would result if quantising the latent were the only error. Tokens have no
@@ -129,8 +129,8 @@ class Distribution(_Part):
 
     `fd_vgg` is the Frechet distance and `kd_vgg` the kernel distance on features of LPIPS' VGG16.
     `rfid` and `kid` are the Frechet and the kernel distance on features of the original Inception
-    network. Frechet distances need at least 2,000 images. Kernel distances use at most 2,000.
-    `images` is the number of images of each distance.
+    network. Frechet distances need at least 2,000 images. Kernel distances use at most 2,000
+    images. `images` is the number of images that each distance uses.
     """
 
     images: dict[str, int]
@@ -194,7 +194,7 @@ class Report(_Part):
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Read a report.json. Raise UserError if it is not a report of this version."""
+        """Read a report.json. Raise UserError if the file is not a report of this version."""
         text = read_text(path)
         try:
             return cls.model_validate_json(text)

@@ -59,8 +59,8 @@ def models_table(report: Report) -> Table:
 def codecs_table(report: Report) -> Table:
     """Return a table of each model's metrics, and the codecs' metrics at the model's raw rate."""
     title = (
-        "Codecs at each model's raw rate: each image at the lowest quality that reaches it, "
-        "else at 100"
+        "Codecs at each model's raw rate: lowest quality at which an image's file reaches this "
+        "rate, or quality 100 if no quality does"
     )
     table = Table("model", "codec", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex"):
@@ -80,7 +80,7 @@ def codecs_table(report: Report) -> Table:
 
 def bits_table(report: Report) -> Table:
     """Return a table of rate and quality of encoded latents and tokens, with their BD-rates."""
-    title = "Coded latents and tokens, decoded from the bytes; BD-rate beside JPEG"
+    title = "Entropy-coded latents and tokens, decoded from the bytes; BD-rate relative to JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):
         table.add_column(heading, justify="right")
@@ -96,7 +96,7 @@ def bits_table(report: Report) -> Table:
 def passport_table(report: Report) -> Table:
     """Return a table of each model's results in half precision and in tiles, and its speed."""
     table = Table("model", title="Passport", title_justify="left")
-    for heading in ("float16", "bfloat16", "tiling", "encode, decode (one image of so many px)"):
+    for heading in ("float16", "bfloat16", "tiling", "size of one image in px: encode, decode"):
         table.add_column(heading)
     for name, model in report.models.items():
         if not (model.passport or model.speed):
@@ -158,13 +158,13 @@ def _tiling(check: dict[str, Any] | None) -> str:
     tiles = (
         f"tiles of {check['tile']} px"
         if check["as_configured"]
-        else (f"tiles of {check['tile']} px, smaller than the network's own")
+        else (f"tiles of {check['tile']} px, smaller than those of enable_tiling()")
     )
     return "\n".join(
         [
             f"{seam}: step at tile borders up to {check['seam']:.1f} of 255 ({tiles})",
             f"tiled - whole: {float(check['psnr']):.1f} dB, "
-            f"one pixel up to {check['max_difference']:.0f} of 255",
+            f"a pixel differs by up to {check['max_difference']:.0f} of 255",
         ]
     )
 

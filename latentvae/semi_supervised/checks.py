@@ -15,7 +15,7 @@ def checked_rows(rows: Any, *, likelihood: str, columns: int | None = None) -> n
     Args:
         rows: array or table of numbers, (N, F).
         likelihood: "bernoulli" needs values in [0, 1], and "gaussian" takes any finite values.
-        columns: expected number of columns F, as in `fit`. None means that any number is allowed.
+        columns: expected number of columns F, as in `fit`. None allows any number of columns.
 
     Raises:
         UserError: the rows are not numbers, have the wrong shape, or a value is out of range.
@@ -105,7 +105,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Check that an option has one of the allowed values.
 
     Raises:
-        UserError: the option has another value.
+        UserError: the option's value is not one of the allowed values.
     """
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")

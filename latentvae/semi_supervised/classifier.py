@@ -76,7 +76,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
 
     @torch.no_grad()
     def _by_batches(self, X: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        """Return the results of a function on rows as images, called in batches."""
+        """Convert rows to images, call a function on batches of images, and return all results."""
         check_is_fitted(self, "classes_")
         rows = checked_rows(X, likelihood=self.likelihood, columns=self.n_features_in_)
         parts = torch.from_numpy(rows).split(READ_ROWS)
@@ -94,7 +94,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         check_above("learning_rate", self.learning_rate, low=0.0)
 
     def _image_shape(self) -> tuple[int, int, int]:
-        """Return the image shape (C, H, W) that the first network takes, with C H W = F columns."""
+        """Return the image shape (C, H, W) into which a row of F = C H W columns is reshaped."""
         return (1, 1, self.n_features_in_)
 
     def _schedule(self) -> Schedule:

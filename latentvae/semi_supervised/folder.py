@@ -42,7 +42,7 @@ def read_images(
 
     Args:
         data: a folder with one folder per class, a tar file, a parquet file or a data set. Images
-            in the folder `unlabelled`, and null labels of a table, have no class.
+            in the folder `unlabelled`, and table rows with a null label, have no class.
         resolution: the images are resized to this size, (H, W) or one number for both.
         channels: 1 for grey, 3 for RGB.
 
@@ -54,7 +54,7 @@ def read_images(
     if found is None:
         raise UserError(
             f"'{data}' has no classes; put the images of each class into a folder of its own, and "
-            f"the others into a folder '{UNLABELLED_FOLDER}'."
+            f"images without a class into a folder '{UNLABELLED_FOLDER}'."
         )
     pictures = Pictures(source, EvalTransform(resolution))
     good = [item for item in (pictures[i] for i in range(len(source))) if item.image is not None]

@@ -65,10 +65,10 @@ def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
 
 
 def check_columns(net: VectorVAE, columns: int) -> None:
-    """Check that rows of F columns can be images of the VAE `net`.
+    """Check that rows of F columns can be reshaped to images for the VAE `net`.
 
     Raises:
-        UserError: the images of the network do not have F values.
+        UserError: an image that the VAE takes does not have F values.
     """
     if math.prod(net.image_shape) != columns:
         shape = " x ".join(map(str, net.image_shape))
@@ -82,7 +82,8 @@ def check_columns(net: VectorVAE, columns: int) -> None:
 def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
     """Return the posteriors q(z|x) of rows (N, F), with moments (N, U).
 
-    Grey values are used directly. Only training replaces grey values by random values 0 or 1.
+    This function encodes grey values as they are. Only training replaces grey values by random
+    values 0 or 1.
     """
     found = [net.posterior(images.images(part)) for part in rows.split(READ_ROWS)]
     return Gaussian(torch.cat([q.mean for q in found]), torch.cat([q.logvar for q in found]))

@@ -1,4 +1,4 @@
-"""Train a semi-supervised VAE in which the class is a variable (M2, arXiv:1406.5298)."""
+"""Train a semi-supervised VAE in which the class is a random variable (M2, arXiv:1406.5298)."""
 
 from typing import Any
 
@@ -66,11 +66,11 @@ class M2Classifier(ClassModel):
         likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values. With
             "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
             value v by 1 with probability v, else by 0.
-        alpha: weight of the labels' cross entropy, divided by the number of rows N. The paper uses
-            0.1.
+        alpha: weight of the mean cross entropy of the labelled rows. The other loss term, the mean
+            negative bound of ln p over all rows, has weight 1. The paper uses `alpha` 0.1.
         skip_below: for a row without a label, an update leaves out each class whose probability is
-            below skip_below / K, where K is the number of classes. 0 uses all classes, as in the
-            paper, and takes much longer.
+            below skip_below / K, where K is the number of classes. With 0, updates use all classes,
+            as in the paper, and take much longer.
         warmup: number of passes over the labelled rows alone, before the rows without a label are
             used too. 0 means no warm-up.
         latent_units: size of the latent vector.

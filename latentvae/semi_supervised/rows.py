@@ -38,7 +38,7 @@ class RowImages:
 
     @classmethod
     def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
-        """Return the object with the scaling of training rows (N, F).
+        """Return a `RowImages` with the shift and scale for training rows (N, F).
 
         A constant column has scale 1.
         """

@@ -59,7 +59,9 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
 
 
 def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
-    """Load a classifier that `save_classifier` wrote. The loaded classifier predicts the same.
+    """Load a classifier that `save_classifier` wrote.
+
+    The loaded classifier makes the same predictions as the saved classifier.
 
     Raises:
         UserError: a file is missing, damaged or of another format.
@@ -69,7 +71,7 @@ def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"'{folder / JSON_NAME}' is not a classifier of format {FORMAT}.")
     if content.get("class") not in CLASSIFIERS:
-        raise UserError(f"'{folder}' holds no classifier of {', '.join(CLASSIFIERS)}.")
+        raise UserError(f"'{folder}' holds none of the classifiers {', '.join(CLASSIFIERS)}.")
     try:
         return _restored(content, load_file(folder / TENSORS_NAME), folder)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:

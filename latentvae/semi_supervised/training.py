@@ -20,7 +20,7 @@ from latentvae.models.dense.network import VectorVAE
 LABELLED_ROWS = 100  # largest number of labelled rows of an update
 
 Draw = Callable[[Tensor], Tensor]
-"""Returns fresh images (B, C, H, W) of the rows with these indices (B,)."""
+"""Returns newly drawn images (B, C, H, W) of the rows with the given indices (B,)."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,9 @@ def train_classes(
 ) -> None:
     """Train M2, a VAE that also models the class, on rows with and without labels.
 
-    The loss is the sum of the negative bound of ln p over all N rows, and of the cross entropy of
-    the labelled rows. The loss equals the objective of arXiv:1406.5298 (equation 9), negated and
-    divided by N. In the paper, the weight of the mean cross entropy is alpha N. After the division,
-    the weight is `alpha`.
+    The loss is the mean of the negative bound of ln p over all N rows, plus `alpha` times the mean
+    cross entropy of the labelled rows. This loss equals the objective of arXiv:1406.5298 (equation
+    9), negated and divided by N. So in the paper, the mean cross entropy has the weight alpha N.
 
     Args:
         net: the network, changed in place. The network ends in eval mode.
@@ -90,8 +89,8 @@ def train_classes(
         alpha: weight of the cross entropy. The weight is 1 if all rows have a label.
         least: for a row without a label, classes with a smaller probability are left out, see
             `ClassVAE.unlabelled_bound`.
-        warmup: number of passes over the labelled rows alone, at the start. In these passes the
-            network learns the classes, before it also learns from rows without a label.
+        warmup: number of passes over the labelled rows alone, at the start. In the warm-up, the
+            network learns the classes. Later, the network also learns from rows without a label.
         after_epoch: function that is called with the number of each finished epoch, from 1.
     """
     labelled = (classes >= 0).nonzero().squeeze(1)

@@ -27,9 +27,9 @@ class SampleRows(NamedTuple):
     A condition is a class or a caption.
 
     Attributes:
-        classes: class of each image, `NO_CLASS` without classes.
-        captions: caption of each image, empty without text.
-        labels: label of each row, or None without condition.
+        classes: class of each image, or `NO_CLASS` if the condition is not "class".
+        captions: caption of each image, or an empty list if the condition is not "text".
+        labels: label of each row, or None if the condition is "none".
     """
 
     classes: Tensor
@@ -51,7 +51,7 @@ class GeneratorTask(Task):
     unit = "images"
 
     def count_classes(self) -> int:
-        """Return the number of class names or, without names, of classes in the training images.
+        """Return the number of classes: by the class names, or else by the training images.
 
         Raises:
             UserError: a validation image has a class that the training images do not have.
@@ -60,8 +60,8 @@ class GeneratorTask(Task):
         count = int(data.train.classes.max()) + 1 if names is None else len(names)
         if (other := int(data.validation.classes.max())) >= count:
             raise UserError(
-                f"an image of the validation has class {other}, but the classes of the training "
-                f"end at {count - 1}. Validate on images of the same classes."
+                f"a validation image has class {other}, but the largest class in training is "
+                f"{count - 1}. Validate on images of the same classes."
             )
         return count
 
@@ -89,14 +89,17 @@ class GeneratorTask(Task):
 
     @cached_property
     def other_captions(self) -> dict[str, str]:
-        """Dict from each validation caption to a wrong one, which is half the sorted list away."""
+        """Dict from each validation caption to a wrong caption.
+
+        In the sorted list of captions, the wrong caption is half the list away.
+        """
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}
 
     def sample_rows(self, num_classes: int) -> SampleRows:
         """Return the classes or captions of the images in a picture of samples.
 
-        They are evenly spread over all classes, or over all captions of validation images.
+        The chosen classes or captions are evenly spread over all classes or validation captions.
 
         Args:
             num_classes: number of classes of the model.

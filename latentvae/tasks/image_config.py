@@ -24,7 +24,7 @@ class ImageJobConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step. Their crops form the batch."""
+        """Number of images that a process reads for one micro-step, to cut crops from them."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property

@@ -35,8 +35,8 @@ class ImageTask(Task):
     config: Any  # an ImageJobConfig
     unit = "images"
     data_advice = (
-        "store the images smaller, or try --crops_per_image 2 (twice the crops of half as many "
-        "images)"
+        "store the images smaller, or try --crops_per_image 2 (two crops from each image, so "
+        "half as many images are read)"
     )
 
     train_images: ImageSource | ImageStream
@@ -119,8 +119,8 @@ class ImageTask(Task):
         for found in gather_objects(self._unnamed):
             for name, reason in self.bad.update(found):
                 self.say(
-                    f"cannot read {printable(name)} ({printable(reason)}). Another image takes its "
-                    "place."
+                    f"cannot read {printable(name)} ({printable(reason)}). Another image replaces "
+                    "this file."
                 )
         self._unnamed = []
 
@@ -143,8 +143,8 @@ class ImageTask(Task):
     def check_repeatable(self) -> None:
         if isinstance(self.train_images, ImageStream):
             raise UserError(
-                "streaming resumes only approximately, so there is nothing to compare. Leave "
-                "--streaming out."
+                "a run with --streaming resumes only approximately, so its resume cannot be "
+                "verified. Leave --streaming out."
             )
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:

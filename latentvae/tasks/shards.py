@@ -1,6 +1,6 @@
 """Read folders of latents or tokens as one table in memory, and hold out some images.
 
-`n` images.
+Symbols: `n` images.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Folder = TypeVar("Folder", TokenDataset, LatentDataset)
 class ItemTable:
     """The latents or tokens of images, in memory, with classes, names and captions.
 
-    A subclass adds the latents or tokens as tensors (n, ...). A tensor that is not needed is None.
+    A subclass adds the latents or tokens as tensors (n, ...). An optional tensor may be None.
 
     Attributes:
         classes: (n,), int64, `NO_CLASS` for an image without a class.
@@ -58,7 +58,7 @@ class ItemTable:
         return type(self)(**parts)
 
     def split(self, *, share: float, seed: int) -> tuple[Self, Self]:
-        """Return a table to train on and a table of held-out images. Hashes of the names decide."""
+        """Return a training table and a table of held-out images, chosen by hashes of the names."""
         chosen = held_out(self.names, share=share, seed=seed)
         train, held = ([i for i, h in enumerate(chosen) if h is part] for part in (False, True))
         return self.some(train), self.some(held)
@@ -72,7 +72,7 @@ class ItemTable:
         return replace(self, captions=[captions[name] for name in self.names])
 
     def captions_hash(self) -> str:
-        """Return a hash of all captions, which a resume compares."""
+        """Return a hash of all captions. A resumed run compares this hash with the checkpoint's."""
         texts = "\0".join(self.captions).encode(errors="surrogateescape")
         return hashlib.sha256(texts).hexdigest()[:16]
 
@@ -107,7 +107,7 @@ def open_split(
         joined: function that returns the items of several folders as one table.
         same: fields of `Content` that must be equal in all folders, mapped to their names in error
             messages.
-        option: name of the option with the folders, for messages: tokens or latents.
+        option: name of the option that lists the folders (tokens or latents), for error messages.
         folders: folders to train on.
         validation: folder to validate on. None holds out a share of the images.
         share: share of the images that is held out.
@@ -118,8 +118,8 @@ def open_split(
         The first folder, the items to train on, and the items to validate on.
 
     Raises:
-        UserError: a folder does not hold such items, or is damaged. Or the folders do not fit
-            together.
+        UserError: a folder does not hold latents or tokens, or is damaged, or two folders differ in
+            a field of `same`, or the validation images are also training images.
     """
     if not folders:
         raise UserError(
@@ -155,7 +155,7 @@ def check_alike(first: Folder, other: Folder, same: Mapping[str, str]) -> None:
             values = f" ({theirs}, not {ours})" if shown else ""
             raise UserError(
                 f"'{other.reader.folder}' has other {words} than '{first.reader.folder}'{values}. "
-                "Encode both with the same model, resolution and classes."
+                "Encode the images of both folders with the same model, resolution and classes."
             )
 
 
@@ -189,8 +189,8 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
-            f"captions '{path}' has no text for {len(missing):,} of {len(names):,} images. The "
-            f"first is '{missing[0]}'."
+            f"the captions file '{path}' has no text for {len(missing):,} of {len(names):,} "
+            f"images. The first such image is '{missing[0]}'."
         )
     return {name: found[name] for name in names}
 
@@ -214,8 +214,8 @@ def check_captions(train: ItemTable, validation: ItemTable, *, option: str, inst
     Args:
         train: images to train on.
         validation: images to validate on.
-        option: name of the option with the folders, for messages: tokens or latents.
-        instead: how to train without captions, for messages.
+        option: name of the option that lists the folders (tokens or latents), for error messages.
+        instead: advice for error messages: how to train without captions.
     """
     tables = (train, validation)
     named = [pair for t in tables for pair in zip(t.names, t.captions, strict=True)]
@@ -223,7 +223,7 @@ def check_captions(train: ItemTable, validation: ItemTable, *, option: str, inst
     if len(missing) == len(named):
         raise UserError(
             f"condition text needs captions, but the {option} have none. Give --captions FILE, or "
-            "encode images that have captions: .txt files beside them, or a column of a table."
+            "encode images that have captions (.txt files beside the images, or a table column)."
         )
     if missing:
         raise UserError(

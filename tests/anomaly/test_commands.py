@@ -23,7 +23,7 @@ def test_a_table_is_fitted_and_scored(files: Path, capsys: pytest.CaptureFixture
     fit = ["anomaly", "fit", "--data", str(files / "clean.csv"), "--out", str(files / "d")]
     main([*fit, "--method", "latent_density", "--false_alarm_rate", "0.05"])
     said = capsys.readouterr()
-    assert "240 items learned, 60 held out" in said.out and "rate of 0.05" in said.out
+    assert "learned from 240 rows or images, 60 held out" in said.out and "rate of 0.05" in said.out
     assert said.err == ""
 
     score = ["anomaly", "score", str(files / "d"), "--data", str(files / "new.csv")]

@@ -133,7 +133,7 @@ def test_wrong_models_are_one_sentence(model: Path, tmp_path: Path) -> None:
         Likelihood(options).score(latentvae.load(model), some_images())
     fitted = Likelihood(ImageOptions(correction="ratio", background=str(model)))
     other = Likelihood(options)
-    with pytest.raises(UserError, match="has other weights than in the fit"):
+    with pytest.raises(UserError, match="has other weights than when the detector was"):
         other.restore(fitted.tensors())
     with pytest.raises(UserError, match="samples must be at least 1"):
         Likelihood(ImageOptions(samples=0))

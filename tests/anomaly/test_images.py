@@ -51,9 +51,9 @@ def test_bright_corners_are_found_and_shown(
     main([*command, *options, "--out", str(tmp_path / "d")])
     said = capsys.readouterr()
     if method == "reconstruction":  # it learns nothing
-        assert "0 items learned, 40 held out" in said.out and "warning" not in said.err
+        assert "from 0 rows or images, 40 held out" in said.out and "warning" not in said.err
     else:
-        assert "32 items learned, 8 held out" in said.out
+        assert "learned from 32 rows or images, 8 held out" in said.out
         assert "warning: 8 clean rows are too few" in said.err
     command = ["anomaly", "score", str(tmp_path / "d"), "--data", str(parts / "test")]
     out, report = tmp_path / "out", tmp_path / "r.json"
@@ -148,7 +148,7 @@ def test_labels_and_weights_are_checked(model: Path, parts: Path, tmp_path: Path
         score_images(tmp_path / "d", _only_good(parts, tmp_path), tmp_path, normal_folder="good")
     run = json.loads((tmp_path / "d" / "anomaly.json").read_text())
     (tmp_path / "d" / "anomaly.json").write_text(json.dumps(run | {"weights_sha256": "0"}))
-    with pytest.raises(UserError, match="are not those"):
+    with pytest.raises(UserError, match="Run the fit again"):
         score_images(tmp_path / "d", parts / "test", tmp_path)
 
 

@@ -85,7 +85,8 @@ def test_wrong_values_name_their_column(change: dict, said: str) -> None:
 
 
 def test_missing_columns_and_names_as_categories() -> None:
-    with pytest.raises(UserError, match="no column 'heat', which fit had; did you mean 'Heat'"):
+    said = "no column 'heat', which the training table had; did you mean 'Heat'"
+    with pytest.raises(UserError, match=said):
         TableEncoder().fit(machine()).transform(machine().rename(columns={"heat": "Heat"}))
     with pytest.raises(UserError, match="'line' holds 80 different texts"):
         TableEncoder(max_categories=79).fit(machine().assign(line=[f"n{i}" for i in range(80)]))

@@ -142,4 +142,4 @@ def test_a_wrong_way_is_told(
     with pytest.raises(SystemExit) as exit_:
         run(script, monkeypatch, "--ways", "exakt")
     assert exit_.value.code == 2
-    assert "A way must be one of" in (said := capsys.readouterr().err) and "'exact'" in said
+    assert "`ways` must be one of" in (said := capsys.readouterr().err) and "'exact'" in said

@@ -276,7 +276,7 @@ def test_a_full_disk_is_an_error_before_the_work(
         (lambda net: net.fuse_qkv_projections(),
          "encoder.mid_block.attentions.0 is a Attention, with unknown options"),
         (lambda net: setattr(net, "decoder", Decoder(norm_type="spatial")),
-         "decoder.up_blocks.0.resnets.0 is a ResnetBlockCondNorm2D, which exact strips do not"),
+         "decoder.up_blocks.0.resnets.0 is a ResnetBlockCondNorm2D, which strips do not support"),
     ],
 )  # fmt: skip
 def test_unknown_blocks_are_named(break_: Any, said: str) -> None:

@@ -225,12 +225,12 @@ def test_wrong_options_are_told_in_one_sentence(arguments: list[str], said: str)
         ("vq_small --beta 1", "did you mean '--commitment_weight'?"),
         (
             "vq_small --quantizer fsq",
-            "--config chooses it, with a preset (fsq: fsq_f8; gumbel: dvae_f8;",
+            "--config sets this option, with a preset (fsq: fsq_f8; gumbel: dvae_f8;",
         ),
-        ("vq_small --quantizer.type fsq", "--config chooses it"),
+        ("vq_small --quantizer.type fsq", "--config sets this option"),
         (
             "kl_small --architecture vq",
-            "--config chooses it, with a preset (asymmetric: sd_asymmetric;",
+            "--config sets this option, with a preset (asymmetric: sd_asymmetric;",
         ),
         (
             "vq_small --kl_scale 1",
@@ -309,8 +309,8 @@ def test_every_script_takes_every_preset(script: str) -> None:
         ),
         ("model: {architecture: vq, quantizer: [1]}", "quantizer is [1], but should be a section"),
         ("model: {architecture: vq, quantizer: {type: fsqq}}", "did you mean 'fsq'?"),
-        ("model: {quantizer: {type: fsq}}", "goes under model, with architecture: vq"),
-        ("quantizer: {type: fsq}", "goes under model, with architecture: vq"),
+        ("model: {quantizer: {type: fsq}}", "must be under model, with architecture: vq"),
+        ("quantizer: {type: fsq}", "must be under model, with architecture: vq"),
         ("data: {resolutoin: 64}", "unknown option 'data.resolutoin'; did you mean 'resolution'?"),
         ("dta: {resolution: 64}", "unknown option 'dta'; did you mean 'data'?"),
         ("data: [1, 2]", "data"),

@@ -88,7 +88,7 @@ def test_warm_ups_may_be_a_share_of_the_run() -> None:
     )
     assert found == (20, 50, 100, 2) and all(isinstance(value, int) for value in found)
     with pytest.raises(
-        UserError, match=r"lr_warmup_steps is 2.5, but should .* The nearest is 2\."
+        UserError, match=r"lr_warmup_steps is 2.5, but should .* The nearest whole number is 2\."
     ):
         parse({"optimizer": {"lr_warmup_steps": 2.5}}, source="test")
     assert shares.model_dump(mode="json")["optimizer"]["lr_warmup_steps"] == 20

@@ -136,9 +136,9 @@ def test_sixteen_bits_keep_their_depth_through_a_profile():
     ("mode", "profile", "said"),
     [
         ("RGB", b"not a profile", "cannot be read"),
-        ("RGB", ADOBE_RGB[:300], "cannot be read|does not convert"),
-        ("RGB", LINEAR_GREY, "it is for GRAY and the picture is RGB"),
-        ("CMYK", ADOBE_RGB, "it is for RGB and the picture is CMYK"),
+        ("RGB", ADOBE_RGB[:300], "cannot be read|cannot convert"),
+        ("RGB", LINEAR_GREY, "the profile is for GRAY and the picture is RGB"),
+        ("CMYK", ADOBE_RGB, "the profile is for RGB and the picture is CMYK"),
         ("L", b"\0" * 200, "cannot be read"),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_broken_profile_is_ignored_with_one_line(mode, profile, said, caplog):
         found = read_image(saved(image, kind, icc_profile=profile))
         assert np.array_equal(found, plain)
     assert len(caplog.messages) == 1
-    assert re.search(said, caplog.messages[0]) and "sRGB assumed" in caplog.messages[0]
+    assert re.search(said, caplog.messages[0]) and "sRGB is assumed" in caplog.messages[0]
 
 
 def test_a_deep_picture_with_a_broken_profile_is_read_as_it_is():

@@ -160,7 +160,7 @@ def test_bad_images_are_counted_by_name_and_limited():
     assert bad.update([("b", "y"), ("c", "z")]) == [("c", "z")]
     assert len(bad) == 3
     bad.check(total=30, max_share=0.1)
-    message = r"3 of 29 images \(10\.3%\) cannot be read\. At most 10\.0% are allowed\. .*'a' \(x\)"
+    message = r"3 of 29 images \(10\.3%\) cannot be read\. At most 10\.0% of the .*'a' \(x\)"
     with pytest.raises(UserError, match=message):
         bad.check(total=29, max_share=0.1)
 

@@ -139,7 +139,7 @@ def test_a_stream_of_image_files(photos, files, name_of, monkeypatch):
 
 
 def test_a_stream_of_which_nothing_is_left_ends_in_one_sentence(table):
-    with pytest.raises(UserError, match=r"nothing of '.*set' is left to train on"):
+    with pytest.raises(UserError, match=r"gets no training images from '.*set'"):
         batches(stream(table, held_out=12), 1)
 
 

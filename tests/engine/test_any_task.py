@@ -153,7 +153,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(
     monkeypatch.setattr(Updates, "micro_step", poisoned)
     options = config(table, tmp_path)
     options.optimizer.max_skipped_updates = 2
-    with pytest.raises(RunError, match=r"2 updates in a row .* The last is 5"):
+    with pytest.raises(RunError, match=r"2 updates in a row .* The last skipped update is 5"):
         train(Regression(options))
     progress = load_checkpoint(tmp_path / "checkpoint-4").values["progress"]
     assert progress["skipped"] == 2

@@ -70,7 +70,7 @@ def test_an_upload_that_fails_loses_nothing_and_exits_with_1(
     code = status(as_flags(config(folder)), lambda flags: run_training(flags, description=""))
     said = capsys.readouterr().err
     assert code == 1 and said.count("error:") == 1
-    assert f"Upload it later with `hf upload us/photos {folder / 'export'} .`" in said
+    assert f"Upload the export later with `hf upload us/photos {folder / 'export'} .`" in said
     assert (folder / "export" / "diffusion_pytorch_model.safetensors").is_file()
     assert (folder / "checkpoint-1" / "manifest.json").is_file()
     hub.refusals.clear()

@@ -237,7 +237,7 @@ def test_other_codes_that_are_as_good_are_safe(two_codes) -> None:
     assert result.flipped == 0.75
     assert result.psnr == pytest.approx(10 * math.log10(4 / (0.75 * 0.5**2)))
     assert result.psnr_cost == 0.0 and result.safe
-    said = "because 75.00% of the indices differ: 0.00 dB worse against the images"
+    said = "because 75.00% of the indices differ: 0.00 dB less PSNR against the images"
     assert str(result).endswith(said)
 
 
@@ -251,7 +251,7 @@ def test_other_codes_that_are_worse_are_not_safe(two_codes) -> None:
 def test_codes_that_stay_are_safe(two_codes) -> None:
     result = check_half_precision(two_codes, torch.full((1, 3, 8, 8), 0.3))
     assert (result.flipped, result.psnr, result.safe) == (0.0, math.inf, True)
-    assert str(result).endswith("reconstruction with a PSNR of inf dB to float32's")
+    assert str(result).endswith("reconstruction with a PSNR of inf dB against float32")
 
 
 @pytest.mark.parametrize(

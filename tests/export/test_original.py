@@ -242,7 +242,8 @@ def test_the_scale_is_printed_kept_and_wins_over_the_family(
     assert (metadata["scaling_factor"], metadata["shift_factor"]) == ("0.5", "0.25")
     loaded = load_network(path, family="sd")
     assert (loaded.config["scaling_factor"], loaded.config["shift_factor"]) == (0.5, 0.25)
-    assert "scaling_factor is 0.5, so the 0.18215 of family 'sd' is not" in capsys.readouterr().err
+    note = capsys.readouterr().err
+    assert "scaling_factor is 0.5, so the value 0.18215 of family 'sd' is not" in note
 
 
 @pytest.mark.parametrize("written", ["kl"], indirect=True)

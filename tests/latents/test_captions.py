@@ -100,7 +100,7 @@ def test_metadata_of_imagefolder_is_read(tmp_path: Path) -> None:
     captions = find_captions(open_source(folder))
     assert captions is not None and captions.count("a bee") == 1 and captions.count("") == 11
     file.write_text("[1]\n")
-    with pytest.raises(UserError, match=r"metadata.jsonl', line 1: expected an object"):
+    with pytest.raises(UserError, match=r"metadata.jsonl', line 1: expected a JSON object"):
         find_captions(open_source(folder))
 
 

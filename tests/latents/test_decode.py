@@ -162,7 +162,7 @@ def test_another_model_is_refused(tokens: Path, kl: Autoencoder, tmp_path: Path)
     manifest = Manifest.model_validate_json(path.read_text())
     moved = manifest.model_copy(update={"model": str(tmp_path / "gone")})
     path.write_text(moved.model_dump_json())
-    with pytest.raises(UserError, match=r"no such model folder .*Give another with --model"):
+    with pytest.raises(UserError, match=r"no such model folder .*Give another model with --model"):
         decode_folder(tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -166,18 +166,18 @@ def test_a_wrong_scale_or_shift_is_said() -> None:
     z = normal(64, 4, 8, 8)
     z = (z - z.mean()) / z.std() * 5
     (warning,) = report(z, scaling_factor=1.0)["warnings"]
-    assert "standard deviation of 5" in warning and "0.2 would give 1" in warning
+    assert "standard deviation of 5" in warning and "0.2 would give a" in warning
     (warning,) = report(z, scaling_factor=0.2, shift_factor=2.5)["warnings"]
     assert "-0.50 standard deviations from 0" in warning
     (warning,) = report(z + 2.5, scaling_factor=0.2)["warnings"]
     assert (
         "+0.50 standard deviations from 0" in warning
-        and "it is 2.5, but the config's shift_factor is 0" in warning
+        and "the mean is 2.5, but the config's shift_factor is 0" in warning
     )
     assert len(report(z + 2.5, scaling_factor=0.02)["warnings"]) == 2  # both, each on its own
     wide = {"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}
     (warning,) = report(z, scaling_factor=1.0, **wide)["warnings"]
-    assert "standard deviation of 2.5" in warning and "0.4 would give 1" in warning
+    assert "standard deviation of 2.5" in warning and "0.4 would give a" in warning
 
 
 def test_a_dead_channel_is_named() -> None:
@@ -237,7 +237,7 @@ def test_wrong_latents_are_refused(z: Tensor) -> None:
         LatentHealth(num_channels=3).update(z)
     with pytest.raises(ValueError, match="with none"):
         collect(z).update(z, logvar=z)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         LatentHealth(num_channels=4).update(z, logvar=z[:5])
     with pytest.raises(ValueError, match="at least 2"):
         LatentHealth(num_channels=4).result(scaling_factor=1.0, shift_factor=None)

@@ -93,7 +93,7 @@ def test_pickles_are_refused_because_they_can_hold_code(name: str, folder: Path)
 
 def test_no_weights_name_what_is_there(folder: Path) -> None:
     rename(folder, "sdxl_vae.safetensors")
-    with pytest.raises(UserError, match=r"no diffusion_pytorch_model.safetensors, but sdxl_vae"):
+    with pytest.raises(UserError, match=r"no diffusion_pytorch_model.safetensors, but has sdxl"):
         load_network(folder)
     assert choose_variant([f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"], None, path="x") is None
 

@@ -321,7 +321,7 @@ def test_a_launch_that_fails_or_hangs_after_a_kill_is_a_failed_check(
 def test_streams_are_refused(tmp_path: Path, own_caches: Path) -> None:
     folder = photos(tmp_path / "photos")
     config = small_config(tmp_path, train_data_dir=None, dataset_name=str(folder), streaming=True)
-    with pytest.raises(UserError, match="streaming resumes only approximately"):
+    with pytest.raises(UserError, match="--streaming resumes only approximately"):
         verify_resume(AutoencoderTask, config)
 
 

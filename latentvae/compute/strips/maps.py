@@ -7,7 +7,7 @@ Rows are stored one after the other with channels last. So a strip is one contig
 or of a file. Variances are computed from deviations from each strip's own mean, so they are precise
 even if the mean is large.
 
-`C` channels, `H W` space.
+`C` channels, `H W` height and width of a feature map.
 """
 
 import shutil
@@ -37,9 +37,9 @@ class Strips:
     Args:
         rows: number of rows of a feature map in a strip. None takes as many rows as fit into 4 MiB
             (64 MiB on a GPU).
-        storage: where feature maps above 16 MiB are kept. With `"memory"`, two maps are in memory
-            at a time. With `"disk"`, memory use hardly grows with the size of the image. None means
-            the disk for a network on the CPU, and memory on other devices.
+        storage: where feature maps above 16 MiB are kept. With `"memory"`, up to two feature maps
+            are in memory at a time. With `"disk"`, memory use hardly grows with the size of the
+            image. None means the disk for a network on the CPU, and memory on other devices.
         folder: folder of the feature maps' files. These files have no name, and are deleted at the
             end of the process. None means the folder of temporary files (TMPDIR). The folder should
             be on a disk, not in memory.
@@ -59,8 +59,8 @@ class Strips:
 def moments_of_rows(rows: Tensor) -> RunningMoments:
     """Return mean and variance of each of C channels over n rows, (n, W, C).
 
-    They are accurate even for float32 rows whose mean is thousands of times their standard
-    deviation. The computation needs no copy of the rows in float64.
+    Mean and variance are accurate even for float32 rows whose mean is thousands of times their
+    standard deviation. The computation needs no copy of the rows in float64.
     """
     values = rows.flatten(0, 1)
     if values.dtype in (torch.float16, torch.bfloat16):
@@ -86,7 +86,7 @@ class FeatureMap(ABC):
     def read(self, top: int, bottom: int) -> Tensor:
         """Return rows `top` to `bottom - 1`, (1, C, bottom - top, W), in channels-last order.
 
-        Do not change these rows in place.
+        Do not change the returned rows in place.
         """
         return rearrange(self._load(top, bottom), "h w c -> 1 c h w")
 
@@ -94,11 +94,11 @@ class FeatureMap(ABC):
         """Write strips from top to bottom.
 
         A strip is written only after the next strip has been computed. So the strips may be
-        computed from the same map that is filled. Each strip may then read at most one row above
-        its own rows.
+        computed from the same map that is filled, if each strip needs at most one row above its own
+        first row.
 
         Args:
-            strips: pairs of the number of a strip's first row and the strip (1, C, rows, W).
+            strips: pairs (number of the first row of a strip, strip), with strips (1, C, rows, W).
             measure: also compute the statistics of the strips.
         """
         statistics, last = RunningMoments(self.channels), None
@@ -177,7 +177,7 @@ def _bytes(rows: Tensor) -> memoryview:
 
 
 class Workspace:
-    """Creates the feature maps of one call, and divides their rows into strips.
+    """Creates the feature maps for one run of an encoder or decoder, and divides them into strips.
 
     Args:
         strips: options of the strips.

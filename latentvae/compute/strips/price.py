@@ -4,8 +4,8 @@ To predict the time, a band of the image is computed in strips. The band is as w
 four latent positions high. With downsampling factor 8 and an image of 1,024 x 1,024 pixels, the
 band is 3 % of the image. The prediction is the time of the band, multiplied by the work of the
 whole image and divided by the work of the band. The work is the number of floating-point
-operations, which torch counts on tensors without storage. It includes attention, whose work grows
-with the square of the number of positions.
+operations, which torch counts on tensors without storage. The work includes attention, whose
+operations grow with the square of the number of positions.
 
 `B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -30,12 +30,12 @@ BAND = 4  # height of the band in latent rows
 
 @dataclass(frozen=True)
 class Price:
-    """The predicted time and memory of one call.
+    """The predicted time and memory of encoding or decoding images in strips.
 
     Args:
-        seconds: estimated time in seconds. Other programs that run on the CPU make it longer.
-        map_bytes: largest total size in bytes of the feature maps that exist at the same time.
-            There are at most two of them.
+        seconds: estimated time in seconds. Other programs that run on the CPU make the time longer.
+        map_bytes: largest total size in bytes of the feature maps that exist at the same time. At
+            most two feature maps exist at the same time.
         on_disk: whether these feature maps are on the disk.
     """
 
@@ -63,7 +63,7 @@ def price_in_strips(
 ) -> Price:
     """Return the predicted time and memory of `encode_in_strips` or `decode_in_strips`.
 
-    The time is measured with a band of zeros on the network's device.
+    To measure the time, a band of zeros is encoded or decoded on the network's device.
 
     Args:
         net: the network.

@@ -1,16 +1,16 @@
 """Compute diffusers' blocks strip by strip (several rows at a time) on large feature maps.
 
-The maps may be in a file. In that case, only strips of them are in memory. A 3 x 3 convolution
-needs one row above and one row below its strip. A group norm needs the statistics of the whole map,
-which are summed while the map is written. So a residual block with input map x and inner map h has
-two passes:
+If a feature map is in a file, only strips of the map are in memory. A 3 x 3 convolution needs one
+row above and one row below its strip. A group norm needs the statistics of the whole map, which are
+summed while the map is written. So a residual block with input map x and inner map h has two
+passes:
 
     norm1 -> activation -> conv1 -> h       reads x
     norm2 -> activation -> conv2, + x       reads h and x, writes over x (over h if channels differ)
 
 At most two maps, x and h, exist at the same time.
 
-`C` channels, `H W` space, `N` positions, `n` positions of a strip.
+`C` channels, `H W` height and width, `N` positions, `n` positions of a strip.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,9 +57,10 @@ def normalizer(norm: nn.GroupNorm, x: FeatureMap, activation: nn.Module | None =
 def convolved(
     x: FeatureMap, conv: Any, space: Workspace, *, prepare: Prepare | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield pairs of a first row's number and a strip of the 3 x 3 convolution of `x`.
+    """Yield the 3 x 3 convolution of `x` as pairs (number of the first row of a strip, strip).
 
-    The function `prepare`, such as a norm and an activation, is applied to strips of `x` first.
+    The function `prepare`, such as a norm and an activation, is applied to strips of `x` before the
+    convolution.
     """
     for top, bottom in space.slices(x.height, max(x.channels, conv.out_channels) * x.width):
         strip = _with_halo(x, top, bottom, prepare)
@@ -121,7 +122,7 @@ def _strided(
 def upsample(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
     """Return the output of an `Upsample2D` (nearest x2, 3 x 3 convolution).
 
-    Both operations are computed as one transposed convolution.
+    Upsampling and convolution are computed together as one transposed convolution.
     """
     y = space.make(block.conv.out_channels, 2 * x.height, 2 * x.width)
     y.fill(_doubled(x, block.conv, space))

@@ -194,7 +194,8 @@ def check_supported(net: Any) -> None:
     """Check that every block of the encoder and the decoder can be computed in strips.
 
     Raises:
-        ValueError: a block cannot be computed in strips. The message has its name and type.
+        ValueError: a block cannot be computed in strips. The message has the name and type of the
+            block.
     """
     for part, kind in (("encoder", Encoder), ("decoder", Decoder)):
         module: Any = getattr(net, part, None)
@@ -206,7 +207,7 @@ def check_supported(net: Any) -> None:
         for name, block in module.named_modules():
             known = _KNOWN.get(type(block))
             if known is None or not known(block):
-                why = "which exact strips do not know" if known is None else "with unknown options"
+                why = "which strips do not support" if known is None else "with unknown options"
                 raise ValueError(f"{part}.{name} is a {type(block).__name__}, {why}")
 
 

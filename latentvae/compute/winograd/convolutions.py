@@ -1,7 +1,8 @@
 """Compute convolutions in float32 on the CPU by Winograd's algorithms where they are faster.
 
-There are two algorithms, in the modules `nnpack` and `tiles`. The choice depends only on shapes and
-the kind of processor, so repeated computations on one machine give equal numbers.
+There are two algorithms, in the modules `nnpack` and `tiles`. The choice of the algorithm depends
+only on shapes and the kind of processor, so repeated computations on one machine give equal
+numbers.
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,9 @@ class Limits:
         channels: smallest number of channels of the input and of the output.
         positions: smallest number of positions (height times width) of a feature map for NNPACK, at
             inference.
-        tiled: smallest number of channels for the algorithm in `tiles`. The key "one" is for the
-            output alone, or the gradient of the input alone. The key "both" is for the gradients of
-            input and weight together.
+        tiled: smallest number of channels for the algorithm in `tiles`. The key "one" is used if
+            only the output or only the gradient of the input is computed. The key "both" is used if
+            the gradient of the weight is computed, usually together with the gradient of the input.
     """
 
     channels: int
@@ -41,7 +42,7 @@ class Limits:
 def limits_of(capability: str) -> Limits:
     """Return the sizes from which Winograd's algorithms are faster, for a kind of processor.
 
-    They were measured with the vector instructions AVX-512 and AVX2.
+    The sizes were measured on processors with the vector instructions AVX-512 and AVX2.
 
     Args:
         capability: the result of `torch.backends.cpu.get_cpu_capability()`, such as "AVX512".
@@ -57,8 +58,8 @@ LIMITS = limits_of(torch.backends.cpu.get_cpu_capability())
 class WinogradConv2d(nn.Conv2d):
     """A convolution for inference that uses Winograd's algorithm.
 
-    It uses torch's own convolution for small feature maps, for inputs that are not float32 on the
-    CPU, and under autocast or `torch.compile`.
+    The layer uses torch's own convolution for small feature maps, for inputs that are not float32
+    on the CPU, and under autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ class WinogradConv2d(nn.Conv2d):
 class TrainedWinogradConv2d(nn.Conv2d):
     """A convolution with gradients that uses Winograd's algorithms.
 
-    It uses torch's own convolution for inputs that are not float32 on the CPU, and under autocast
-    or `torch.compile`.
+    The layer uses torch's own convolution for inputs that are not float32 on the CPU, and under
+    autocast or `torch.compile`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class TrainedWinogradConv2d(nn.Conv2d):
 def _is_plain(x: Tensor) -> bool:
     """Return whether torch's own convolution must be used for `x`.
 
-    This is so if `x` is not float32 on the CPU, or under autocast or `torch.compile`.
+    torch's own convolution is used if `x` is not float32 on the CPU, and under autocast or
+    `torch.compile`.
     """
     known = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and len(x) > 0
     # torch.compile does not support NNPACK, and has its own kernels for plain convolutions.
@@ -150,7 +152,8 @@ def swap_convolutions(part: nn.Module, *, trained: bool = False) -> int:
 
     Args:
         part: a module that contains convolutions.
-        trained: use convolutions with gradients. By default they are for inference only.
+        trained: use convolutions with gradients. By default, the new convolutions are for inference
+            only.
 
     Returns:
         The number of changed convolutions.

@@ -2,10 +2,10 @@
 
 NNPACK computes Winograd's F(6 x 6, 3 x 3), which needs 64 products for 36 outputs instead of 324
 (Lavin and Gray 2015, arXiv:1509.09308). The root mean square of the rounding error is 3e-6 to 5e-6
-of the output's standard deviation, and the error of single values is up to 7e-5. This is ten times
-the error of a plain convolution, and a thousandth of the error of bfloat16.
+of the output's standard deviation, and the error of single values is up to 7e-5. The rounding error
+is ten times the error of a plain convolution, and a thousandth of the error in bfloat16.
 
-`B` batch, `C` channels, `H W` space.
+`B` batch, `C` channels, `H W` height and width.
 """
 
 from functools import lru_cache
@@ -21,10 +21,10 @@ WORKSPACE = 256 << 20  # Largest number of bytes for the tiles of one call of NN
 def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `conv2d(x, weight, bias, padding=1)` for a 3 x 3 kernel.
 
-    Each image is computed alone. For a batch, NNPACK uses another algorithm, so the result for an
-    image would depend on the number of images. A large map is computed in several calls of NNPACK,
-    because NNPACK keeps all tiles of a call in memory. The tiles need almost twice the memory of
-    the input and output.
+    NNPACK is called for each image of a batch separately. For a whole batch, NNPACK would use
+    another algorithm, so the result for an image would depend on the number of images. A large map
+    is computed in several calls of NNPACK, because NNPACK keeps all tiles of a call in memory. The
+    tiles need almost twice the memory of the input and output.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     rows = _rows(x, outputs=len(weight))
@@ -35,8 +35,8 @@ def nnpack_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _rows(x: Tensor, *, outputs: int) -> int:
     """Return the number of rows that NNPACK computes in one call.
 
-    With this number, the tiles of a call fit into `WORKSPACE` bytes, and all calls have about the
-    same number of rows.
+    The number of rows is chosen so that the tiles of a call fit into `WORKSPACE` bytes, and all
+    calls have about the same number of rows.
     """
     height, width = x.shape[2:]
     tiles = -(-height // TILE)

@@ -8,17 +8,17 @@ arXiv:1509.09308):
 The input tile is X, the kernel is w, and i is an input channel. A, B and G are constant matrices,
 `'` is the transpose, and `*` multiplies elements. The sums over channels are 36 matrix products.
 One more matrix product transforms rows and columns together, with the Kronecker product of A, B or
-G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula, with o for an output
+G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula for Y, with o for an output
 channel:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
 Where tiles of X overlap, their gradients dX are added. The rounding error in float32 is 2e-6 to
-4e-6 of the result's standard deviation. This is ten times the error of a plain convolution.
+4e-6 of the result's standard deviation, which is ten times the error of a plain convolution.
 
 Functions that are called many times use view and permute, because einops takes 10 us per call.
 
-`N` images, `I O` channels in and out, `H W` space, `T` tiles.
+`N` images, `I O` channels in and out, `H W` height and width, `T` tiles.
 """
 
 import itertools
@@ -160,7 +160,7 @@ class Tiling:
     """The division of feature maps into tiles.
 
     Attributes:
-        images: number of images. Each has one feature map.
+        images: number of images. Each image has one feature map.
         size: number of tiles in a column and in a row of a feature map.
         map_size: height and width of a feature map.
     """

@@ -18,7 +18,7 @@ configs:
   data_files: "*.parquet"
 ---
 Tokens of images, written by `latentvae encode`: `latentvae.TokenDataset(folder)` or
-`datasets.load_dataset(folder)` reads them; manifest.json says what they are.
+`datasets.load_dataset(folder)` reads them; manifest.json describes the tokens.
 """
 
 

@@ -72,7 +72,7 @@ class _Strict(BaseModel):
 class Normalization(_Strict):
     """The normalisation of latents for a diffusion model: (z - mean) * scale.
 
-    Before this, each square of `fold` x `fold` positions is folded into channels, see
+    Before the normalisation, each square of `fold` x `fold` positions is folded into channels, see
     `models.normalization`.
     """
 
@@ -87,11 +87,11 @@ class Content(_Strict):
     Attributes:
         item_shape: (h, w) for tokens, (L, h, w) for L levels of tokens, or (d, h, w) for latents
             with d channels.
-        order: the meaning of the dimensions, in words.
+        order: the meaning of the dimensions of `item_shape`, in words.
         num_codes: number of codes K, for tokens. With `levels`, each level has its own K codes.
-        levels: (h, w) of each level, coarsest first, for tokens of levels of several sizes. The
-            item's tokens, flattened, are the tokens of one level after the other. None for other
-            tokens and for latents.
+        levels: (h, w) of each level, coarsest first, if the levels of tokens have several sizes.
+            The flattened tokens of an item are in the order of the levels. `levels` is None for
+            latents, and for tokens whose levels have one size.
         moments: whether the shards also hold the posterior's standard deviations.
         image_channels, value_range, ignore_icc, max_pixels: format of every image,
             see `data.PixelFormat`.
@@ -99,7 +99,8 @@ class Content(_Strict):
         flip: whether the images were mirrored left to right.
         data_sha256: hash of the sorted names, labels and captions, not of the pictures.
         shard_items: images of the data per shard, before unreadable images are left out.
-        optimize: mode of faster computation that encoded the images, see `compute.optimization`.
+        optimize: mode of `compute.optimization` with which the images were encoded, or None if the
+            model was not optimized.
     """
 
     format_version: Literal[1] = 1
@@ -179,8 +180,8 @@ class Manifest(_Strict):
     """The content of manifest.json.
 
     Attributes:
-        model, data: the model and the data as they were given to `encode`. `decode` opens this
-            model by default.
+        model, data: the model and the data as they were given to `encode`. By default, `decode`
+            opens the model that `encode` used.
         statistics: usage, perplexity and bits of tokens, or mean and standard deviation of latents.
     """
 
@@ -197,7 +198,9 @@ class Manifest(_Strict):
 def index_dtype(num_codes: int) -> Literal["uint8", "uint16", "int32"]:
     """Return the smallest integer type that holds the tokens 0..K - 1."""
     if num_codes > 2**31:
-        raise UserError(f"tokens of at most {2**31} codes can be stored (got {num_codes}).")
+        raise UserError(
+            f"tokens can only be stored if there are at most {2**31} codes (got {num_codes})."
+        )
     return "uint8" if num_codes <= 2**8 else "uint16" if num_codes <= 2**16 else "int32"
 
 
@@ -216,7 +219,7 @@ def shard_bytes(tensors: Mapping[str, Tensor], header: ShardHeader) -> bytes:
 
 
 def read_header(path: Path) -> ShardHeader | None:
-    """Return the header of a complete shard, or None if there is no such file or it is damaged."""
+    """Return the header of a shard, or None if the shard's file is missing or damaged."""
     if not path.is_file():  # opening a pipe would wait for a writer
         return None
     try:
@@ -242,7 +245,7 @@ def read_manifest(folder: Path) -> Manifest:
             "the same `latentvae encode` command again to continue it."
             if found
             else f"'{folder}' is not a folder of shards: it has no {MANIFEST}. "
-            "`latentvae encode` writes such folders."
+            "`latentvae encode` writes folders of shards."
         )
         raise UserError(text)
 
@@ -254,8 +257,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"'{path}' is not a manifest that `latentvae encode` wrote.") from error
     if manifest.num_items != sum(shard.items for shard in manifest.shards):
         raise UserError(
-            f"'{path}' is damaged: its shards do not add up to its {manifest.num_items} items. "
-            "Encode again."
+            f"'{path}' is damaged: the numbers of items of its shards do not add up to num_items "
+            f"{manifest.num_items}. Encode again."
         )
     return manifest
 
@@ -264,7 +267,7 @@ def write_file(path: Path, data: bytes, *, owner: int) -> None:
     """Write a file completely or not at all.
 
     Args:
-        owner: a number in the temporary name, see `sweep_temporary`.
+        owner: the number at the end of the temporary file's name, see `sweep_temporary`.
     """
     temporary = path.with_name(f"{path.name}.part-{owner}")
     with temporary.open("wb") as file:
@@ -282,9 +285,9 @@ def write_file(path: Path, data: bytes, *, owner: int) -> None:
 def sweep_temporary(folder: Path, *, rank: int, world_size: int) -> None:
     """Delete temporary files that a killed process of this rank left.
 
-    The name of a shard's temporary file ends with the shard's number, other names end with the
-    rank. So rank r of W deletes the files with numbers r, r + W, r + 2W and so on. The files of
-    other ranks, which may still work, are not touched.
+    The name of a shard's temporary file ends with the shard's number. The name of any other
+    temporary file ends with the rank. So rank r of W deletes the files with numbers r, r + W,
+    r + 2W and so on. The files of other ranks, which may still be running, are not touched.
     """
     for path in folder.glob("*.part-*"):
         owner = path.name.rpartition("-")[2]

@@ -1,6 +1,6 @@
 """The objective: the model's loss as a weighted sum of named terms.
 
-The source is Rombach et al. 2022, arXiv:2112.10752, appendix G.
+The source of the loss is Rombach et al. 2022, arXiv:2112.10752, appendix G.
 
     error = rec + perceptual_scale * lpips + feature_scale * feature
             + logit_laplace_scale * logit_laplace
@@ -28,9 +28,9 @@ policy of a term is the rule by which its weight changes during training:
     build_objective.py      build the objective from the options
 
 Pixel terms are means over image elements. The KL is summed over latent elements, and the sum is
-divided by the number of image elements C*H*W. In Stable Diffusion, the same terms are sums. All
-terms are divided by the same number, so Stable Diffusion's KL weight 1e-6 has the same effect here.
-No weight depends on the resolution or the batch size.
+divided by the number of image elements C*H*W. Stable Diffusion uses sums for the pixel terms and
+the KL. This project divides the pixel terms and the KL by C*H*W, so Stable Diffusion's KL weight
+1e-6 has the same effect. No weight depends on the resolution or the batch size.
 """
 
 from latentvae.losses.objective.loss_values import Loss

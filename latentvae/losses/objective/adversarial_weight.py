@@ -33,8 +33,9 @@ class AdversarialWeight:
     def cap_at(self, elements: int) -> float:
         """Return the upper limit of the ratio of gradients, for this training's pixel loss.
 
-        The pixel loss is a mean over image elements. With a sum, the ratio would be ``elements``
-        times as large. So a limit for sums is divided by ``elements``.
+        The pixel loss is a mean over image elements. If the pixel loss were a sum, the ratio of
+        gradients would be ``elements`` times as large. So a `cap` that is meant for sums is divided
+        by ``elements``.
 
         Args:
             elements: number of elements of an image (C x H x W).
@@ -44,11 +45,11 @@ class AdversarialWeight:
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight of the adversarial loss in update ``update``, counted from 0.
 
-        The weight is not yet multiplied by the adaptive weight. It is None before update ``start``,
-        when the discriminator is not used at all. From ``start`` on, the discriminator learns in
-        every update. In the first `warmup_updates` of these updates, the weight is 0. After them,
-        the weight grows linearly from 0 to `scale`, so that an untrained discriminator has little
-        effect on the model.
+        The returned weight is not yet multiplied by the adaptive weight. The weight is None before
+        update ``start``, when the discriminator is not used at all. From ``start`` on, the
+        discriminator learns in every update. For the first `warmup_updates` updates from ``start``
+        on, the weight is 0. The weight then grows linearly from 0 to `scale`, so that an untrained
+        discriminator has little effect on the model.
         """
         if self.scale == 0 or update < start:
             return None
@@ -59,7 +60,7 @@ class AdversarialWeight:
         return self.scale * min(ramp, 1.0)
 
     def learns_alone(self, update: int, *, start: int) -> bool:
-        """Return whether the discriminator learns but the model does not yet use it.
+        """Return whether the discriminator learns while the adversarial loss has weight 0.
 
         Args:
             update: number of the update, from 0.

@@ -29,7 +29,7 @@ def build_objective(
     Args:
         options: options of the model's loss.
         discriminator: options of the adversarial term.
-        perceptual: LPIPS. It is not used if the option `perceptual_scale` is 0.
+        perceptual: LPIPS, which is not used if the option `perceptual_scale` is 0.
         latent_weights: weights of the bottleneck's losses by name, see `Latent.losses`.
         features: the frozen network for the option `feature_loss`, if this option is used.
         has_kl: whether the network's latents have a KL to a prior.

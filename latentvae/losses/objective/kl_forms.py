@@ -1,10 +1,10 @@
 """Compute the KL term of the loss (plain, free bits or capacity) and the warm-up of its weight.
 
-Each of these KL terms is in nats per image. The options are in bits per latent element, like the
-logged value `latent/kl_bits_per_element`. So the options do not depend on the resolution. Free bits
-and capacity compare the KL with a limit, and the gradient depends on the side of the limit. The
-mean KL over all ranks is compared. So several ranks give the same result as one rank with the
-images of all ranks.
+All KL terms are in nats per image. The options for free bits and capacity are in bits per latent
+element (like the logged value `latent/kl_bits_per_element`), so that they do not depend on the
+resolution. Free bits and capacity compare the KL with a limit. The gradient of the KL term depends
+on whether the KL is above or below the limit. The limit is compared with the mean KL over all
+ranks, so that several ranks give the same result as one rank with the images of all ranks.
 
 `B` batch, `d` latent channels, `h w` latent space.
 """
@@ -62,7 +62,7 @@ class FreeBits:
     If the KL is not known for each channel, the whole latent counts as one channel.
 
     Args:
-        bits: the limit, in bits per latent element.
+        bits: lower limit for the KL of a channel, in bits per latent element.
     """
 
     bits: float
@@ -168,8 +168,8 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
         elements: number of elements of a latent, d * h * w.
 
     Returns:
-        A scalar in nats per image. The mean of the ranks' scalars is the value for the images of
-        all ranks together.
+        A scalar in nats per image for this rank. The mean of this scalar over all ranks is the
+        value for the images of all ranks together.
     """
     target = bits * math.log(2.0) * elements
     local = kl.float().mean()

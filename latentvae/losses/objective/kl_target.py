@@ -6,21 +6,22 @@ arXiv:2004.05988).
     bits:   e = clip(log(bits / target), -1, 1)       log w += rate * e + damping * (e - last e)
     error:  e = clip(4 * log(target / error), -1, 1)  log w += rate * e
 
-The weight of the KL is `kl_scale` times a factor w, which starts at 1. After each update, the first
-formula changes w if the target is a KL, and the second one if the target is a pixel loss. The
-`bits` of the KL per latent element and the pixel loss `error` are means over micro-steps and ranks.
-Their units depend neither on the resolution nor on the number of channels. The deviation e from the
-target is relative, so the same rate fits all targets.
+The weight of the KL is `kl_scale` times a factor w, which starts at 1. After each update, the
+formula `bits` changes w if the target is a KL, and the formula `error` changes w if the target is a
+pixel loss. In these formulas, `bits` is the KL in bits per latent element, and `error` is the pixel
+loss. The values `bits` and `error` are means over micro-steps and ranks. The units of `bits` and
+`error` depend neither on the resolution nor on the number of channels. The deviation e from the
+target is relative, so the same `rate` fits all targets.
 
-A network reacts late to the weight, so the term `rate * e` alone would make the bits oscillate
-around their target. The term with `damping` damps these oscillations. It is ControlVAE's
-proportional term, applied to the logarithm of the weight as in GECO. A pixel loss is noisy from
-batch to batch and reacts little to the weight. So the second formula has the factor 4 and no
-damping.
+A network reacts late to the KL's weight, so the term `rate * e` alone would make the KL oscillate
+around its target. The term with `damping` reduces the oscillations of the KL. This damping term is
+ControlVAE's proportional term, applied to the logarithm of the weight as in GECO. A pixel loss is
+noisy from batch to batch and reacts little to the KL's weight. So the formula `error` has the
+factor 4 and no damping.
 
-At the start of training, the pixel loss stays above its target with any weight, because the network
-has not learned enough. The weight then falls, but not below a tenth of its initial value. Otherwise
-it would need many updates to grow back.
+At the start of training, the pixel loss stays above its target with any weight of the KL, because
+the network has not learned enough. The KL's weight then falls, but only to a tenth of its initial
+value, because a smaller weight would need many updates to grow back.
 """
 
 import math
@@ -42,13 +43,13 @@ class KLTarget:
             target.
 
     Attributes:
-        target_name: name in the log of the value that must reach the target.
+        target_name: name, in the log, of the value that must reach the target.
         unit: a format string that prints the target with its unit.
-        sign: 1 if a larger weight lowers the value, -1 if it raises the value.
-        steepness: factor on the logarithm of (value / target).
+        sign: 1 if a larger KL weight lowers the logged value, -1 if a larger weight raises it.
+        steepness: factor on the logarithm of (logged value / target).
         damping: factor on the change of the error since the last update.
-        lowest: smallest factor on `kl_scale`. The weight also never falls below the lower limit in
-            `KL_WEIGHTS`.
+        lowest: smallest factor on `kl_scale`. The KL's weight also never falls below the lower
+            limit in `KL_WEIGHTS`.
         log_factor: logarithm of the factor on `kl_scale` in this update, 0 at the start.
         error: relative deviation from the target in the last update, 0 at the start.
     """

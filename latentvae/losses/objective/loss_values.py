@@ -9,7 +9,7 @@ from torch import Tensor
 class Loss:
     """A loss or a part of a loss, with its named terms. ``+`` adds two parts.
 
-    The keys of all dicts are names in the log.
+    The keys of `values`, `weights` and `log` are names in the log.
 
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.

@@ -39,18 +39,20 @@ class Objective(nn.Module):
         loss = objective(images, out, update=update)
         loss.total.backward()
 
-    The call returns the complete loss. The training loop computes the parts of the loss separately
-    instead, so that one backward pass through the decoder is enough. It calls `reconstruction` and
-    `adversarial_value` on a detached reconstruction. Then it calls `adversarial_part` for the
-    current weight, and `latent` for the losses of the latents.
+    A call of the objective returns the complete loss. The training loop computes the parts of the
+    loss separately instead, so that one backward pass through the decoder is enough. The training
+    loop calls `reconstruction` and `adversarial_value` on a detached reconstruction. Then the
+    training loop calls `adversarial_part` to weight the adversarial loss, and `latent` for the
+    losses of the latents.
 
     Args:
         rec_loss: pixel loss, "l1" or "l2".
         perceptual: LPIPS, a frozen network (images, recon) -> (B,). None leaves LPIPS out.
         perceptual_scale: weight of LPIPS. The pixel loss has weight 1.
-        features: `FeatureLoss`, a frozen network (images, recon) -> (B,). None leaves it out.
+        features: `FeatureLoss`, a frozen network (images, recon) -> (B,). None leaves the
+            feature loss out.
         feature_scale: weight of the distance that `features` returns.
-        logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the term out.
+        logit_laplace_scale: weight of the logit-Laplace loss. 0 leaves the logit-Laplace loss out.
         kl_scale: weight of the KL. None if the latent has no KL.
         latent_weights: weights of the bottleneck's losses, by name.
         kl_form: form of the KL in the loss.
@@ -58,11 +60,11 @@ class Objective(nn.Module):
         adversarial: weight of the adversarial term.
         likelihood: likelihood that replaces the pixel loss if the decoder returns its parameters.
             LPIPS and the discriminator get the likelihood's `mean` as the image.
-        autocast_dtype: dtype of the networks of LPIPS and of the features. The distances are always
-            float32. The default is float32.
+        autocast_dtype: dtype in which the networks of LPIPS and of the feature loss run. The
+            default is float32. The LPIPS distance and the feature loss are always float32.
 
     Attributes:
-        weights: constant weight of each term, by name. A warm-up or target multiplies it.
+        weights: constant weight of each term, by name. `kl_factor` also multiplies the KL's weight.
     """
 
     def __init__(
@@ -119,15 +121,15 @@ class Objective(nn.Module):
     ) -> Loss:
         """Return the complete loss with its graph, for one call of `.backward()`.
 
-        With an adversary, this backward pass also adds gradients to the discriminator's weights.
+        With an adversary, `.backward()` also adds gradients to the discriminator's weights.
 
         Args:
             images: (B, C, H, W) in [-1, 1].
             out: the network's output for the images.
-            update: number of updates done. Schedules depend on this number.
+            update: number of updates done. The KL's capacity and warm-up depend on this number.
             adversary: the discriminator. None leaves out the adversarial term.
-            last_layer: weight of the decoder's last layer. Only an adaptive adversarial weight
-                needs it.
+            last_layer: weight tensor of the decoder's last layer, needed only for an adaptive
+                adversarial weight.
             background: colour that replaces transparent pixels before LPIPS and the discriminator
                 (`losses.colors`).
         """
@@ -163,7 +165,8 @@ class Objective(nn.Module):
     ) -> Loss:
         """Return the reconstruction part of the loss, a negative log-likelihood.
 
-        It contains the pixel losses, LPIPS, the distance of features and the output's log-variance.
+        The reconstruction part contains the pixel losses, LPIPS, the feature loss and the output's
+        log-variance.
         """
         terms = self.reconstruction_terms(images, recon, background=background)
         nll = self.nll(terms, output_logvar)
@@ -182,8 +185,8 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms that depend on ``recon``: one value per image, (B,).
 
-        `rec` and `logit_laplace` are means over image elements of all channels. Terms that are not
-        used are left out.
+        `rec` and `logit_laplace` are means over image elements of all channels. The result has only
+        the terms that this objective uses.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
@@ -243,9 +246,10 @@ class Objective(nn.Module):
 
         Args:
             value: the result of `adversarial_value`.
-            factor: weight without the adaptive weight, see `AdversarialWeight.factor`.
+            factor: weight before it is multiplied by the adaptive weight, see
+                `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
-            last_layer: weight of the decoder's last layer, which the adaptive weight needs.
+            last_layer: weight tensor of the decoder's last layer, which the adaptive weight needs.
             nll_grad, adversarial_grad: gradients with respect to ``recon`` of the reconstruction
                 loss and of the adversarial loss.
 
@@ -278,7 +282,7 @@ class Objective(nn.Module):
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
         """Return the losses of the latents: the bottleneck's own losses and the KL.
 
-        If the network has neither of them, the total is 0 and has no graph.
+        If the network has no bottleneck losses and no KL, the total is 0 and has no graph.
         """
         elements = images[0].numel()
         values = {f"loss/{name}": value for name, value in out.latent_losses.items()}
@@ -332,5 +336,5 @@ class Objective(nn.Module):
         )
         if self.kl_target is not None:
             target = self.kl_target.unit.format(self.kl_target.target)
-            text += f", its weight moving to hold {target}"
+            text += f", with the KL's weight adapted to reach {target}"
         return text.replace("+ -", "- ")

@@ -20,14 +20,14 @@ def check_codes(codes: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.
             f"(got {codes.shape} and {factors.shape})."
         )
     if factors.dtype.kind not in "iub":
-        raise UserError(f"factors must be integers (got {factors.dtype}): number their values.")
+        raise UserError(f"factors must be integers (got {factors.dtype}). Number their values.")
     if not np.isfinite(codes).all():
         raise UserError("codes must be finite, but some are infinite or NaN.")
     for number, column in enumerate(factors.T):
         if (column == column[0]).all():
             raise UserError(
-                f"factor {number} has the value {column[0]} in all {len(column)} rows, so nothing "
-                "can be said about it. Leave its column out."
+                f"factor {number} has the value {column[0]} in all {len(column)} rows, so no "
+                "score can measure it. Leave the column of this factor out."
             )
     return codes.astype(np.float64), factors.astype(np.int64)
 
@@ -36,12 +36,12 @@ def check_categorical(categorical: Collection[int], num_factors: int) -> set[int
     """Return the set of indices of the categorical factors, whose values have no order.
 
     Raises:
-        UserError: there is no factor with such an index.
+        UserError: an index is not in the range 0 to `num_factors` - 1.
     """
     wrong = [number for number in categorical if not 0 <= number < num_factors]
     if wrong:
         raise UserError(
-            f"categorical holds the numbers of factors, 0 to {num_factors - 1} (got {wrong[0]})."
+            f"categorical must hold indices of factors, 0 to {num_factors - 1} (got {wrong[0]})."
         )
     return set(categorical)
 

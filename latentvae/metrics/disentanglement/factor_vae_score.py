@@ -2,8 +2,9 @@
 
 For a vote, L images are drawn in which one factor is fixed and all other factors are random. In the
 codes of these images, the dimension whose variance shrinks most should tell which factor was fixed.
-The vote is this pair of dimension and factor. The classifier predicts for each dimension the factor
-that had most of the dimension's votes. The score is the classifier's accuracy.
+A vote is a pair: the dimension whose variance shrinks most, and the fixed factor. For each
+dimension, the classifier predicts the factor that occurs most often in the votes with this
+dimension. The score is the classifier's accuracy.
 
 `N` images, `D` dimensions of the code, `F` factors, `L` images of a vote.
 """
@@ -28,9 +29,9 @@ class FactorVAEScore:
 
     Attributes:
         score: accuracy on votes that the classifier has not seen, from 0 to 1. Guessing gives 1/F.
-        train_accuracy: accuracy on the votes that made the classifier.
-        votes: (D, F), number of votes for each pair of dimension and factor that made the
-            classifier. A pruned dimension has no votes.
+        train_accuracy: accuracy on the training votes, from which the classifier was made.
+        votes: (D, F), number of training votes for each pair of dimension and factor. A pruned
+            dimension has no votes.
         active: (D,), True for each dimension that was not pruned.
     """
 
@@ -58,8 +59,9 @@ def factor_vae_score(
 
     The library disentanglement_lib (arXiv:1811.12359) makes 10,000 votes for the classifier and
     5,000 for the test. With 800 test votes, the standard error of a score is at most 0.018. By
-    default, disentanglement_lib also lets collapsed dimensions vote. The study of its authors
-    leaves out (prunes) dimensions with a standard deviation below 0.05, as this function does.
+    default, disentanglement_lib also lets collapsed dimensions vote. The study of the library's
+    authors leaves out (prunes) dimensions with a standard deviation below 0.05, as this function
+    does.
 
     Args:
         represent: function from factors (N, F) to codes (N, D) of images with these factors.
@@ -69,9 +71,9 @@ def factor_vae_score(
             images, which are 102,400 images.
         images_per_vote: number of images L of a vote, at least 2.
         num_variance: number of images from which the variance of each dimension is measured.
-        min_std: dimensions with a smaller standard deviation of their codes count as collapsed to
-            the prior, and are pruned.
-        seed: seed of the factors.
+        min_std: a dimension whose codes have a standard deviation below `min_std` counts as
+            collapsed to the prior, and is pruned.
+        seed: seed of the random factors.
 
     Raises:
         UserError: an option is too small, or codes have a wrong shape or are not finite.

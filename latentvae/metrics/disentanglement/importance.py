@@ -1,9 +1,9 @@
 """Compute disentanglement, completeness and informativeness of a code (DCI).
 
-Eastwood and Williams 2018, https://openreview.net/forum?id=By-7dz-AZ. A model predicts each factor
-from all dimensions of the code, and measures how important each dimension is for the prediction.
-The models are gradient boosted trees with scikit-learn's defaults, as in disentanglement_lib
-(arXiv:1811.12359).
+Source: Eastwood and Williams 2018, https://openreview.net/forum?id=By-7dz-AZ. A model predicts each
+factor from all dimensions of the code, and measures how important each dimension is for the
+prediction. The models are gradient boosted trees with scikit-learn's defaults, as in
+disentanglement_lib (arXiv:1811.12359).
 
 `N` images, `D` dimensions of the code, `F` factors.
 """
@@ -26,7 +26,7 @@ class DCI:
         completeness: high if only one dimension is important for each factor.
         informativeness: how well the factors of test rows can be predicted from the code.
         importance: (D, F), importance of each dimension for each factor. Each column sums to 1, or
-            to 0 if a factor could not be predicted.
+            to 0 if the factor of this column could not be predicted.
         informativeness_per_factor: (F,), accuracy of categorical factors and R^2 of all other
             factors. A negative R^2 counts as 0.
     """
@@ -57,8 +57,8 @@ def dci(
         categorical: indices of the factors whose values have no order. Classification trees predict
             these factors, and the score is the accuracy. All other factors are predicted by
             regression trees, and the score is R^2. The library disentanglement_lib treats all
-            factors as categorical (`range(F)`). That takes much longer, because each value of a
-            factor then needs trees of its own.
+            factors as categorical (`range(F)`). Classification takes much longer than regression,
+            because each value of a factor needs trees of its own.
         test_share: share of the rows on which informativeness is measured.
         seed: seed of the split and of the trees.
 

@@ -1,8 +1,8 @@
 """Compute the mutual information gap of a code (MIG, Chen et al. 2018, arXiv:1802.04942).
 
-For each factor, the two dimensions with the most information about the factor are compared. The gap
-of their mutual information with the factor is divided by the factor's entropy. The score is the
-mean over factors.
+For each factor, the two dimensions with the most information about the factor are compared. The
+difference between these two values of mutual information is divided by the factor's entropy. The
+MIG is the mean of this quotient over factors.
 
 Chen et al. integrate over the posteriors. We count the means of the posteriors in 20 bins of equal
 width, as disentanglement_lib does (Locatello et al. 2019, arXiv:1811.12359).
@@ -18,8 +18,9 @@ from latentvae.metrics.disentanglement.codes import check_codes, top_gap
 def mig(codes: np.ndarray, factors: np.ndarray, *, bins: int = 20) -> float:
     """Return the mutual information gap, from 0 to 1.
 
-    Few images give too large values of mutual information, so use 10,000 images or more. The mutual
-    information with codes of pure noise is about (bins - 1) (values - 1) / (2 N) nats.
+    With few images, the estimated mutual information is too large, so use 10,000 images or more.
+    For codes of pure noise and a factor with V values, the estimate of the mutual information is
+    about (bins - 1) (V - 1) / (2 N) nats instead of 0.
 
     Args:
         codes: (N, D), one code per image.

@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/1711.00848. Each dimension alone predicts each factor by a linear
 model. For each factor, the score of the second best dimension is subtracted from the score of the
-best dimension. The mean of these gaps over factors is the result.
+best dimension. The SAP score is the mean of these differences over factors.
 
 `N` images, `D` dimensions of the code, `F` factors.
 """
@@ -39,8 +39,9 @@ def sap(
         categorical: indices of the factors whose values have no order. A linear support vector
             machine predicts these factors, and the score is its accuracy on test rows. All other
             factors are predicted by linear regression, and the score is R^2. The study of
-            disentanglement_lib treats all factors as categorical (`range(F)`). One line cannot
-            separate many ordered values, so the scores are then low even for a perfect code.
+            disentanglement_lib treats all factors as categorical (`range(F)`). A linear support
+            vector machine cannot separate many ordered values by one dimension, so scores with
+            `range(F)` are low even for a perfect code.
         test_share: share of the rows on which the support vector machines are tested.
         seed: seed of the split.
 

@@ -57,9 +57,9 @@ class AsymmetricModelConfig(ConvolutionalConfig, SingleFile, PosteriorConfig):
         w = self.up_block_out_channels[0]
         if self.up_block_out_channels != (w, 2 * w, 4 * w, 4 * w):
             raise ValueError(
-                "up_block_out_channels must be w, 2 w, 4 w, 4 w, the only widths at which "
-                f"diffusers' decoder can see a picture, such as {(w, 2 * w, 4 * w, 4 * w)} "
-                f"(got {self.up_block_out_channels})"
+                "up_block_out_channels must be w, 2 w, 4 w, 4 w, such as "
+                f"{(w, 2 * w, 4 * w, 4 * w)}, because diffusers' decoder can read a known picture "
+                f"only at these widths (got {self.up_block_out_channels})"
             )
         if len(self.block_out_channels) != 4:
             raise ValueError(
@@ -90,11 +90,12 @@ def build_asymmetric_kl(
     Args:
         block_out_channels, layers_per_block: width of each level of the encoder, and number of
             residual blocks per level.
-        up_block_out_channels, layers_per_up_block: the same numbers for the decoder. The widths,
-            from full resolution down, must be w, 2 w, 4 w, 4 w for some number w. The reason is a
-            part of diffusers' decoder with these widths, which reads the known picture. Four levels
-            give the downsampling factor 8.
-        sample_size: side of the training images in pixels. diffusers uses it as the tile size.
+        up_block_out_channels, layers_per_up_block: width of each level of the decoder, and number
+            of residual blocks per level, minus one. The decoder's widths, from full resolution
+            down, must be w, 2 w, 4 w, 4 w for some number w. diffusers' decoder requires these
+            widths, because its part that reads the known picture has them. Four levels give the
+            downsampling factor 8.
+        sample_size: side of the training images in pixels, which diffusers uses as the tile size.
     """
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))
@@ -130,8 +131,8 @@ class AsymmetricTrainingWrapper(KLTrainingWrapper):
 def random_masks(images: Tensor) -> Tensor:
     """Return masks (B, 1, H, W) that are 1 where the decoder does not see the image.
 
-    About half of the masks are 1 everywhere. The other masks are 1 only in a box. Each side of the
-    box is 1/4 to 1 times the side of the image. The random numbers come from torch's global
+    About half of the masks are 1 everywhere. The other masks are 1 only in a random box. Each side
+    of the box is 1/4 to 1 times the side of the image. The random numbers come from torch's global
     generator.
     """
     B, _, H, W = images.shape
@@ -179,7 +180,7 @@ class AsymmetricFamily(PosteriorFamily):
             pipelines="Stable Diffusion's pipelines take this model as `vae=`. ",
             snippet="""\
 z = vae.encode(images).latent_dist.sample()  # images (B, {channels}, H, W){kind} in [-1, 1]
-recon = vae.decode(z).sample  # or vae.decode(z, image=picture, mask=1 where it is unknown)""",
+recon = vae.decode(z).sample  # or vae.decode(z, image=x, mask=1 where x is unknown)""",
         )
 
 

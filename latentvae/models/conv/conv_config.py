@@ -58,7 +58,7 @@ class AttentionConfig(ConvolutionalConfig):
     attention_levels: tuple[Count, ...] = Field(
         default=(),
         description=(
-            "Numbers of the levels of the network that have self-attention after each residual "
+            "Indices of the levels of the network that have self-attention after each residual "
             "block. Level 0 has the full resolution, and each further level has half the "
             "resolution of the level before."
         ),
@@ -91,7 +91,7 @@ class AttentionConfig(ConvolutionalConfig):
 
     @property
     def why_no_linear_start(self) -> str:
-        """The reason why the initial network cannot be a linear code, with advice, or ""."""
+        """The reason why the new network cannot compute a linear code, with advice, or ""."""
         if self.pretrained_model_name_or_path is not None:
             return (
                 "is for new networks, but pretrained_model_name_or_path gives the weights. Leave "
@@ -99,8 +99,8 @@ class AttentionConfig(ConvolutionalConfig):
             )
         if self.pixel_likelihood is not None:
             return (
-                f"needs a decoder of images, but likelihood {self.pixel_likelihood} makes it "
-                "return parameters. Give --init random."
+                f"needs a decoder of images, but likelihood {self.pixel_likelihood} makes the "
+                "decoder return parameters. Give --init random."
             )
         if len(self.block_out_channels) < 2:
             return "needs at least 2 levels, but block_out_channels has 1. Give --init random."
@@ -110,10 +110,10 @@ class AttentionConfig(ConvolutionalConfig):
 
 
 def norm_capacity(channels: int, groups: int) -> int:
-    """Return how many numbers x can pass through a GroupNorm and SiLU as channels x and -x.
+    """Return how many values x can pass a GroupNorm and a SiLU, each as two channels x and -x.
 
-    A pair passes because silu(x) - silu(-x) = x. Each group of channels with such pairs also needs
-    two constant channels, see `linear_start`.
+    A pair of channels keeps the value x, because silu(x) - silu(-x) = x. Each group of channels
+    with such pairs also needs two constant channels, see `linear_start`.
     """
     return max((channels // groups - 2) // 2, 0) * groups
 

@@ -1,6 +1,6 @@
 """An autoencoder with discrete latents: VQGAN with any quantiser of `latentvae.bottlenecks`.
 
-The source is Esser et al. 2020, arXiv:2012.09841.
+The paper on VQGAN is arXiv:2012.09841 (Esser et al., 2020).
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/f, W/f) -> quantize -> z (B, D,
 H/f, W/f) and indices -> post_quant_conv -> decoder -> recon (B, C, H, W)
@@ -92,5 +92,7 @@ class DiscreteAutoencoder(Tokenizer):
     def encode(self, images: Tensor, return_dict: bool = True) -> Any:
         height, width = images.shape[2:]
         if min(height, width) < (f := 2 ** (len(self.config["block_out_channels"]) - 1)):
-            raise UserError(f"images of {height} x {width} pixels are smaller than f = {f}")
+            raise UserError(
+                f"images of {height} x {width} pixels are smaller than the downsampling factor {f}"
+            )
         return super().encode(images, return_dict)

@@ -7,10 +7,11 @@ other layers around the quantiser.
     tokenizer       encoder -> y -> quant_conv -> quantize -> post_quant_conv -> y -> decoder
 
 `quant_conv` and `post_quant_conv` of the KL autoencoder are folded into the last convolution of the
-encoder. So the tokenizer's encoder returns `y`, the input that the decoder gets for the posterior
-mean. The tokenizer has new convolutions with the same names, which only adapt `y` to the quantiser.
-The decoder does not change. If these convolutions are each other's inverse, the tokenizer without
-its quantiser reconstructs images as the KL autoencoder does.
+encoder. So the tokenizer's encoder returns `y`: what the KL autoencoder's decoder reads if the
+latent is the posterior mean. The tokenizer has a new `quant_conv` and a new `post_quant_conv`,
+which only convert between `y` and the quantiser's features. The tokenizer has the same decoder as
+the KL autoencoder. If the new `post_quant_conv` is the inverse of the new `quant_conv`, the
+tokenizer without its quantiser reconstructs images as the KL autoencoder does.
 
 `B` batch, `d` latent channels, `C` channels of the quantiser's features, `D` code width, `N`
 positions.
@@ -52,17 +53,17 @@ def from_autoencoder_kl(
     """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
 
     The new convolutions `quant_conv` and `post_quant_conv` copy input channel i to output channel
-    i, as far as both exist. `start_adapter` sets better weights.
+    i, as far as both channels exist. `start_adapter` sets better weights.
 
     Args:
         net: the KL autoencoder, in float32.
         quantizer: type and arguments of the quantiser.
 
     Returns:
-        The tokenizer. None if `DiscreteAutoencoder` cannot have the blocks of `net`.
+        The tokenizer. None if `DiscreteAutoencoder` does not support the blocks of `net`.
 
     Raises:
-        UserError: the quantiser reads logits instead of features of its codes' width.
+        UserError: the quantiser reads logits instead of features with as many channels as a code.
     """
     config = net.config
     attention = attention_levels(config)
@@ -73,8 +74,8 @@ def from_autoencoder_kl(
     )
     if ours.quantize.in_channels != ours.quantize.code_channels:
         raise UserError(
-            f"the quantiser {ours.quantize.kind} cannot discretise a KL autoencoder, because its "
-            "features are logits. Give another preset, such as vq_small."
+            f"the quantiser {ours.quantize.kind} cannot discretise a KL autoencoder, because it "
+            "reads logits instead of features. Give another preset, such as vq_small."
         )
 
     # fold the convolutions around the posterior mean into the encoder's last convolution
@@ -106,26 +107,29 @@ def start_adapter(
 ) -> None:
     """Set `quant_conv` so that features close to each other decode to similar images.
 
-    The nearest code should give the nearest image, not the nearest latent. So distances between
-    latents `y` are measured by the change of the pixels. J is the decoder's Jacobian at one latent
-    position, and M is the mean of J' J. The squared change of the pixels for a small change v of
-    `y` is then about v' M v. The features are the first C principal components of sqrt(M) y, for a
-    quantiser of C channels. No other C linear features reconstruct the pixels better.
+    Replacing a feature by the nearest code should change the image, not the latent, as little as
+    possible. So the distance between two latents `y` is measured by the change of the decoded
+    pixels. J is the decoder's Jacobian at one latent position, and M is the mean of J' J over
+    positions. The squared change of the pixels for a small change v of `y` is then about v' M v.
+    The features are the first C principal components of sqrt(M) y, for a quantiser of C channels.
+    No other C linear features of `y` reconstruct the pixels better.
 
-    - If C is larger than the number of latent channels, a random rotation spreads the components
-      over all channels. Quantisers that round each channel separately (FSQ, LFQ) can then use every
-      channel. Without `whiten`, the rotation keeps the distances between features.
+    - If the quantiser has more channels than the latent, a random rotation spreads the principal
+      components over all channels of the quantiser. Quantisers that round each channel separately
+      (FSQ, LFQ) can then use every channel. Without `whiten`, the rotation keeps the distances
+      between features.
     - `whiten` gives every channel the variance 1, because FSQ and LFQ expect channels of equal
-      scale. Otherwise the mean variance of the components is 1.
+      scale. Without `whiten`, the mean variance of the principal components is 1.
     - With `on_sphere`, the quantiser divides each feature vector by its length, so the length would
-      be lost. To keep it, the last channel is a large constant. The sphere is almost flat near the
-      axis of this channel, so distances between features stay about the same.
+      be lost. To keep the length, the last channel of the features is a large constant. This
+      constant moves all features into a small, almost flat part of the sphere, where distances
+      between features keep about the same ratios.
 
     Args:
         net: the tokenizer that `from_autoencoder_kl` returns.
         images: (B, 3, H, W) in [-1, 1].
-        whiten: give every channel the variance 1.
-        on_sphere: the quantiser divides feature vectors by their length.
+        whiten: whether every channel of the features gets the variance 1.
+        on_sphere: whether the quantiser divides each feature vector by its length.
         generator: random generator on the CPU.
 
     Raises:
@@ -144,8 +148,8 @@ def start_adapter(
     channels = net.quantize.in_channels - on_sphere
     if channels < 1:
         raise UserError(
-            "a quantiser of 1 channel on the sphere cannot discretise a KL autoencoder. Give "
-            "--code_channels 2 or more."
+            "a quantiser of 1 channel that divides each feature vector by its length cannot "
+            "discretise a KL autoencoder. Give --code_channels 2 or more."
         )
     count = min(len(variances), channels)
     rows = axes.T[:count] @ root
@@ -168,8 +172,8 @@ def start_adapter(
 def fit_decoder_side(net: Any, images: Tensor) -> None:
     """Set `post_quant_conv` by least squares, to predict the decoder's input from the codes.
 
-    Call this function after the codes are set. If the quantiser returned its input unchanged,
-    `post_quant_conv` would become the inverse of `quant_conv`.
+    Call this function after the codebook is initialised. If the quantiser returned its input
+    unchanged, `post_quant_conv` would become the inverse of `quant_conv`.
     """
     codes, latents = [], []
     for part in _chunks(net, images):
@@ -189,8 +193,9 @@ def fit_decoder_side(net: Any, images: Tensor) -> None:
 def _measured(net: Any, images: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return latents y (N, d) at N positions, and the importance M (d, d) of the d latent channels.
 
-    M is the mean of J' J, where J is the decoder's Jacobian. J is never computed. For random values
-    u of variance 1 in place of pixels, the backward pass gives g = J' u, and E[g g'] = J' J.
+    M is the mean of J' J, where J is the decoder's Jacobian. J itself is never computed. If the
+    backward pass gets random values u of variance 1 as the gradient of the pixels, it returns
+    g = J' u, and the mean of g g' over random u is J' J.
     """
     latents = [net.encoder(part) for part in _chunks(net, images)]
     gradients = []

@@ -1,6 +1,6 @@
 """Latent diffusion's autoencoder with continuous latents: diffusers' `AutoencoderKL`, unchanged.
 
-The source is Rombach et al. 2022, arXiv:2112.10752.
+The paper on latent diffusion is arXiv:2112.10752 (Rombach et al., 2022).
 
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
 recon (B, C, H, W)
@@ -34,8 +34,8 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
     use_quant_conv: bool = Field(
         default=True,
         description=(
-            "Add a 1x1 convolution before the latent and another one after it. Stable Diffusion "
-            "has these layers. SD3 and FLUX do not have them."
+            "Add a 1x1 convolution before the latent and another one after the latent. Stable "
+            "Diffusion has 1x1 convolutions around the latent, but SD3 and FLUX do not."
         ),
     )
     initial_posterior_logvar: float = Field(
@@ -50,9 +50,10 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         default=0,
         description=(
             "Rank of the adapters (LoRA) that fine-tuning trains in place of the decoder's "
-            "weights. All other weights are frozen. In the exported model, the adapters are merged "
-            "into the weights. The exported folder also has a folder `lora` with the adapters "
-            "alone, in the format of the library PEFT. 0 trains the decoder's weights themselves."
+            "weights. All weights except the adapters are frozen. In the exported model, the "
+            "adapters are merged into the weights. The exported folder also has a folder `lora` "
+            "with the adapters alone, in the format of the library PEFT. With lora_rank 0, "
+            "fine-tuning trains the decoder's weights, without adapters."
         ),
     )
 
@@ -61,7 +62,7 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         if self.lora_rank and self.pretrained_model_name_or_path is None:
             raise ValueError(
                 f"lora_rank {self.lora_rank} needs pretrained_model_name_or_path, because adapters "
-                "change a trained network a little."
+                "only fine-tune a pretrained network."
             )
         if self.lora_rank and not self.freeze_encoder:
             raise ValueError(
@@ -75,7 +76,7 @@ class KLModelConfig(AttentionConfig, SingleFile, PosteriorConfig):
         if self.posterior_logvar is not None and self.initial_posterior_logvar != 0:
             raise ValueError(
                 f"initial_posterior_logvar {self.initial_posterior_logvar:g} has no effect with "
-                f"posterior_logvar {self.posterior_logvar:g}, which is constant. Give "
+                f"posterior_logvar {self.posterior_logvar:g}, which fixes the log-variance. Give "
                 "--initial_posterior_logvar 0."
             )
         return self
@@ -102,11 +103,11 @@ def build_autoencoder_kl(
         image_channels: number of image channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         attention_levels: levels (0 = full resolution) whose residual blocks are followed by
             self-attention.
-        use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has these
-            convolutions, SD3 and FLUX do not.
+        use_quant_conv: add 1x1 convolutions before and after the latent. Stable Diffusion has such
+            convolutions, but SD3 and FLUX have none.
         initial_posterior_logvar: value added to the bias of the log-variance. At 0, the posterior
             starts with about the variance of the prior, so the decoder first sees mostly noise.
-        sample_size: side of the training images in pixels. diffusers uses it as the tile size.
+        sample_size: side of the training images in pixels, which diffusers uses as the tile size.
     """
     widths: Any = tuple(block_out_channels)  # diffusers' type hints ask for one-element tuples
     down, up = block_types(len(widths), attention_levels)

@@ -1,19 +1,19 @@
 """Initialise a convolutional autoencoder so that it computes a linear code, the PCA of patches.
 
-Residual branches and attention start at zero. So only the other layers act: the first convolution,
-the strided and upsampling convolutions, the 1x1 shortcuts and the last convolution. These layers
-can compute a linear code:
+The outputs of residual branches and attention are zero at the start. The linear code is computed by
+the first convolution, the strided and upsampling convolutions, the 1x1 shortcuts and the last
+convolution:
 
 - Encoder: each strided convolution joins 2 x 2 positions and keeps their principal components. The
   output of the last strided convolution is the linear code: the principal components of patches of
   f x f pixels (`LinearCode`).
-- Decoder: each upsampling convolution predicts the principal components of patches half as large,
-  by least squares on images. The last upsampling convolution predicts pixels.
-- The last GroupNorm and SiLU of encoder and decoder must not change a number x of the code. So x is
-  stored in two channels, as x and -x, because silu(x) - silu(-x) = x. Constant channels in the same
-  group keep the statistics of the GroupNorm almost the same for all images.
+- Decoder: each upsampling convolution predicts the principal components of patches with half the
+  side, by least squares on images. The last upsampling convolution predicts pixels.
+- The last GroupNorm and SiLU of encoder and decoder must not change a number x of the linear code.
+  So each number x is stored in two channels, as x and -x, because silu(x) - silu(-x) = x. Constant
+  channels in the same GroupNorm group keep the group's statistics almost the same for all images.
 
-Channels that the linear code does not need keep their random weights.
+Channels that the linear code does not need keep their random initial weights.
 
 `B` batch, `C` image channels, `H W` pixels, `f` downsampling factor, `d` latent channels, `h w`
 latent positions, `n` principal components, `L` number of strided convolutions, so f = 2 ** L.
@@ -51,7 +51,8 @@ CHUNK = 16  # images at a time
 def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
     """Return a linear code for each patch side of 1, 2, 4, ..., 2 ** levels pixels.
 
-    A linear code is a set of principal components of patches. None of them is left out here.
+    A linear code is a set of principal components of patches. The returned codes have all principal
+    components.
 
     Args:
         images: N images (N, C, H, W). H and W are multiples of 2 ** levels.
@@ -80,9 +81,9 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
         net: a network with diffusers' `Encoder`, and with or without `quant_conv`.
         codes: see `patch_codes`.
         d: number of latent channels.
-        whiten: give each latent channel the variance 1. Otherwise all channels have the same scale
-            factor, which gives the first channel the variance 1. The squared error of the latent is
-            then proportional to the squared error of the pixels.
+        whiten: give each latent channel the variance 1. Without `whiten`, all latent channels have
+            the same scale factor, which gives the first channel the variance 1. With this common
+            factor, the squared error of the latent is proportional to that of the pixels.
 
     Raises:
         UserError: the network has too few channels.
@@ -194,15 +195,15 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
 
 
 class _Layout:
-    """Choice of the channels before a GroupNorm and SiLU in which the numbers of a code are stored.
+    """Choice of the channels that store the numbers of a linear code before a GroupNorm and SiLU.
 
-    Each number x has two channels, x and -x, because silu(x) - silu(-x) = x. A group with such
-    pairs also has at least two constant channels of opposite sign, which make its statistics almost
-    independent of the image.
+    Each number x is stored in two channels, as x and -x, because silu(x) - silu(-x) = x. A group
+    with such pairs also has at least two constant channels of opposite sign, which make the group's
+    statistics almost independent of the image.
 
     Args:
         norm: the GroupNorm.
-        count: how many numbers pass through the norm.
+        count: how many numbers of the code pass through the GroupNorm.
 
     Raises:
         UserError: the norm has too few channels.
@@ -231,10 +232,10 @@ class _Layout:
         return [pair for pairs, _ in self.groups for pair in pairs]
 
     def fill(self, conv: Any, weight: Tensor, bias: Tensor, scale: float) -> None:
-        """Set the weights of `conv` so that it outputs x and -x for each number x, and constants.
+        """Set the weights of `conv` to output x and -x for each number x of a code, and constants.
 
         Args:
-            conv: the convolution before the norm.
+            conv: the convolution before the GroupNorm.
             weight, bias: weights with which a convolution would output the numbers x.
             scale: factor on x.
         """
@@ -249,11 +250,11 @@ class _Layout:
                 conv.bias[channel] = CONSTANT if i % 2 == 0 else -CONSTANT
 
     def pass_through(self, variances: Tensor, scale: float) -> None:
-        """Set the norm's weights so that the numbers of the code pass through it unchanged.
+        """Set the GroupNorm's weights so that it does not change the numbers of the code.
 
         Args:
-            variances: mean square of each number.
-            scale: factor on the numbers before the norm.
+            variances: mean square of each number of the code.
+            scale: factor by which the numbers are multiplied before the GroupNorm.
         """
         size = self.norm.num_channels // self.norm.num_groups
         first = 0
@@ -268,7 +269,8 @@ class _Layout:
     def read(self, conv: Any, scale: float) -> None:
         """Set the convolution after the norm so that its first channels are the code's numbers.
 
-        The other output channels are 0. `scale` is the factor on the numbers before the norm.
+        All further output channels of this convolution are 0. `scale` is the factor by which the
+        numbers were multiplied before the GroupNorm.
         """
         _clear_rows(conv, len(conv.weight))
         for number, (plus, minus) in enumerate(self.pairs):
@@ -297,10 +299,11 @@ def _zero_branches(module: nn.Module) -> None:
 def _joining(
     small: LinearCode, large: LinearCode, *, kept: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return weight (count, kept, 2, 2) and bias that turn codes of 2 x 2 patches into one code.
+    """Return the weight and bias of a convolution that turns codes of 2 x 2 patches into one code.
 
-    The resulting code describes the large patch that the 2 x 2 small patches form. A small patch
-    is approximated by the mean small patch plus its code times the basis.
+    The weight is (count, kept, 2, 2). The resulting code describes the large patch that the 2 x 2
+    small patches form. A small patch is approximated by the mean small patch plus its code times
+    the basis.
 
     Args:
         small, large: linear codes of the small and of the large patches.
@@ -331,7 +334,7 @@ def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
 
 
 def _through_shortcut(block: Any, features: Tensor) -> Tensor:
-    """Set the first 1x1 shortcut of a block to the identity. Return the features that pass it."""
+    """Set a block's first 1x1 shortcut to the identity, and return the shortcut's output."""
     shortcut = block.resnets[0].conv_shortcut
     if shortcut is None:
         return features
@@ -343,13 +346,13 @@ def _through_shortcut(block: Any, features: Tensor) -> Tensor:
 def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weight and bias of a 3 x 3 convolution that best predicts the code of images.
 
-    The fit uses only the positions in one window of each image. The window's place is random.
+    The fit uses only the positions in one window of each image, at a random position.
 
     Args:
         features: features of N images with c channels, (N, c, h, w). This function upsamples them
             to (N, c, 2 h, 2 w).
-        code: linear code of n principal components. Its patches are as large as one upsampled
-            position. The weight is (n, c, 3, 3).
+        code: linear code of n principal components. A patch of this code is as large as one
+            position of the upsampled features. The returned weight is (n, c, 3, 3).
         images: (N, C, H, W).
     """
     size = features.shape[1] * 9 + 1
@@ -387,8 +390,9 @@ def _window(
 
     Args:
         features: features of some of the images, (B, c, h, w).
-        total: number of all images. Their windows have about `MAX_ROWS` upsampled positions in all.
-        generator: random generator that draws the window's place.
+        total: number of all images. The windows of all images together have about `MAX_ROWS`
+            upsampled positions.
+        generator: random generator that draws the position of the window.
     """
     side = max(4, math.ceil(math.sqrt(MAX_ROWS / (4 * total))))
     window, inside = [], []
@@ -411,8 +415,8 @@ def _apply(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _set_rows(conv: Any, weight: Tensor, bias: Tensor) -> None:
     """Replace weights and biases of a convolution's first output channels.
 
-    If the kernel of `weight` is smaller than the convolution's kernel, it is written into the top
-    left corner. The rest of the convolution's kernel is set to 0.
+    If the kernel of `weight` is smaller than the convolution's kernel, `weight` is written into the
+    top left corner of the larger kernel, and the rest of the larger kernel is set to 0.
     """
     _clear_rows(conv, len(weight))
     for row, values in enumerate(weight):
@@ -439,5 +443,6 @@ def _set_identity(conv: Any, count: int) -> None:
 def _too_narrow(count: int) -> UserError:
     return UserError(
         "init linear needs at least 4 channels for each group of the network's last GroupNorm, and "
-        f"{count} numbers do not fit through it. Give a smaller norm_num_groups, or --init random."
+        f"enough channels to pass {count} values through this GroupNorm. Give a smaller "
+        "norm_num_groups, or --init random."
     )

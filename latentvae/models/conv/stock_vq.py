@@ -1,7 +1,7 @@
 """Use and convert diffusers' tokenizer `VQModel`, the class of MoVQ and aMUSEd.
 
-This module converts a `VQModel` to a `DiscreteAutoencoder` and back. The modules of both classes
-have the same names.
+This module converts a `VQModel` to a `DiscreteAutoencoder` and back. The submodules of a `VQModel`
+and of a `DiscreteAutoencoder` have the same names.
 
 `B` batch, `h w` latent positions, `K` codes, `D` code width.
 """
@@ -32,9 +32,9 @@ SHARED = (
 class StockVQFamily(Family):
     """Methods for `VQModel`, whose quantiser chooses the nearest code from a list of codes.
 
-    The `VQModel` of aMUSEd looks codes up by index (`lookup_from_codebook`). Its pixels are in
-    [0, 1], because aMUSEd's pipeline does not convert images to [-1, 1] (diffusers,
-    pipeline_amused_img2img.py).
+    The `VQModel` of aMUSEd looks codes up by index (`lookup_from_codebook`). The pixels of aMUSEd's
+    `VQModel` are in [0, 1], because aMUSEd's pipeline does not convert images to [-1, 1]
+    (diffusers, pipeline_amused_img2img.py).
     """
 
     has_posterior = False
@@ -113,9 +113,9 @@ def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the levels that have attention, read from the config of a diffusers network.
 
     Returns:
-        The levels (0 = full resolution). None if `DiscreteAutoencoder` cannot have the network's
-        blocks. The reason is an activation other than SiLU, or attention at different levels of
-        encoder and decoder.
+        The levels (0 = full resolution). None if `DiscreteAutoencoder` does not support the
+        network's blocks: the activation is not SiLU, or encoder and decoder have attention at
+        different levels.
     """
     levels = levels_with("Attn", config["down_block_types"])
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
@@ -131,7 +131,7 @@ def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     quantisers, further training keeps this length.
 
     Returns:
-        The converted network. None if `DiscreteAutoencoder` cannot have the blocks of `net`
+        The converted network. None if `DiscreteAutoencoder` does not support the blocks of `net`
         (spatial norms, an activation other than SiLU, attention at different levels of encoder and
         decoder), or if the pixels of `net` are in [0, 1] (aMUSEd).
     """
@@ -170,7 +170,7 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
         quantizer, likelihood: arguments with which the `DiscreteAutoencoder` was built.
     """
     if likelihood is not None:
-        return f"its decoder gives the parameters of a {likelihood} likelihood"
+        return f"the decoder returns parameters of a {likelihood} likelihood instead of images"
     with torch.device("meta"):  # only the options matter, so no weights are created
         return build_quantizer(**quantizer).why_not_listed()
 
@@ -179,16 +179,17 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Convert a tokenizer to a `VQModel` of diffusers that returns the same indices.
 
-    `why_no_vq_model` must return "" for the tokenizer. If the codes have the norm 1, so do those of
-    the `VQModel`. It searches by Euclidean distance. If all codes have the norm 1, this search
-    finds the same code as cosine similarity, for features of any norm.
+    `why_no_vq_model` must return "" for the tokenizer. If the tokenizer's codes have the norm 1,
+    the codes of the `VQModel` also have the norm 1. A `VQModel` chooses the code with the smallest
+    Euclidean distance. If all codes have the norm 1, the code with the smallest distance also has
+    the largest cosine similarity, for features of any norm.
 
     Args:
         net: the tokenizer, in float32 on the CPU.
         unit_range: use pixels in [0, 1] for input and output, and look codes up by index, as aMUSEd
-            does. Zero padding in the first convolution then means black, but it meant grey in
-            training. Zeros are appended to codes up to the width `latent_channels`, which aMUSEd's
-            pipelines expect.
+            does. With pixels in [0, 1], zero padding in the first convolution means black, but it
+            meant grey in training. Zeros are appended to codes up to the width `latent_channels`,
+            which aMUSEd's pipelines expect.
     """
     assert not why_no_vq_model(net.config["quantizer"], net.config["likelihood"])
     weights = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("quantize.")}
@@ -220,8 +221,9 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
     """Scale the features of `stock` in place to about the length of its codes.
 
     If the features are much longer than the codes, float32 distances lose the digits that
-    distinguish codes. Scaling by a power of two causes no rounding. The nearest code stays the same
-    only if all codes have the same length. Otherwise the features are not scaled.
+    distinguish codes. Scaling by a power of two causes no rounding. Scaled features have the same
+    nearest code only if all codes have the same length. If the codes differ in length, the features
+    are not scaled.
 
     Args:
         net: the trained network.
@@ -229,7 +231,7 @@ def scale_features(net: Any, stock: Any, images: Tensor) -> float:
         images: (B, C, H, W) in [-1, 1], to measure the length of the features.
 
     Returns:
-        The factor on the features, a power of two. It is 1 if they are not scaled.
+        The factor on the features, a power of two, or 1 if the features are not scaled.
     """
     lengths = stock.quantize.embedding.weight.norm(dim=1)
     if not torch.allclose(lengths, lengths[:1], rtol=1e-4):
@@ -257,7 +259,7 @@ def _fold_unit_range(weights: dict[str, Tensor]) -> None:
 
 
 def _make_as_wide(weights: dict[str, Tensor]) -> int:
-    """Pad features, codes and the layers around them with zeros to one width. Return the width."""
+    """Pad features and codes with zeros to the same width, and return this width."""
     width = max(weights["quant_conv.weight"].shape[:2])
     for name in ("encoder.conv_out", "quant_conv", "post_quant_conv"):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]

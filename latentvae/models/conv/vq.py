@@ -41,19 +41,20 @@ class VQModelConfig(AttentionConfig, TokenizerConfig):
         default=0,
         description=(
             "Number of updates at the start in which only the new quantiser and the 1x1 "
-            "convolutions before and after it learn. After these updates, the decoder learns too. "
-            "This option is only for a training that starts from a KL autoencoder (see "
-            "pretrained_model_name_or_path). Set this option if the quality of the images falls in "
-            "the first updates. A value between 0 and 1 is a fraction of the whole training "
-            "(max_train_steps). If this number equals max_train_steps, the decoder never learns."
+            "convolutions before and after the quantiser learn. After the warm-up, the decoder "
+            "learns too. The warm-up is only for a training that starts from a KL autoencoder (see "
+            "pretrained_model_name_or_path). Set quantizer_warmup_steps if the quality of the "
+            "images falls in the first updates. A value between 0 and 1 is a fraction of the whole "
+            "training (max_train_steps). If quantizer_warmup_steps equals max_train_steps, the "
+            "decoder never learns."
         ),
     )
     train_encoder: Annotated[bool, OfTheRun()] = Field(
         default=False,
         description=(
-            "Also train the encoder, if pretrained_model_name_or_path is a KL autoencoder. The "
-            "encoder then starts to learn in the same update as the decoder. By default, the "
-            "encoder keeps the weights of the KL autoencoder."
+            "Also train the encoder, if pretrained_model_name_or_path is a KL autoencoder. With "
+            "train_encoder, the encoder starts to learn in the same update as the decoder. By "
+            "default, the encoder keeps the weights of the KL autoencoder."
         ),
     )
 
@@ -65,7 +66,7 @@ def build_discrete(*, image_channels: int = 3, **options: Any) -> DiscreteAutoen
 
 
 class VQFamily(TokenizerFamily):
-    """Methods for `DiscreteAutoencoder`. If possible, it is exported as an equivalent `VQModel`."""
+    """Methods for `DiscreteAutoencoder`, which is exported as a `VQModel` if possible."""
 
     network = DiscreteAutoencoder
     options = VQModelConfig
@@ -86,7 +87,7 @@ class VQFamily(TokenizerFamily):
             if (likelihood := options["likelihood"]) is not None:
                 raise UserError(
                     f"likelihood {likelihood} cannot discretise a KL autoencoder, whose decoder "
-                    "makes images. Leave likelihood out."
+                    "returns images instead of parameters of a likelihood. Leave likelihood out."
                 )
             return from_autoencoder_kl(net, options["quantizer"])
         return from_vq_model(net) if isinstance(net, VQModel) else super().adapt(net, options)

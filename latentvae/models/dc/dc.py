@@ -1,6 +1,7 @@
 """SANA's autoencoder without a posterior: diffusers' `AutoencoderDC`, unchanged.
 
-The source is Chen et al. 2024, arXiv:2410.10733. The downsampling factor f is usually 32 or more.
+The paper on this autoencoder is arXiv:2410.10733 (Chen et al., 2024). The downsampling factor f is
+usually 32 or more.
 
 images (B, C, H, W) -> encoder -> z (B, d, H/f, W/f) -> decoder -> recon (B, C, H, W)
 
@@ -49,7 +50,7 @@ class DCModelConfig(LevelsConfig):
     attention_head_dim: Positive = Field(
         default=32,
         description=(
-            "Number of channels of an attention head. This number must divide the number of "
+            "Number of channels of an attention head. attention_head_dim must divide the number of "
             "channels of each level with attention."
         ),
     )
@@ -86,7 +87,7 @@ def build_autoencoder_dc(
         encoder_layers_per_block, decoder_layers_per_block: number of blocks in each level.
         attention_levels: levels (0 = full resolution) with EfficientViT blocks (multi-scale linear
             attention, kernel size 5). The other levels have residual blocks.
-        attention_head_dim: width of an attention head. It must divide the width of each level with
+        attention_head_dim: width of an attention head, a divisor of the width of each level with
             attention.
     """
     levels = range(len(block_out_channels))
@@ -166,7 +167,7 @@ class DCFamily(TrainableFamily):
         return Usage(
             pipelines="SANA's pipelines take this model as `vae=`. ",
             snippet="""\
-z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], sides of k f
+z = vae.encode(images).latent  # images (B, {channels}, H, W){kind} in [-1, 1], f divides H and W
 latents = z * vae.config.scaling_factor
 recon = vae.decode(z).sample""",
         )

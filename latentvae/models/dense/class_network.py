@@ -3,7 +3,7 @@
     images -> q(y|x)                       images, class -> q(z|x,y) -> z
     class, z -> p(x|y,z)                   p(y) is uniform, p(z) is N(0, I)
 
-This is model M2 of Kingma et al. (arXiv:1406.5298). The lower bound of ln p(x, y) is
+The paper on model M2 is arXiv:1406.5298 (Kingma et al., 2014). The lower bound of ln p(x, y) is
 
     L(x, y) = E_q(z|x,y) [ln p(x|y,z)] + ln p(y) - KL(q(z|x,y) || p(z))           (equation 6)
 
@@ -148,11 +148,11 @@ class ClassVAE(ModelMixin, ConfigMixin):
 
         Args:
             images: (B, C, H, W).
-            least: smallest probability q(y|x) of a class that is used. It is at least 0, and at
-                most one divided by the number of classes. Other classes are left out, and q is
-                normalised over the used classes. The result is still a lower bound. If the
-                classifier is sure of most images, few classes are used, and the computation is much
-                faster.
+            least: smallest probability q(y|x) of a class that is used, from 0 to one divided by the
+                number of classes. Classes with a smaller q(y|x) are left out, and q is normalised
+                over the used classes. The sum over the used classes is still a lower bound of
+                ln p(x). If the classifier is sure of most images, few classes are used, and the
+                computation is much faster than with all classes.
         """
         log_q = torch.log_softmax(self.logits(images), dim=-1)
         kept = log_q.detach().exp() >= least
@@ -171,7 +171,9 @@ class ClassVAE(ModelMixin, ConfigMixin):
         """
         check_images(images, self.image_shape)
         if detach_posterior:
-            raise UserError("bound dreg needs latents without classes. Use bound elbo instead.")
+            raise UserError(
+                "bound dreg does not support a class as a latent. Use bound elbo instead."
+            )
 
         # the class y, and the exact KL of q(y|x) to the uniform prior
         log_q = torch.log_softmax(self.logits(images), dim=-1)
@@ -264,6 +266,6 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible."""
+        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)

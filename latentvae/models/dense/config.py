@@ -55,13 +55,13 @@ class VectorVAEConfig(VAEConfig):
     def _check(self) -> "VectorVAEConfig":
         if len(self.latent_units) != len(self.hidden_channels):
             raise ValueError(
-                f"hidden_channels must have one number for each of latent_units (got "
+                f"hidden_channels must have as many numbers as latent_units (got "
                 f"{len(self.hidden_channels)} and {len(self.latent_units)})."
             )
         if self.posterior_flow != "none" and len(self.latent_units) > 1:
             raise ValueError(
                 f"posterior_flow {self.posterior_flow} needs a single latent vector (latent_units "
-                f"has {len(self.latent_units)})."
+                f"gives {len(self.latent_units)} vectors)."
             )
         return self
 

@@ -2,13 +2,14 @@
 
 images -> encoder -> q(z_1|x), q(z_2|z_1) ... -> p(z_1|z_2) -> decoder -> p(x|z_1)
 
-With one vector, this is the VAE of Kingma and Welling (arXiv:1312.6114). With two vectors, it is
-the second network of Burda et al. (IWAE, arXiv:1509.00519). A flow may follow the posterior of a
-single vector (arXiv:1505.05770, arXiv:1606.04934).
+With one latent vector, the network is the VAE of Kingma and Welling (arXiv:1312.6114). With two
+latent vectors, the network is the second one in the paper on IWAE (arXiv:1509.00519). The
+posterior of a single latent vector may have a normalising flow (arXiv:1505.05770,
+arXiv:1606.04934).
 
 Symbols: `B` batch, `S` samples per image, `C` image channels, `H W` image size, `U` units of a
-latent vector, `L` number of latent vectors. z_1 is nearest to the image. In a `Bound`, each latent
-vector is one group, and the groups are listed from z_L to z_1.
+latent vector, `L` number of latent vectors. The vector z_1 is nearest to the image. In a `Bound`,
+each latent vector is one group, and the groups are listed from z_L to z_1.
 """
 
 from collections.abc import Sequence
@@ -190,7 +191,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def posterior_moments(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return mean and log-variance of the U units, (B, U), if the posterior is one Gaussian.
 
-        Return None for any other posterior.
+        Return None if the network has a flow or more than one latent vector.
         """
         if not self._is_single_gaussian:
             return None
@@ -227,9 +228,9 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.pixels.mean(self.decoder(z))
 
     def posterior_means(self, images: Tensor) -> Tensor:
-        """Return the posterior means of all latent vectors z_1 .. z_L, joined.
+        """Return the posterior means of all latent vectors, z_1 to z_L, joined.
 
-        The result is (B, U_1 + .. + U_L), where z_l has U_l units.
+        The result is (B, n), where n is the number of units of all latent vectors together.
         """
         features = self.encoder(images)
         first = Gaussian.from_moments(self.moments(features))
@@ -275,7 +276,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible."""
+        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible."""
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)
 

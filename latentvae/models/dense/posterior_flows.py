@@ -2,8 +2,8 @@
 
 z_0 ~ N(mean(x), std(x)) -> flow (context h(x)) -> z, ln q(z|x) = ln q(z_0|x) - ln |det dz/dz_0|
 
-Every flow is the identity at the start. RealNVP and IAF (inverse autoregressive flow) come from the
-package zuko.
+Every flow is the identity at the start of training. RealNVP and IAF (inverse autoregressive flow)
+come from the package zuko.
 
 Symbols: `N` latents, `U` units, `C` context values.
 """
@@ -37,8 +37,8 @@ class PosteriorFlow(nn.Module):
 
         Args:
             z: latents of U units, (..., U).
-            context: values that the encoder predicts for the flow, (..., C). Its leading dimensions
-                broadcast with those of z.
+            context: values that the encoder predicts for the flow, (..., C). The leading dimensions
+                of `context` and of `z` broadcast.
         """
         with torch.autocast(z.device.type, enabled=False):
             context = context.float().expand(*z.shape[:-1], -1)
@@ -52,8 +52,8 @@ class PosteriorFlow(nn.Module):
 class Planar(nn.Module):
     """A planar layer z + u tanh(w z + b) (Rezende and Mohamed 2015, arXiv:1505.05770).
 
-    u, w and b are linear functions of the context (values that the encoder predicts). u is changed
-    so that the layer is invertible, as in the paper's appendix A.1.
+    u, w and b are linear functions of the context (values that the encoder predicts). The vector u
+    is changed so that the layer is invertible, as in the paper's appendix A.1.
     """
 
     def __init__(self, units: int, context: int) -> None:
@@ -81,7 +81,7 @@ INVERSE_SOFTPLUS_1 = 0.5413248546129181  # softplus of this number is 1
 
 
 class ZukoLayer(nn.Module):
-    """A flow layer of the package zuko. It starts as the identity."""
+    """A flow layer of the package zuko, initialised as the identity."""
 
     def __init__(self, transform: Any) -> None:
         super().__init__()

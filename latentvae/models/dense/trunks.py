@@ -142,7 +142,7 @@ class ConvDecoder(nn.Module):
 
 
 def sides(size: Sequence[int], halvings: int) -> list[tuple[int, int]]:
-    """Return the size (H, W) of the maps after 0, 1, ... `halvings` convolutions of stride 2."""
+    """Return the map size (H, W) after n convolutions of stride 2, for n from 0 to `halvings`."""
     found = [(size[0], size[1])]
     for _ in range(halvings):
         found.append(((found[-1][0] + 1) // 2, (found[-1][1] + 1) // 2))

@@ -1,7 +1,7 @@
 """`AutoencoderKLFlux2`, FLUX.2's autoencoder.
 
-FLUX.2's pipeline folds 2 x 2 latent positions into channels. It then normalises the latents by the
-stored mean and variance of a batch norm (diffusers, pipeline_flux2.py).
+FLUX.2's pipeline folds 2 x 2 latent positions into channels. The pipeline then normalises the
+latents by the stored mean and variance of a batch norm (diffusers, pipeline_flux2.py).
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from latentvae.models.normalization import LatentNormalization
 
 
 class Flux2Family(Family):
-    """Methods for `AutoencoderKLFlux2`. Its pipeline normalises latents by a stored batch norm."""
+    """Methods for `AutoencoderKLFlux2`, whose latents are normalised by a stored batch norm."""
 
     def normalization(self, net: Network) -> LatentNormalization:
         module: Any = net

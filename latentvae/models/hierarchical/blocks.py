@@ -1,6 +1,7 @@
 """The blocks of Very Deep VAE (arXiv:2011.10650), and the interface of a style of blocks.
 
-A style is a class that builds all blocks of a network. `B` batch, `C` channels, `H W` space.
+A style is a class that builds all blocks of a network. `B` batch, `C` channels, `H W` height and
+width.
 """
 
 import math
@@ -18,7 +19,7 @@ class Style(Protocol):
     """Interface of a style, an object that builds the blocks of a hierarchical VAE.
 
     `width` is a number of channels, and `resolution` is the side of the feature maps. `gain` is a
-    factor on the initial weights of the last layer of a residual block. A style may ignore it.
+    factor on the initial weights of the last layer of a residual block. A style may ignore `gain`.
     """
 
     has_batch_norm: bool
@@ -38,7 +39,7 @@ class Style(Protocol):
 
         Args:
             width: channels of the input.
-            inner: channels of the decoder's maps. They decide the number of hidden channels.
+            inner: channels of the decoder's maps, which decide the number of hidden channels.
             out: channels of the output.
             resolution: side of the maps, in positions.
             zero: whether the layers predict zeros at the start of the training.
@@ -113,6 +114,6 @@ def convolution(width: int, out: int, side: int, *, gain: float = 1.0) -> nn.Con
 def residual_gain(num_blocks: int) -> float:
     """Return 1 / sqrt(number of blocks), a factor on the outputs of residual blocks.
 
-    With this factor, the variance does not grow with the depth of the network.
+    With this factor, the variance of the feature maps does not grow with the depth of the network.
     """
     return 1.0 / math.sqrt(num_blocks)

@@ -25,10 +25,10 @@ class HierarchicalConfig(VAEConfig):
         description=(
             "Blocks of the encoder, from fine to coarse. 32x2 means two blocks on feature maps of "
             "32 x 32 positions. 32d2 means one block on maps of 32 x 32 positions, and then "
-            "pooling by 2. The first resolution is usually the side of the images in pixels. It "
-            "may also be a divisor of this side: each position then reads a square of pixels, "
-            "which is faster. If the first resolution is a little larger than the images, black "
-            "pixels are added at the edges of the images."
+            "pooling by 2. The first resolution is usually the side of the images in pixels. If "
+            "the first resolution is a smaller divisor of this side, each position reads a "
+            "square of pixels, and the network is faster. If the first resolution is a little "
+            "larger than the images, black pixels are added at the edges of the images."
         ),
     )
     dec_blocks: str = Field(
@@ -47,9 +47,9 @@ class HierarchicalConfig(VAEConfig):
     custom_widths: str = Field(
         default="",
         description=(
-            "Other numbers of channels for some resolutions. 32:64,16:128 means 64 channels at "
-            "resolution 32 and 128 channels at resolution 16. All other resolutions have `width` "
-            "channels."
+            "Numbers of channels for some resolutions, in place of `width`. 32:64,16:128 means 64 "
+            "channels at resolution 32 and 128 channels at resolution 16. Resolutions without a "
+            "number in custom_widths have `width` channels."
         ),
     )
     zdim: Positive = Field(
@@ -59,8 +59,8 @@ class HierarchicalConfig(VAEConfig):
         default=0.25,
         gt=0.0,
         description=(
-            "Number of channels inside a block, as a fraction of `width`. This option is for "
-            "blocks of the style vdvae (see block)."
+            "Number of channels inside a block, as a fraction of `width`. bottleneck_multiple is "
+            "for blocks of the style vdvae (see block)."
         ),
     )
     num_mixtures: Positive = Field(
@@ -87,19 +87,19 @@ class HierarchicalConfig(VAEConfig):
     posterior: PosteriorName = Field(
         default="full",
         description=(
-            "How the network predicts the posterior. With `full`, it predicts the posterior itself "
-            "(as in Very Deep VAE). With `residual`, it predicts the difference between posterior "
-            "and prior (as in NVAE). With `precision`, it predicts a Gaussian, and the posterior "
-            "is the precision-weighted combination of this Gaussian with the prior (as in Ladder "
-            "VAE)."
+            "How the network predicts the posterior. With `full`, the network predicts the "
+            "posterior itself (as in Very Deep VAE). With `residual`, the network predicts the "
+            "difference between posterior and prior (as in NVAE). With `precision`, the network "
+            "predicts a Gaussian, and the posterior is the precision-weighted combination of this "
+            "Gaussian with the prior (as in Ladder VAE)."
         ),
     )
     std: StdName = Field(
         default="exp",
         description=(
             "Function that converts the network's output to a standard deviation: `exp` or "
-            "`softplus`. Efficient-VDVAE (arXiv:2203.13751) uses softplus. As in that paper, "
-            "softplus is scaled so that softplus(0) = 1."
+            "`softplus`. Efficient-VDVAE (arXiv:2203.13751) uses softplus. The function "
+            "`softplus` is scaled so that softplus(0) = 1, as in the paper on Efficient-VDVAE."
         ),
     )
     links: Literal["last", "mirrored"] = Field(
@@ -107,15 +107,16 @@ class HierarchicalConfig(VAEConfig):
         description=(
             "Which features of the encoder each block of the decoder reads. With `last`, all "
             "decoder blocks of a resolution read the output of the encoder's last block of this "
-            "resolution. With `mirrored`, they read the outputs of the encoder's blocks of this "
-            "resolution in reverse order: the first decoder block reads the last encoder block."
+            "resolution. With `mirrored`, the decoder blocks of a resolution read the outputs of "
+            "the encoder blocks of this resolution in reverse order: the first decoder block reads "
+            "the last encoder block."
         ),
     )
     no_bias_above: Positive = Field(
         default=64,
         description=(
             "Largest resolution at which the decoder has a learned bias for each position. At "
-            "finer resolutions, the decoder has no such bias."
+            "finer resolutions, the decoder has no learned bias for each position."
         ),
     )
 

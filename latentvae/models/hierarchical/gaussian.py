@@ -1,7 +1,7 @@
 """Diagonal Gaussians of a group of latents, and how a posterior follows from a network's output.
 
-All computations are in float32. ln(std) is kept in [-8, 8], so that neither a KL divergence nor a
-log density overflows. NaN stays NaN, so that the training loop can detect it.
+All computations are in float32. ln(std) is clamped to [-8, 8], so that neither a KL divergence nor
+a log density overflows. Clamping keeps NaN as NaN, so that the training loop can detect NaN.
 """
 
 import math
@@ -85,7 +85,7 @@ def _full(own: Gaussian, prior: Gaussian) -> Gaussian:
 
 
 def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
-    """Return NVAE's posterior: add the means, and multiply the standard deviations.
+    """Return NVAE's posterior: add the means of `own` and `prior`, and multiply the stds.
 
     See arXiv:2007.03898, section 3.2.
     """
@@ -94,9 +94,10 @@ def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
 
 
 def _precision(own: Gaussian, prior: Gaussian) -> Gaussian:
-    """Return Ladder VAE's posterior: the two Gaussians' mean, weighted by their precisions.
+    """Return Ladder VAE's posterior: the means of `own` and `prior`, averaged by precision.
 
-    The precision of the posterior is the sum of both precisions (arXiv:1602.02282, equation 17).
+    The precision of the posterior is the sum of the precisions of `own` and `prior`
+    (arXiv:1602.02282, equation 17).
     """
     log_precision = torch.logaddexp(-2.0 * own.log_std, -2.0 * prior.log_std)
     share = torch.exp(-2.0 * own.log_std - log_precision)

@@ -44,14 +44,14 @@ def encoder_layers(text: str) -> list[Layer]:
     for item, resolution, kind, number in items:
         if resolution != side:
             raise UserError(
-                f"enc_blocks has '{item}' where the maps have side {side}. Write {side} there, or "
-                "change the blocks before it."
+                f"enc_blocks has '{item}' where the maps have side {side}. Replace {resolution} "
+                f"by {side}, or change the blocks before '{item}'."
             )
         if kind == "d":
             if side % number:
                 raise UserError(
                     f"enc_blocks has '{item}', but {number} does not divide {side}. Pool by a "
-                    "divisor of the side."
+                    f"divisor of {side}."
                 )
             layers.append(Layer(resolution, pool=number))
             side //= number
@@ -75,8 +75,8 @@ def decoder_layers(text: str) -> list[Layer]:
                 earlier = ", ".join(map(str, sorted(seen))) or "none"
                 raise UserError(
                     f"dec_blocks has '{item}', which upsamples resolution {number} to {resolution}."
-                    f" The source must be an earlier resolution ({earlier}) that divides the new "
-                    "one."
+                    f" The number after 'm' must be the resolution of an earlier block ({earlier}) "
+                    f"that divides {resolution}."
                 )
             layers.append(Layer(resolution, source=number))
         else:
@@ -103,13 +103,13 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
     if missing:
         raise UserError(
             f"dec_blocks has resolution {missing[0]}, which enc_blocks lacks. The encoder has "
-            f"{', '.join(map(str, sorted(made)))}."
+            f"the resolutions {', '.join(map(str, sorted(made)))}."
         )
     if (coarsest := min(made)) < decoder[0].resolution:
         raise UserError(
             f"enc_blocks goes down to resolution {coarsest}, but dec_blocks starts at "
-            f"{decoder[0].resolution}, so the last blocks would not learn. Start dec_blocks at "
-            f"{coarsest}, or end enc_blocks at {decoder[0].resolution}."
+            f"{decoder[0].resolution}, so the last encoder blocks would not learn. Start "
+            f"dec_blocks at {coarsest}, or end enc_blocks at {decoder[0].resolution}."
         )
     resolution_widths(custom_widths, 1, made)
     return made
@@ -135,8 +135,8 @@ def fit(side: int, *, encoder: int, decoder: int) -> int:
     if extra % 2 or extra > side // 4:
         raise UserError(
             f"enc_blocks starts at resolution {encoder} and dec_blocks ends at {decoder}, which "
-            f"does not fit images of side {side}. Both must divide the side, or be a little larger "
-            "by an even number."
+            f"does not fit images of side {side}. Each of the two resolutions must divide the side "
+            "of the images, or be larger than this side by a small even number."
         )
     return side + extra
 
@@ -167,7 +167,7 @@ def resolution_widths(text: str, default: int, resolutions: set[int]) -> dict[in
         if resolution not in widths:
             raise UserError(
                 f"custom_widths names resolution {resolution}, but the network has "
-                f"{', '.join(map(str, widths))}."
+                f"the resolutions {', '.join(map(str, widths))}."
             )
         widths[resolution] = width
     return widths

@@ -59,15 +59,16 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         latents = net.encode(images)  # one tensor (B, D, side, side) for each group
         recon = net.decode(latents)
 
-    Each block of the decoder has one group of latents. The resolution of maps is their side.
+    Each block of the decoder has one group of latents. A resolution is the side of feature maps.
 
     Args:
         image_channels: number of image channels C.
         sample_size: side of the images in pixels.
         levels: number of values of a pixel, or None for the default of the likelihood.
         enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. If the first
-            resolution is coarser than the images, squares of pixels are folded into channels. If it
-            is a little larger than the images, black pixels are added at the edges.
+            resolution is coarser than the images, squares of pixels are folded into channels. If
+            the first resolution is a little larger than the images, black pixels are added at the
+            edges.
         dec_blocks: blocks of the decoder, such as "1x1,4m1,4x2". The last resolution may be coarser
             or a little larger than the images, like the encoder's first resolution.
         width: number of channels of the feature maps.
@@ -79,13 +80,15 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         num_mixtures: number of components of the likelihood logistic_mixture.
         block: style of the blocks, "vdvae" or "nvae".
         activation: activation of the style "vdvae", "gelu" or "silu".
-        posterior: how the posterior follows from the network's output and the prior. "full" is the
-            output alone, "residual" is relative to the prior (NVAE), and "precision" combines
-            both, weighted by precision (Ladder VAE).
+        posterior: how the posterior follows from the network's output and the prior. With "full",
+            the output is the posterior. With "residual", the output is the difference from the
+            prior (NVAE). With "precision", the posterior is the mean of output and prior, weighted
+            by precision (Ladder VAE).
         std: how a standard deviation follows from the network's output, "exp" or "softplus".
-        links: which features of the encoder a decoder's block reads. With "last", it reads those of
-            the encoder's last block at the same resolution. With "mirrored", the decoder's blocks
-            read the features of the encoder's blocks of their resolution in reverse order.
+        links: which features of the encoder a decoder's block reads. With "last", the block reads
+            the features of the encoder's last block at the same resolution. With "mirrored", the
+            decoder's blocks of a resolution read the features of the encoder's blocks of this
+            resolution in reverse order.
         no_bias_above: largest resolution whose maps start from a learned bias.
 
     Raises:
@@ -283,7 +286,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     def decode_parameters(self, latents: Sequence[Tensor]) -> Tensor:
         """Decode latents to M maps of parameters of the pixels' distribution, (B, M, H, W).
 
-        See `decode` for the latents.
+        `decode` describes the argument `latents`.
         """
         shapes = [tuple(z.shape[1:]) for z in latents]
         if not 1 <= len(latents) <= self.num_groups or shapes != self.latent_shapes[: len(shapes)]:
@@ -315,7 +318,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last biases so that the decoder outputs `mean_image` (C, H, W), if possible.
+        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
 
         Each bias of the last layer is the same at all positions. So the output can only be the mean
         of `mean_image` over positions.

@@ -1,8 +1,9 @@
 """Spectral regularisation of NVAE (arXiv:2007.03898, section 3.3): keep layers smooth.
 
 The penalty adds the largest singular value of each convolution and the largest absolute scale of
-each batch norm. Power iteration estimates the singular values. It starts at the same vectors in
-every call, so it has no state. A resumed training and all processes thus compute the same penalty.
+each batch norm. Power iteration estimates the singular values. The power iteration starts at
+the same vectors in every call, so it has no state. A resumed training and all processes thus
+compute the same penalty.
 """
 
 from collections import defaultdict
@@ -17,7 +18,7 @@ def spectral_penalty(net: nn.Module, *, iterations: int = 10) -> Tensor:
 
     The weight of a convolution is read as a matrix (out channels, in channels * side * side) for a
     kernel of side x side. Matrices of the same shape are stacked and processed together. The
-    largest absolute scale of each batch norm is added.
+    largest absolute scale of each batch norm is added to the sum.
 
     Args:
         net: any network.

@@ -1,4 +1,4 @@
-"""List the styles of blocks. The keys are the values of the option `block`."""
+"""List the styles of blocks. The keys of `STYLES` are the values of the option `block`."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -32,7 +32,7 @@ class Group(NamedTuple):
 
     @property
     def required_posterior(self) -> Gaussian:
-        """The posterior. It must not be None, so use this property only with an image."""
+        """The posterior, which must not be None: use this property only if there is an image."""
         assert self.posterior is not None
         return self.posterior
 
@@ -40,8 +40,8 @@ class Group(NamedTuple):
 class Latents(NamedTuple):
     """Settings that all groups of latents share.
 
-    They are the number of channels, the kind of posterior, and the function from the network's
-    output to ln(std).
+    These settings are the number of channels, the kind of posterior, and the function from the
+    network's output to ln(std).
     """
 
     channels: int

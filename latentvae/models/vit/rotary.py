@@ -1,8 +1,9 @@
 """Rotary position embedding in two dimensions (RoFormer, arXiv:2104.09864).
 
-Half of a head's channels are rotated by angles in proportion to the token's row. The other half are
-rotated in proportion to the token's column. Attention between two tokens then depends on their
-distances in rows and in columns, not on their positions. So a network works on grids of any size.
+Half of a head's channels are rotated by angles in proportion to the token's row. The other half of
+the channels are rotated by angles in proportion to the token's column. Attention between two tokens
+then depends on their distances in rows and in columns, not on their absolute positions. So a
+network with this embedding works on grids of tokens of any size.
 
 `B` batch, `N` tokens (N = h w), `D` channels of a head.
 """

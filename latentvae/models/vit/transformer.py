@@ -20,7 +20,7 @@ from latentvae.models.vit.rotary import grid, rotate, rotations
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm without bias. It computes in float32, also under autocast."""
+    """A layer norm without bias, which is computed in float32 even under autocast."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, bias=False)

@@ -61,8 +61,8 @@ class ViTConfig(ModelConfig):
         default="linear",
         description=(
             "Last part of the decoder. `linear` computes the pixels of each patch from the token "
-            "of this patch. `conv` then adds two convolutions at full resolution, so that the "
-            "borders between patches are not visible. `conv` needs more memory."
+            "of this patch. `conv` ends in two convolutions at full resolution, so that the "
+            "borders between patches are not visible. `conv` needs more memory than `linear`."
         ),
     )
 

@@ -101,7 +101,7 @@ class ViTAutoencoderKL(ModelMixin, ConfigMixin):
     ) -> Any:
         """Encode and decode images. The decoder gets the posterior's mode.
 
-        With `sample_posterior`, the decoder gets a sample of the posterior instead.
+        With `sample_posterior`, the decoder gets a sample of the posterior instead of the mode.
         """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()

@@ -1,8 +1,8 @@
 """A tokenizer of vision transformers, with any quantiser of `latentvae.bottlenecks`.
 
-The source is ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627). As in ViT-VQGAN, two layers with a tanh
-between them project each token to the few channels of its code. The transformer blocks are not
-those of ViT-VQGAN (see `vit.transformer`). Positions are rotary instead of learned, so images may
+This tokenizer follows ViT-VQGAN (arXiv:2110.04627). As in ViT-VQGAN, two layers with a tanh between
+them project each token to the few channels of its code. The transformer blocks are not those of
+ViT-VQGAN (see `vit.transformer`). Position embeddings are rotary instead of learned, so images may
 have any size that is a multiple of the patch size.
 
 images (B, C, H, W) -> encoder -> quant_conv -> features (B, c, H/p, W/p) -> quantize -> z (B, D,
@@ -42,8 +42,8 @@ class ViTVQModelConfig(ViTConfig, TokenizerConfig):
     latent_channels: Positive = Field(
         default=768,
         description=(
-            "Width of a hidden layer: two layers project the encoder's output to the channels of "
-            "the quantiser, and this is the number of channels between them."
+            "Number of channels between the two layers that project the encoder's output to the "
+            "channels of the quantiser."
         ),
     )
 

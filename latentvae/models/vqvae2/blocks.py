@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Add to x a 3 x 3 convolution to `inner` channels and a 1 x 1 convolution back."""
+    """Add to x the output of two convolutions: 3 x 3 to `inner` channels, then 1 x 1 back."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class Decoder(nn.Module):
     Args:
         channels: number of channels of the input.
         out_channels: number of image channels C.
-        widths: number of channels after each halving, from the image to the input's resolution.
+        widths: number of channels after each halving of the resolution, from the image's resolution
+            to that of the decoder's input.
         layers, inner: as in `Encoder`.
     """
 
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class Condition(nn.Sequential):
-    """Map codes of a level to an input of the next finer level.
+    """Map codes of a level to an additional input of the next finer level's quantiser.
 
     Codes of width D, (B, D, h, w), become maps (B, D, 2 h, 2 w).
     """

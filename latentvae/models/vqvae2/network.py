@@ -1,16 +1,17 @@
 """VQ-VAE-2: a tokenizer whose levels of codes describe an image from coarse to fine.
 
-The source is Razavi et al. 2019, arXiv:1906.00446. With two levels (the paper's top and bottom):
+The network follows the paper of VQ-VAE-2 (arXiv:1906.00446). With two levels (top and bottom in the
+paper), the network computes:
 
     images (B, C, H, W) -> encoder -> features of each level -> quant_conv -> z (folded)
     top features -> quantize[0] -> top codes
     bottom features + condition(top codes) -> quantize[1] -> bottom codes
     all codes -> post_quant_conv -> (B, d, H/f_b, W/f_b) -> decoder -> recon (B, C, H, W)
 
-Each level has twice the height and width of the level before it. The paper concatenates the
-bottom's features with the decoded top codes, and projects them to the code width. Here, the
-features and the decoded codes are projected separately and the results are added, which computes
-the same function.
+Each level has twice the height and width of the level before it. The paper concatenates the bottom
+level's features with the decoded top codes, and projects the result to the code width. `VQVAE2`
+projects the features and the decoded codes separately and adds the results, which computes the same
+function as in the paper.
 
 `B` batch, `C` image channels, `D` code width, `P` codes per position of the coarsest level, `h w`
 positions of the coarsest level, `f` downsampling factor of the coarsest level, `f_b` of the bottom
@@ -65,10 +66,10 @@ class VQVAE2(ModelMixin, ConfigMixin):
     Args:
         block_out_channels: number of channels after each halving of the resolution. The
             downsampling factor of the coarsest level is 2 ** (number of halvings).
-        code_levels: number of levels of codes. The maps after each of the last `code_levels`
-            halvings get codes.
-        layers_per_block: number of residual blocks of each level in encoder and decoder, and in the
-            networks from coarser codes to a finer level.
+        code_levels: number of levels of codes. The feature maps after each of the last
+            `code_levels` halvings are quantised.
+        layers_per_block: number of residual blocks in each quantised level of the encoder, in the
+            decoder, and in each `Condition` network.
         residual_channels: number of channels inside a residual block.
         latent_channels: number of channels of the decoder's input.
         quantizer: `type` "vq" and the arguments of `VectorQuantizer`. Each level has a quantiser
@@ -77,7 +78,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
 
     Raises:
-        UserError: there are more levels of codes than halvings.
+        UserError: there are more levels of codes than halvings of the resolution.
     """
 
     _supports_gradient_checkpointing = False
@@ -135,7 +136,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
         """Encode images to features z (B, P D, h, w) of all levels before quantisation.
 
         D is the code width, and P is the number of codes per position of the coarsest level. The
-        features of finer levels do not yet include the input from coarser codes.
+        features of a level do not yet include the input from the codes of coarser levels.
 
         Raises:
             UserError: a side of the images is not a multiple of the downsampling factor.
@@ -234,7 +235,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def _unfolded(self, z: Tensor) -> list[Tensor]:
         """Return the features of each level, (B, D, h_l, w_l) for level l and code width D.
 
-        This is the inverse of `FoldLevels`.
+        `_unfolded` is the inverse of `FoldLevels`.
         """
         quantizers: Any = self.quantize
         D = quantizers[0].code_channels

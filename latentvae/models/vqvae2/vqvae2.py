@@ -1,4 +1,4 @@
-"""The options of VQ-VAE-2, its training wrapper, and the methods with which other code uses it.
+"""Options and training wrapper of VQ-VAE-2, and the methods that latentvae calls for this network.
 
 `B` batch, `C` channels, `D` code width, `P` codes per position of the coarsest level, `h w`
 positions of the coarsest level.
@@ -26,9 +26,9 @@ from latentvae.outputs import AutoencoderOutput, Latent
 
 
 class VQVAE2Config(ModelConfig):
-    """Options of the network: VQ-VAE-2, with a map of codes for each of several levels.
+    """Options of VQ-VAE-2, a network with a map of codes for each of several resolutions (levels).
 
-    The downsampling factor f of the coarsest level is 2 ** (number of widths).
+    The downsampling factor f of the coarsest level is 2 ** (length of `block_out_channels`).
     """
 
     architecture: Literal["vqvae2"] = "vqvae2"
@@ -44,8 +44,8 @@ class VQVAE2Config(ModelConfig):
         default=2,
         description=(
             "Number of levels with codes, from the coarsest level on. Each further level has twice "
-            "the resolution. Each of them has its own codebook of num_codes codes. With 1, the "
-            "network is a VQ-VAE."
+            "the resolution of the level before it. Each level with codes has its own codebook of "
+            "num_codes codes. With 1 level, the network is a VQ-VAE."
         ),
     )
     layers_per_block: Positive = Field(
@@ -72,8 +72,8 @@ class VQVAE2Config(ModelConfig):
     def _check_code_levels(self) -> "VQVAE2Config":
         if self.code_levels > len(self.block_out_channels):
             raise ValueError(
-                f"code_levels {self.code_levels} needs as many levels of the network, but "
-                f"block_out_channels has {len(self.block_out_channels)}"
+                f"code_levels {self.code_levels} is more than the number of the network's levels, "
+                f"which is {len(self.block_out_channels)} (the length of block_out_channels)"
             )
         return self
 
@@ -118,10 +118,11 @@ class VQVAE2TrainingWrapper(TrainingWrapper):
 
 
 class VQVAE2Family(DiscreteFamily):
-    """Methods for `VQVAE2`. Its latent z holds the features of all levels before quantisation.
+    """Methods for `VQVAE2`.
 
-    The features of a level do not yet include the input from the codes of coarser levels. The
-    methods `tokenize` and `decode` add this input.
+    The latent z of `VQVAE2` holds the features of all levels before quantisation. The features of a
+    level do not yet include the input from the codes of coarser levels. The methods `tokenize` and
+    `decode` add the input from coarser levels.
     """
 
     network = VQVAE2

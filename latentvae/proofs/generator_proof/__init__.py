@@ -1,4 +1,4 @@
-"""Measure how well latents or tokens suit a generator: train on them and on changed copies."""
+"""Measure how well a generator learns from latents or tokens, and from changed copies of them."""
 
 from latentvae.proofs.generator_proof.prove import prove
 from latentvae.proofs.generator_proof.settings import ProofSettings

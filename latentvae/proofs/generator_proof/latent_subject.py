@@ -1,6 +1,6 @@
 """Prepare latents for `latentvae prove`. The generator is a DiT that learns by flow matching.
 
-`n` images, `d` latent channels, `h w` latent positions.
+Symbols: `n` images, `d` latent channels, `h w` latent positions.
 """
 
 import dataclasses
@@ -69,7 +69,8 @@ class LatentSubject(Subject):
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        data: the images that were encoded. With None, the images' path in the folder's
+            manifest is used.
         model: the autoencoder. With None, the autoencoder in the folder's manifest is used.
     """
 
@@ -79,7 +80,7 @@ class LatentSubject(Subject):
         CODE: "the latents",
         "noise": "white noise is added to the latents",
         "labels": "the classes of the training images are shuffled",
-        "blocks": "mean colours of square blocks of pixels, with about as many values",
+        "blocks": "mean colours of pixel blocks, with about as many values as the latents",
         "permuted": "the positions of all latents are permuted in the same way",
     }
 
@@ -157,10 +158,10 @@ class LatentSubject(Subject):
         self._data.pop(variant, None)
 
     def _blocks(self, images: Tensor) -> Tensor:
-        """Return mean colours of pixel blocks, (n, 3 k^2, h, w), with k x k blocks per position.
+        """Return mean colours of pixel blocks, (n, 3 k^2, h, w).
 
-        k is chosen so that the result has about as many values as the latents. For grey images,
-        there are k^2 channels.
+        Each latent position has k x k blocks. k is chosen so that the result has about as many
+        values as the latents. For grey images, the result has k^2 channels instead of 3 k^2.
         """
         channels, height, width = self.tables[0].z.shape[1:]
         k = max(round((channels / images.shape[1]) ** 0.5), 1)
@@ -232,7 +233,7 @@ class LatentSubject(Subject):
 
 
 def patch_for(side: int) -> int:
-    """Return the side of a patch, so that a latent has at most 256 tokens."""
+    """Return the side of a patch, so that a latent has at most 256 tokens (if `side` allows it)."""
     patch = 1
     while side // patch > 16 and side % (patch * 2) == 0:
         patch *= 2

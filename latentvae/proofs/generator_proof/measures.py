@@ -1,8 +1,8 @@
 """Measure generated pictures: kernel distance, classes, and copies of training pictures.
 
-All measures use features of the layer relu5_3 of LPIPS' VGG16, averaged over positions. So no
-distance here is an FID, which uses Inception features. The kernel distance is the unbiased MMD^2
-with the kernel (x . y / D + 1)^3.
+All measures use features of the layer relu5_3 of LPIPS' VGG16, averaged over positions. So the
+distances of this module are not FIDs, which use Inception features. The kernel distance is the
+unbiased MMD^2 with the kernel (x^T y / D + 1)^3.
 
 `N` pictures, `D` features.
 """
@@ -51,7 +51,8 @@ class References:
 
     Attributes:
         train, held: features of real training pictures and of real held-out pictures.
-        train_recon, held_recon: features of the reconstructions of these pictures.
+        train_recon, held_recon: features of the reconstructions of the training pictures and of the
+            held-out pictures.
         train_classes: classes of the training pictures, (N,).
     """
 
@@ -71,10 +72,10 @@ class References:
         Returns:
             - kd, kd_train: kernel distance to the held-out pictures, and to the training pictures.
             - kd_subsets: standard deviation of kd over random halves of the samples.
-            - class_accuracy_plain: share of the pictures that show their class.
-            - copies: share of the pictures that may be copies of training pictures. These pictures
-              are nearer to the reconstruction of a training picture than 99 % of the
-              reconstructions of held-out pictures are.
+            - class_accuracy_plain: share of the pictures that show the class in `classes`.
+            - copies: share of the pictures that may be copies of training pictures. A possible copy
+              is nearer to the reconstruction of a training picture than 99 % of the reconstructions
+              of held-out pictures are.
             - near_train, near_held: median distance of the pictures to the nearest reconstruction
               of a training picture, and of a held-out picture. Equally many training and held-out
               pictures are compared.
@@ -96,7 +97,7 @@ class References:
         return result
 
     def class_accuracy(self, found: Tensor, classes: Tensor) -> float:
-        """Return the share of pictures that show their class.
+        """Return the share of pictures that show the class in `classes`.
 
         The class that a picture shows is the most common class of the nearest training pictures.
         """
@@ -123,7 +124,7 @@ def spread_of_subsets(x: Tensor, y: Tensor) -> float:
 
 
 def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
-    """Return the share of pictures that show their class.
+    """Return the share of pictures that show the class in `classes`.
 
     The class that a picture shows is the most common class of its nearest neighbours in `train`.
     """
@@ -136,5 +137,5 @@ def class_share(found: Tensor, classes: Tensor, train: Tensor, train_classes: Te
 
 
 def nearest(found: Tensor, others: Tensor) -> Tensor:
-    """Return each picture's distance to the nearest picture of `others`, (N,), between features."""
+    """Return the feature distance of each picture to its nearest picture in `others`, (N,)."""
     return torch.cdist(found, others).amin(dim=1)

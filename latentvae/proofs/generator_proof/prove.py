@@ -1,9 +1,9 @@
 """Measure how well latents or tokens suit a generator (`latentvae prove`).
 
 The same small generator is trained on each folder of codes (latents or tokens), and on controls. A
-control is a changed copy of the codes, for which the generator must do worse. All generators have
-the same size and number of updates. Their samples are compared with reference values (called
-floors): the measures of real pictures, of reconstructions, and of an untrained generator.
+control is a changed copy of the codes, whose effect on the samples is known. All generators have
+the same size and number of updates. The generators' samples are compared with reference values
+(called floors): the measures of real pictures, of reconstructions, and of an untrained generator.
 
     OUT/proof.json   settings and results, the same bytes for the same seeds on the same machine
     OUT/proof.html   the results as a page
@@ -53,7 +53,7 @@ def prove(
     controls: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure a generator for each folder and for changed copies, and write the results.
+    """Train generators on codes and on changed codes, measure the samples, and write the results.
 
     The results are proof.json and proof.html.
 
@@ -61,7 +61,8 @@ def prove(
         shards: folders of latents or tokens of the same images, which `latentvae encode` wrote.
         out: folder of the results. An interrupted proof is continued.
         settings: size and training length of the generators.
-        data: the images that were encoded. With None, the path in each folder's manifest is used.
+        data: the images that were encoded. With None, the images' path in each folder's manifest is
+            used.
         models: the autoencoder of each folder. If empty, the autoencoders in the folders' manifests
             are used.
         controls: names of the controls to run. A control is a changed copy of the codes, such as
@@ -72,8 +73,8 @@ def prove(
         The content of proof.json.
 
     Raises:
-        UserError: folders do not fit together, or `out` holds a proof with other settings. This is
-            checked before any training.
+        UserError: before any training, if the folders hold codes of different images or
+            resolutions, or if `out` holds another proof.
     """
     settings, out = settings or ProofSettings(), Path(out).expanduser()
     subjects = _open(shards, settings, data=data, models=models)
@@ -82,7 +83,7 @@ def prove(
         if settings.batch_size > len(subject.train):
             raise UserError(
                 f"batch_size {settings.batch_size} is larger than the number of training images, "
-                f"{len(subject.train)}. Give at most that many."
+                f"{len(subject.train)}. Give a batch_size of at most {len(subject.train)}."
             )
         subject.task(CODE, folder=out, seed=0, shift=1.0).open()  # raises for unusable codes
 
@@ -185,7 +186,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
                 "another folder, or the same settings."
             )
         if found != identity:
-            raise UserError(f"'{out}' holds a proof of other shards. Give another folder.")
+            raise UserError(f"'{out}' has a proof of other latents or tokens. Give another folder.")
         return
     if out.exists() and any(out.iterdir()):
         raise UserError(f"'{out}' holds other files. Give a new folder.")
@@ -201,7 +202,7 @@ class _Proof:
     Args:
         subject: the codes and their controls (changed copies).
         folder: folder of the trainings.
-        features: computes the features of pictures.
+        features: object that computes the features of pictures.
         say: function that prints a line.
     """
 
@@ -250,7 +251,7 @@ class _Proof:
     def _best_shift(self, variant: str) -> float:
         """Return the shift of the noise levels whose samples are nearest to the training pictures.
 
-        These trainings use a seed of their own, which is not used for the reported results.
+        The trainings that try the shifts use an extra seed, which no reported result uses.
         """
         if len(self.settings.shifts) == 1:
             return self.settings.shifts[0]
@@ -264,7 +265,7 @@ class _Proof:
     def _measured(self, variant: str, *, seed: int, shift: float) -> dict[str, Any]:
         """Train a generator, and draw and measure samples.
 
-        If this was done before, read the result.
+        If the measures of this generator are already on the disk, read them instead.
         """
         path = self._path(variant, seed=seed, shift=shift)
         if path.is_file():
@@ -307,7 +308,9 @@ class _Proof:
         """The features of real pictures and of their reconstructions, computed once."""
         subject, path = self.subject, self.folder / "features.safetensors"
         if not path.is_file():
-            self.say(f"{subject.name}: features of {len(subject.train):,} training pictures")
+            self.say(
+                f"{subject.name}: measuring features of {len(subject.train):,} training pictures"
+            )
             size = self.settings.batch_size
             found = {
                 "train": self.features.of(subject.train.images.split(size)),
@@ -354,7 +357,7 @@ class _Proof:
 
 
 def _recognised(values: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return the class accuracy, the share of copies, and the values with these names."""
+    """Return the class accuracy, the share of copies, and the values that `names` lists."""
     known = {"class_accuracy": values.get("class_accuracy_plain"), "copies": values["copies"]}
     known |= {name: values[name] for name in names}
     return {name: value for name, value in known.items() if value is not None}
@@ -363,7 +366,7 @@ def _recognised(values: dict[str, Any], *names: str) -> dict[str, Any]:
 def _summary(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Return means over seeds.
 
-    For kernel distance and class accuracy, add the value of each seed.
+    For kernel distance and class accuracy, also return the value of each seed.
     """
     distances = [row["kd"] for row in rows]
     result: dict[str, Any] = {"kd": _with_spread(distances, seeds)}
@@ -421,9 +424,9 @@ def _result(
 def _checks(
     code: dict[str, Any], controls: dict[str, Any], floors: dict[str, Any]
 ) -> dict[str, bool | None]:
-    """Return whether the proof shows each expected result. None means that it was not measured.
+    """Return whether the proof shows each expected result. A result that was not measured is None.
 
-    A difference counts if it is more than two standard deviations of the difference over seeds.
+    A difference counts if it is larger than twice its standard deviation over the seeds.
     """
 
     def beyond(worse: dict[str, Any] | None, name: str) -> bool | None:
@@ -456,10 +459,10 @@ def _checks(
 
 
 def _as_many_values(code: dict[str, Any], blocks: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the measures of the control `blocks`, or None if its size differs too much.
+    """Return the measures of the control `blocks`, or None if it has too many or too few values.
 
-    The control replaces latents by mean colours. It is a fair comparison only if it has about as
-    many values as the latents.
+    The control replaces latents by mean colours. The control is a fair comparison only if it has
+    about as many values as the latents.
     """
     if blocks is None or not 2 / 3 <= blocks["values"] / code["values"] <= 1.5:
         return None

@@ -14,20 +14,22 @@ class ProofSettings:
 
     Args:
         updates: length of each training, in updates of `batch_size` images.
-        seeds: seeds of the generators. With two or more seeds, the results have a spread.
-        shifts: shifts of the noise levels to try, for latents. The trials use a seed that is not in
-            `seeds`.
+        seeds: seeds of the generators. With two or more seeds, the results have a standard
+            deviation over the seeds.
+        shifts: shifts of the noise levels to try, for latents. The trainings that try the shifts
+            use a seed that is not in `seeds`.
         samples: number of pictures that each generator draws, the same number for each class.
         guidance: weight of classifier-free guidance for the samples of the measure
             `class_accuracy`. All other measures take samples without guidance.
         width, depth: size of the generator.
         batch_size: images in an update, and in a batch of samples.
-        learning_rate: peak learning rate. The rate falls to 0 along a cosine.
+        learning_rate: peak learning rate. The learning rate falls to 0 along a cosine.
         sampling_steps: number of Euler steps, for latents.
         noise: strength of the noise in the control `noise`, a copy of the codes with noise. For
-            latents, it is the standard deviation of the noise, relative to that of each channel.
-            For tokens, it is the share of tokens that are replaced by random tokens.
-        max_images: at most this many training images are used, evenly spread.
+            latents, the noise in a channel has `noise` times the standard deviation of the channel.
+            For tokens, `noise` is the share of tokens that are replaced by random tokens.
+        max_images: largest number of training images, and of held-out images. If a folder has more
+            images, the images that are used are evenly spread over the folder.
         held_out: share of the images that no generator learns from.
 
     Raises:
@@ -58,7 +60,7 @@ class ProofSettings:
                 f"width must be a multiple of 32 (got {self.width}). The nearest is {near}."
             )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds must be different numbers from 0 on (got {self.seeds}).")
+            raise UserError(f"seeds must be different numbers of at least 0 (got {self.seeds}).")
         if not self.shifts or min(self.shifts) <= 0:
             raise UserError(f"shifts must be above 0 (got {self.shifts}).")
         if not 0 < self.held_out < 1:

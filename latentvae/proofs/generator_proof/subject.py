@@ -55,20 +55,21 @@ class Subject(ABC):
     """A folder of latents or tokens, split into training and held-out images.
 
     `latentvae prove` trains generators on the unchanged codes and on controls, which are changed
-    copies. Each of these is called a variant.
+    copies. The unchanged codes and each control are called variants.
 
     Args:
         shards: the opened folder.
-        table: all items of the folder.
+        table: all latents or tokens of the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        data: the images that were encoded. With None, the images' path in the folder's
+            manifest is used.
         model: the autoencoder. With None, the autoencoder in the folder's manifest is used.
 
     Attributes:
         tables: the latents or tokens of the training images and of the held-out images.
         name: name of the folder in the results.
-        content: facts from the folder's manifest, such as the shape of an item.
+        content: facts from the folder's manifest, such as the shape of an image's latent or tokens.
         train, held: the real training pictures and the real held-out pictures.
         num_classes: number of classes, 0 without classes.
         variants: dict from the name of each variant to a description of its change.
@@ -131,7 +132,7 @@ class Subject(ABC):
         """Draw pictures in batches (B, C, H, W) in [-1, 1].
 
         Args:
-            variant: name of the codes that the generator learned: unchanged or a changed copy.
+            variant: name of the variant (unchanged codes or a control) that the generator learned.
             generator: folder that the training exported.
             classes: class of each picture, (n,).
             shift: shift of the noise levels.
@@ -151,7 +152,7 @@ class Subject(ABC):
         """Draw pictures from a generator that has learned nothing."""
 
     def fit(self, variant: str, *, folder: Path, seed: int, shift: float) -> Path:
-        """Train a generator, or continue its training. Return the folder of its export.
+        """Train a generator, or continue its training. Return the folder of the exported generator.
 
         Everything that the training prints is written to `training.txt` in the run's folder.
         """
@@ -174,7 +175,7 @@ class Subject(ABC):
         }
 
     def own_classes(self) -> Tensor:
-        """Return a class for each sample, (n,), as frequent as in the training images.
+        """Return a class for each sample, (n,). Classes are as frequent as in the training images.
 
         If there are no classes, all values are -1.
         """
@@ -225,7 +226,7 @@ def read_photos(content: Content, data: str, items: ItemTable, *, shards: Path) 
     if missing:
         raise UserError(
             f"data '{data}' lacks {len(missing):,} of {len(names):,} images of '{shards}', such as "
-            f"'{missing[0]}'. Give the images that were encoded with --data."
+            f"'{missing[0]}'. Use --data to give the images that were encoded."
         )
 
     images = []

@@ -1,6 +1,6 @@
 """Prepare tokens for `latentvae prove`. The generator is an autoregressive transformer.
 
-`n` images, `T` tokens of an image, `K` codes.
+Symbols: `n` images, `T` tokens per image, `K` codes.
 """
 
 import dataclasses
@@ -65,7 +65,8 @@ class TokenSubject(Subject):
         folder: the folder.
         settings: settings of the proof.
         name: name of the folder in the results.
-        data: the images that were encoded. With None, the path in the folder's manifest is used.
+        data: the images that were encoded. With None, the images' path in the folder's
+            manifest is used.
         model: the tokenizer. With None, the tokenizer in the folder's manifest is used.
     """
 
@@ -74,7 +75,7 @@ class TokenSubject(Subject):
         CODE: "the tokens",
         "noise": "a share of the tokens is replaced by random tokens",
         "labels": "the classes of the training images are shuffled",
-        "shuffled": "the tokens of each image have a random order of their own",
+        "shuffled": "the tokens are shuffled, in a different order for each image",
         "permuted": "the positions of all tokens are permuted in the same way",
     }
 

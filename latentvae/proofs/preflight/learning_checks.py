@@ -21,7 +21,7 @@ from latentvae.tasks.autoencoder.update_step import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks of weights, optimizers, learning rate, average and discriminator."""
+    """Yield the checks of weights, optimizers, learning rate, weight average and discriminator."""
     task = rehearsal.task
     yield weights(rehearsal)
     yield optimizer(rehearsal)
@@ -40,7 +40,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 
 
 def updates(rehearsal: Rehearsal) -> Check:
-    """Check that all gradients are finite. If one is not, no other check makes sense."""
+    """Check that all gradients are finite. Without finite gradients, no other check makes sense."""
     finite = [seen.result.finite for seen in rehearsal.seen]
     return Check(
         name="updates",
@@ -56,7 +56,7 @@ def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights have the dtype float32 and change in an update.
 
     If the weights were in bf16, steps of a usual learning rate would be rounded to 0, so the
-    weights would not change. A training script of diffusers makes this error.
+    weights would not change. A training script of diffusers casts its weights to bf16 by mistake.
     """
     # Examine the second update. In the first update, rounding the initial weights would look like a
     # step.
@@ -77,10 +77,11 @@ def weights(rehearsal: Rehearsal) -> Check:
     return Check(
         name="weights",
         passed=dtypes == {"float32"} and share > 0.5,  # in bf16, about 0.1 would change
-        value=f"{', '.join(sorted(dtypes))}, {share:.1%} move, by {step:.2g} times the rate",
-        expected="float32 weights that move wherever they have a gradient",
+        value=f"{', '.join(sorted(dtypes))}, {share:.1%} of the weights with a gradient "
+        f"change, by {step:.2g} times the learning rate",
+        expected="float32 weights that change wherever their gradient is not 0",
         advice="Keep the weights in float32 (mixed_precision bf16 casts only the computation). "
-        "Raise a learning_rate that is below their precision.",
+        "Raise the learning_rate if its steps are too small for float32.",
     )
 
 
@@ -92,8 +93,8 @@ def _all_parameters(rehearsal: Rehearsal) -> list[nn.Parameter]:
 def optimizer(rehearsal: Rehearsal) -> Check:
     """Check that every parameter that should learn belongs to an optimizer.
 
-    A parameter that belongs to no optimizer never learns. Scripts sometimes forget the learned
-    log-variance of the output.
+    A parameter that belongs to no optimizer never learns. Training scripts sometimes forget
+    to give the learned log-variance of the output to the optimizer.
     """
     missing: list[str] = []
     for learner in rehearsal.task.learners.values():
@@ -113,7 +114,7 @@ def _not_in(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter
 
 
 def cleared(rehearsal: Rehearsal) -> Check:
-    """Check that an update leaves no gradient.
+    """Check that no gradient is left after an update.
 
     A remaining gradient would be added to the gradient of the next update.
     """
@@ -132,8 +133,8 @@ def cleared(rehearsal: Rehearsal) -> Check:
 def learning_rate(rehearsal: Rehearsal) -> Check:
     """Check that the learning rate follows the schedule that the options describe.
 
-    The check fails if the rate is scaled by the batch size. It also fails if the schedule counts
-    micro-steps or updates of the discriminator instead of updates.
+    The check fails if the learning rate is scaled by the batch size. The check also fails if the
+    schedule counts micro-steps, or updates of the discriminator, instead of updates of the run.
     """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
@@ -161,10 +162,10 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
     return Check(
         name="learning-rate",
         passed=follows,
-        value="as stated" if follows else f"{worst:.2g} of the peak off after update {at:,}",
-        expected=f"{asked.optimizer.lr_scheduler} after a warm-up, over {total:,} updates",
-        advice="The rate is not what the options say. Do not scale learning_rate, and "
-        "evaluate the schedule at the update, not at micro-steps or per process.",
+        value="as stated" if follows else f"off by {worst:.2g} of the peak after update {at:,}",
+        expected=f"{asked.optimizer.lr_scheduler} schedule after a warm-up, over {total:,} updates",
+        advice="The learning rate is not what the options say. Do not scale learning_rate, and "
+        "let the schedule count updates, not micro-steps or updates summed over processes.",
     )
 
 
@@ -172,8 +173,8 @@ def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) ->
     """Return the learning rate that the help texts of the options describe.
 
     Args:
-        pause: updates in which this network does not learn, because it waits for the other
-            network.
+        pause: updates in which the model does not learn, because the discriminator learns alone.
+            For the discriminator's learning rate, this range is empty.
     """
     warmup, total = config.optimizer.lr_warmup_steps, config.run.max_train_steps
     end = warmup + (len(pause) if pause.start < warmup else 0)
@@ -220,14 +221,14 @@ def average(rehearsal: Rehearsal) -> Check:
     return Check(
         name="average",
         passed=dtypes == {"float32"} and worst < 1e-4,
-        value=f"{', '.join(sorted(dtypes))}, at most {worst:.2g} of a step off",
+        value=f"{', '.join(sorted(dtypes))}, wrong by at most {worst:.2g} of a step",
         expected="a float32 average that follows each update of the model as ema_decay says",
-        advice="Keep the average in float32 and step it once after each update of the model.",
+        advice="Keep the average in float32 and update it once after each update of the model.",
     )
 
 
 def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
-    """Return how far the average is from decay * old + (1 - decay) * weights.
+    """Return how far the average is from decay * old average + (1 - decay) * new weights.
 
     The distance is divided by the distance of the new weights from the old average.
     """
@@ -252,7 +253,8 @@ def discriminator_start(rehearsal: Rehearsal) -> Check:
     return Check(
         name="discriminator-start",
         passed=learned == expected and called == expected,
-        value=f"called in updates {_numbers(called)}, trained in {_numbers(learned)}",
+        value=f"discriminator called in updates {_numbers(called)}, trained in updates "
+        f"{_numbers(learned)}",
         expected=f"called and trained in updates {_numbers(expected)} of {UPDATES}, not before",
         advice="Step the discriminator's optimizer in each update from disc_start on, and do not "
         "call the discriminator before.",
@@ -287,8 +289,8 @@ def discriminator_ramp(rehearsal: Rehearsal) -> Check:
         name="discriminator-ramp",
         passed=found == expected,
         value=f"{found[0]}, then {found[1]}",
-        expected=f"the adversarial weight {expected[0]:g} at disc_start, {expected[1]:g} "
-        f"{sum(ramp):,} updates later",
+        expected=f"an adversarial weight of {expected[0]:g} at disc_start, and of {expected[1]:g} "
+        f"after {sum(ramp):,} more updates",
         advice="Let the adversarial weight grow from 0 over disc_ramp_steps, counted in updates "
         "from disc_start.",
     )

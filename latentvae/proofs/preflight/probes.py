@@ -1,6 +1,6 @@
 """Make the forward and backward pass of a batch with only some loss terms, to get gradients.
 
-`B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
+Symbols: `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def probe(rehearsal: Rehearsal, *names: str) -> Probe:
 
     Args:
         rehearsal: the short trial run that the preflight makes.
-        names: loss terms that keep their weight. All other terms have weight 0.
+        names: loss terms that keep their weight. All other loss terms have weight 0.
     """
     with _probed(rehearsal, _of_one_micro_step(rehearsal.task.config), names):
         found = _micro_step(rehearsal, rehearsal.images)
@@ -65,7 +65,7 @@ def gradients_of(rehearsal: Rehearsal, parts: list[Tensor], *names: str) -> Tens
     Args:
         rehearsal: the short trial run that the preflight makes.
         parts: the images of each batch (micro-step).
-        names: loss terms that keep their weight. All other terms have weight 0.
+        names: loss terms that keep their weight. All other loss terms have weight 0.
     """
     config = rehearsal.task.config.model_copy(deep=True)
     config.run.deterministic_posterior = True
@@ -90,9 +90,9 @@ def _trained(rehearsal: Rehearsal) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -> Iterator[None]:
-    """In this context, use another configuration, and a loss with only the terms ``names``.
+    """In a `with` block, use the configuration ``config`` and a loss with only the terms ``names``.
 
-    The loss has no adversarial term. All gradients are cleared before and after the context.
+    The loss has no adversarial term. All gradients are cleared before and after the `with` block.
     """
     task = rehearsal.task
     kept = task.config, task.objective
@@ -108,7 +108,7 @@ def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -
 
 
 def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
-    """Make a forward and backward pass. Record the gradients at latent and reconstruction."""
+    """Make a forward and backward pass. Record the gradients of latent and reconstruction."""
     task, caught = rehearsal.task, {}
 
     def at_latent(module: nn.Module, inputs: Any, output: Tensor) -> None:

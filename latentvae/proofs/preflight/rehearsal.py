@@ -33,7 +33,7 @@ WATCHED_TENSORS = 12  # about this number per network is copied before and after
 
 @dataclass(kw_only=True)
 class Seen:
-    """Record of one update: its results, time, learning rates and tensors before and after it.
+    """Record of an update: results, time, learning rates, and tensors before and after the update.
 
     Attributes:
         result: what `Updates.make` returned.
@@ -41,7 +41,7 @@ class Seen:
         rates: learning rates of the model's and the discriminator's optimizers.
         before, after: some tensors before and after the update, on the CPU. Their names start with
             `model/`, `discriminator/` or `ema/`.
-        moments: AdamW's first moments of the same weights, after the update.
+        moments: AdamW's first moments of the model's weights in `after`, after the update.
         discriminator_calls: number of forward passes of the discriminator.
     """
 
@@ -64,7 +64,7 @@ class Rehearsal:
         training: the state of the training (see `engine`). The run's folder is temporary.
         updates: object that makes the updates of the run.
         seen: records of the updates that were made.
-        watch: the gradients and types that were observed during these updates.
+        watch: object that recorded gradients and dtypes during the updates.
         batches: sha256, minimum and maximum of the images of each micro-step on this rank.
         images: two images of the first batch, (2, C, H, W). If the batch has only one image, the
             second is its mirror image.
@@ -150,7 +150,7 @@ def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def watched_tensors(training: Training) -> dict[str, Tensor]:
-    """Return copies of some weights of model, discriminator and average, on the CPU."""
+    """Return copies of some weights of model, discriminator and weight average, on the CPU."""
     found: dict[str, Tensor] = {}
     for kind, learner in training.task.learners.items():
         some = _some(trained(learner.module))
@@ -202,7 +202,7 @@ def fingerprints(training: Training) -> dict[str, str]:
 def align(training: Training) -> None:
     """Send the state of the first rank to all ranks.
 
-    Whether the ranks differed before is the subject of another check.
+    Another check (`ranks-equal`) tests whether the states of the ranks were already equal.
     """
     device = training.accelerator.device.type
     tensors = [value for group in _state(training).values() for value in group.values()]
@@ -243,7 +243,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the peak memory use so far in bytes: of the GPU, or without a GPU of this process."""
+    """Return the peak memory use so far in bytes, of the GPU or, without a GPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

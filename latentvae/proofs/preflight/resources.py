@@ -55,14 +55,15 @@ def duration(rehearsal: Rehearsal) -> Check:
 
 
 def _seconds(seen: list[Seen]) -> float:
-    """Return the shortest time of these updates, because the first of them is slower."""
+    """Return the time of the fastest update, because the first update is slower than the others."""
     return min(update.seconds for update in seen)
 
 
 def memory(rehearsal: Rehearsal) -> Check:
     """Check that the training of a batch fits into memory with a margin.
 
-    Without a margin, the run fails when another process or a larger bucket needs more memory.
+    Without a margin, the run fails when another process or a batch of larger images needs more
+    memory.
     """
     device = rehearsal.training.accelerator.device
     if device.type == "cuda":
@@ -72,8 +73,8 @@ def memory(rehearsal: Rehearsal) -> Check:
     return Check(
         name="memory",
         passed=rehearsal.peak_memory <= FULL * total,
-        value=f"{rehearsal.peak_memory / GIB:.2f} GiB of {total / GIB:.2f} GiB on {device}",
-        expected=f"at most {FULL:.0%} of what each process has",
+        value=f"{rehearsal.peak_memory / GIB:.2f} GiB used of {total / GIB:.2f} GiB on {device}",
+        expected=f"at most {FULL:.0%} of the memory of each process",
         advice=f"Give {' or '.join(rehearsal.task.memory_advice()) or 'a smaller resolution'}.",
     )
 
@@ -93,7 +94,7 @@ def disk(rehearsal: Rehearsal) -> Check:
     return Check(
         name="disk",
         passed=needed <= free,
-        value=f"{needed / GIB:.2f} GiB of {free / GIB:.2f} GiB free",
+        value=f"{needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free",
         expected=f"room for {limit} + 1 checkpoints and the export",
         advice="Free some space, lower checkpoints_total_limit, or give another output_dir.",
     )
@@ -106,5 +107,5 @@ def _existing(folder: Path) -> Path:
 
 
 def _kept(folder: Path) -> int:
-    """Return the size in bytes of the checkpoints in the folder, which new ones will replace."""
+    """Return the size in bytes of the folder's checkpoints, which new checkpoints will replace."""
     return sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())

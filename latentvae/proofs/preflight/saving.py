@@ -44,7 +44,7 @@ def _or_what_it_raised(
             passed=False,
             value=f"{type(error).__name__}: {error}".splitlines()[0],
             expected="no exception",
-            advice="The run would end here, some time after its start.",
+            advice="The run would end with this exception, some time after its start.",
         )
 
 
@@ -70,10 +70,11 @@ def image_range(rehearsal: Rehearsal) -> Check:
         # Bright pictures may have no negative values. In that case, both sets of images must have
         # none.
         passed=inside and (train[0] < 0) == (shown[0] < 0),
-        value=f"{train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to {shown[1]:.2f} in "
-        "validation",
-        expected="both in [-1, 1], and not only one of them in [0, 1]",
-        advice="Bring both to [-1, 1] in the same way. For files of numbers give --value_range.",
+        value=f"pixels {train[0]:.2f} to {train[1]:.2f} in training, {shown[0]:.2f} to "
+        f"{shown[1]:.2f} in validation",
+        expected="training and validation images in [-1, 1], and not only one of them in [0, 1]",
+        advice="Scale training and validation images to [-1, 1] in the same way. For files with "
+        "floating-point values, give --value_range.",
     )
 
 
@@ -109,9 +110,9 @@ def validation(rehearsal: Rehearsal) -> Check:
 
 
 def checkpoint(rehearsal: Rehearsal) -> Check:
-    """Check that the next update is the same again after a checkpoint is restored.
+    """Check that the next update has the same result before and after a checkpoint is restored.
 
-    The second update differs if something is not restored, such as an optimizer or the order of the
+    The results differ if something is not restored, such as an optimizer or the order of the
     images.
     """
     # save, then the next update
@@ -138,15 +139,16 @@ def checkpoint(rehearsal: Rehearsal) -> Check:
     differs = _differences(expected, found, rehearsal)
     if not differs and _to_the_bit(rehearsal):
         differs = [f"the {name}" for name in after if after[name] != again[name]]
-    faults = [f"the {name} is not what was saved" for name in wrong]
+    faults = [f"restored values of the {name} differ from the saved values" for name in wrong]
     faults += [f"{', '.join(differs[:3])} of the next update differ"] if differs else []
     return Check(
         name="checkpoint",
         passed=not faults,
-        value=", ".join(faults) or f"{len(before)} parts restored, next loss repeated",
+        value=", ".join(faults) or f"{len(before)} groups of tensors restored, update repeated",
         expected=f"a restored run repeats the next update, {_promise(rehearsal)}",
-        advice="A resumed run would give other weights. Restore weights, optimizers, averages, "
-        "discriminator and position. `latentvae verify-resume` shows more.",
+        advice="A resumed run would give other weights than an uninterrupted run. Restore weights, "
+        "optimizers, averages, discriminator and position in the data. `latentvae verify-resume` "
+        "shows more.",
     )
 
 
@@ -181,7 +183,11 @@ def _next_update(training: Training, source: Iterator[Batch]) -> dict[str, float
 def _differences(
     expected: dict[str, float], found: dict[str, float], rehearsal: Rehearsal
 ) -> list[str]:
-    """Return the names of values that differ. On GPUs, only losses beyond the tolerance count."""
+    """Return the names of values that differ between two updates.
+
+    On GPUs, and with more than two processes, only losses that differ by more than the tolerance
+    count.
+    """
     if _to_the_bit(rehearsal):
         names = [name for name in expected if found.get(name) != expected[name]]
     else:
@@ -195,7 +201,7 @@ def _differences(
 
 
 def _to_the_bit(rehearsal: Rehearsal) -> bool:
-    """Return whether a restored run must be equal bit by bit.
+    """Return whether a restored run must repeat an update bit by bit.
 
     Sums over more than two processes, and sums on GPUs, have no fixed order.
     """

@@ -51,7 +51,7 @@ def model_learns(rehearsal: Rehearsal) -> Check:
         name="model-learns",
         passed=first is not None,
         value="in no update" if first is None else f"from update {first + 1:,} on",
-        expected=f"within the {total:,} updates of the run",
+        expected=f"the model learns within the {total:,} updates of the run",
         advice="lower disc_warmup_steps, in which only the discriminator learns, or raise "
         "max_train_steps",
     )
@@ -73,7 +73,7 @@ def rate_in_run(rehearsal: Rehearsal) -> Check:
         name="rate-in-run",
         passed=share > 1 - 1e-6,
         value=f"{share:.0%} of learning_rate",
-        expected=f"all of it within the {total:,} updates of the run",
+        expected=f"the full learning_rate within the {total:,} updates of the run",
         advice="give lr_warmup_steps as a share of the run, such as 0.1",
     )
 
@@ -88,7 +88,7 @@ def discriminator_in_run(rehearsal: Rehearsal) -> Check:
         name="discriminator-in-run",
         passed=factor >= scale * (1 - 1e-6),
         value=f"{factor / scale:.0%} of disc_scale",
-        expected=f"all of it within the {total:,} updates of the run",
+        expected=f"the full disc_scale within the {total:,} updates of the run",
         advice="lower disc_start, disc_warmup_steps or disc_ramp_steps (shares of the run such "
         "as 0.1 work too), raise max_train_steps, or leave the discriminator out: disc_scale 0",
     )
@@ -104,7 +104,7 @@ def kl_in_run(rehearsal: Rehearsal) -> Check:
     return Check(
         name="kl-in-run",
         passed=min(weight, capacity) > 1 - 1e-6,
-        value=f"{weight:.0%} of its weight, {capacity:.0%} of its capacity",
-        expected=f"all of it within the {last + 1:,} updates of the run",
+        value=f"{weight:.0%} of the KL's weight, {capacity:.0%} of its capacity",
+        expected=f"the full weight and capacity within the {last + 1:,} updates of the run",
         advice="give kl_warmup_steps (or kl_capacity_steps) as a share of the run, such as 0.1",
     )

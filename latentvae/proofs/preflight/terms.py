@@ -1,6 +1,7 @@
 """Check that each loss term has its documented size and trains the right modules.
 
-`B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size, `K` codes.
+Symbols: `B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent size, `K`
+codes.
 """
 
 import copy
@@ -57,15 +58,15 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def lpips_gradient(found: Probe) -> Check:
     """Check that the gradient of LPIPS reaches the decoder.
 
-    If LPIPS is computed under `no_grad`, it only adds a constant to the loss. This happens in
-    diffusers' train_autoencoderkl.py.
+    If LPIPS is computed under `no_grad`, LPIPS only adds a constant to the loss. The script
+    train_autoencoderkl.py of diffusers computes LPIPS under `no_grad`.
     """
     return Check(
         name="lpips-gradient",
         passed=found.decoder > 0,
         value=found.decoder,
-        expected="a norm above 0 at the decoder, from LPIPS alone",
-        advice="LPIPS trains nothing. Compute it with gradients to the reconstruction, without "
+        expected="a gradient norm above 0 at the decoder, from LPIPS alone",
+        advice="LPIPS trains nothing. Compute LPIPS with gradients to the reconstruction, without "
         "no_grad and detach.",
     )
 
@@ -76,9 +77,9 @@ def feature_gradient(found: Probe) -> Check:
         name="feature-gradient",
         passed=found.decoder > 0,
         value=found.decoder,
-        expected="a norm above 0 at the decoder, from the feature loss alone",
-        advice="The feature loss trains nothing. Compute it with gradients to the reconstruction, "
-        "without no_grad and detach.",
+        expected="a gradient norm above 0 at the decoder, from the feature loss alone",
+        advice="The feature loss trains nothing. Compute the feature loss with gradients to the "
+        "reconstruction, without no_grad and detach.",
     )
 
 
@@ -92,7 +93,7 @@ def latent_gradient(found: Probe) -> Check:
         name="latent-gradient",
         passed=found.encoder > 0,
         value=found.encoder,
-        expected="a norm above 0 at the encoder, from the pixel term alone",
+        expected="a gradient norm above 0 at the encoder, from the pixel loss alone",
         advice="The encoder does not learn to reconstruct, because the gradient is lost at the "
         "latent. Check straight_through (or gradient) of the quantizer, or the sampling of the "
         "posterior.",
@@ -149,7 +150,7 @@ def logit_laplace(rehearsal: Rehearsal, found: Probe) -> Check:
         expected=expected,
         gradient=found.at_recon,
         slope=slope,
-        stated="the negative log-density, a mean over image elements",
+        stated="the mean of the negative log-density over image elements",
     )
 
 
@@ -173,7 +174,7 @@ def kl(rehearsal: Rehearsal, found: Probe) -> Check:
         expected=expected,
         gradient=found.at_latent,
         slope=slope,
-        stated="nats per image divided by image elements",
+        stated="the KL in nats per image, divided by the number of image elements",
     )
 
 
@@ -183,8 +184,9 @@ def kl_gradient(found: Probe) -> Check:
         name="kl-gradient",
         passed=found.encoder > 0,
         value=found.encoder,
-        expected="a norm above 0 at the encoder, from the KL alone",
-        advice="The KL does not reach the encoder. Do not detach its moments.",
+        expected="a gradient norm above 0 at the encoder, from the KL alone",
+        advice="The gradient of the KL does not reach the encoder. Do not detach the posterior's "
+        "moments.",
     )
 
 
@@ -236,7 +238,7 @@ def _reduction(
     slope: Tensor,
     stated: str,
 ) -> Check:
-    """Compare a term's logged value and the size of its gradient with recomputed values.
+    """Compare a loss term's logged value and the size of its gradient with recomputed values.
 
     Another check reports a missing gradient.
     """
@@ -252,13 +254,13 @@ def _reduction(
         passed=all(abs(ratio - 1) <= allowed for ratio in found.values()),
         value=", ".join(f"{key} {ratio:.4g}" for key, ratio in found.items()),
         expected=f"1 times {stated}, recomputed",
-        advice="The term is not reduced as its weight assumes. So the weight means something "
-        "else at another resolution or batch size.",
+        advice="The loss term is not summed or averaged as its weight assumes. So the same weight "
+        "has another effect at another resolution or batch size.",
     )
 
 
 def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
-    """Yield the checks of commitment and codebook losses that have a weight."""
+    """Yield the checks of commitment and codebook losses whose weight is not 0."""
     if rehearsal.task.config.model.freeze_encoder:
         return
     weighted = {n for n in pixels.out.latent_losses if rehearsal.task.objective.weights[n]}
@@ -276,9 +278,10 @@ def commitment(found: Probe) -> Check:
     return Check(
         name="commitment",
         passed=found.encoder > 0 and found.codes == 0,
-        value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
-        expected="a norm above 0 at the encoder and 0 at the codes, from the commitment alone",
-        advice="commitment_weight weighs the wrong term. Detach the codes in it, not the features.",
+        value=f"gradient norm {found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
+        expected="a norm above 0 at the encoder and 0 at the codes, from the commitment loss alone",
+        advice="commitment_weight multiplies the wrong loss term. In the commitment loss, detach "
+        "the codes, not the features.",
     )
 
 
@@ -287,9 +290,10 @@ def codebook(found: Probe) -> Check:
     return Check(
         name="codebook",
         passed=found.encoder == 0 and found.codes > 0,
-        value=f"{found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
-        expected="a norm above 0 at the codes and 0 at the encoder, from the codebook's loss alone",
-        advice="codebook_weight weighs the wrong term. Detach the features in it, not the codes.",
+        value=f"gradient norm {found.encoder:.3g} at the encoder, {found.codes:.3g} at the codes",
+        expected="a norm above 0 at the codes and 0 at the encoder, from the codebook loss alone",
+        advice="codebook_weight multiplies the wrong loss term. In the codebook loss, detach the "
+        "features, not the codes.",
     )
 
 
@@ -316,8 +320,8 @@ def accumulation(rehearsal: Rehearsal) -> Check:
         name="accumulation",
         passed=error <= SAME,
         value=error,
-        expected="a relative difference near 0 between two micro-steps of one image and one of "
-        "both images",
+        expected="a relative difference near 0 between the gradients of two micro-steps with one "
+        "image each and of one micro-step with both images",
         advice="Divide each micro-step's loss by gradient_accumulation_steps, and keep no state "
         "between micro-steps.",
     )

@@ -20,8 +20,8 @@ NOISE = 10.0  # allowed difference, as a multiple of that between two uninterrup
 # equal by chance.
 LEAST = 1e-3
 ADVICE = (
-    "Do not rely on resuming this configuration. If images, versions and threads did not change "
-    "between the launches, this is a bug of latentvae: report it with both runs."
+    "Do not rely on resuming runs of this configuration. If images, versions and threads did not "
+    "change between the launches, the difference is a bug of latentvae: report it with both runs."
 )
 
 
@@ -30,8 +30,8 @@ class Results:
     """The results of a finished run.
 
     Attributes:
-        tensors: tensors of the last checkpoint and of the exported model, as a dict from groups to
-            dicts from names. Each group has its own check.
+        tensors: tensors of the last checkpoint and of the exported model, by group and by name.
+            Each group has its own check.
         values: plain values, such as counters, sums since the last row of the log, and names of
             unreadable images.
         rows: rows of the log, without times and memory.
@@ -117,8 +117,8 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
         again: results of a second run that was never killed, needed if runs are not equal bit by
-            bit. The killed run may then differ by `NOISE` times the difference between the two
-            uninterrupted runs.
+            bit. If `again` is given, the killed run may differ by `NOISE` times the difference
+            between the two uninterrupted runs.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -140,7 +140,7 @@ def _equal(name: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -
     ]
     value = f"{len(left)} tensors equal"
     if unequal:
-        value = f"{len(unequal)} of {len(left)} tensors differ, first {unequal[0]}"
+        value = f"{len(unequal)} of {len(left)} tensors differ, such as {unequal[0]}"
     passed = not unequal and bool(left)
     return Check(name=name, passed=passed, value=value, expected="equal to the bit", advice=ADVICE)
 
@@ -158,7 +158,8 @@ def _near(
     allowed = max(NOISE * distance(left, again), LEAST)
     found = distance(left, right)
     expected = (
-        f"at most {allowed:.2g} of the norm: {NOISE:g} times the difference of two unbroken runs"
+        f"at most {allowed:.2g} of the norm ({NOISE:g} times the difference between two "
+        f"uninterrupted runs, but at least {LEAST:g})"
     )
     passed = bool(left) and found <= allowed
     return Check(name=name, passed=passed, value=found, expected=expected, advice=ADVICE)
@@ -177,7 +178,7 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """Check that the counters are equal.
+    """Check that the counters of the two runs are equal.
 
     Equal counters mean equal data and equal random numbers, because both follow from the counters.
     """
@@ -202,7 +203,7 @@ def _log(straight: Results, resumed: Results, again: Results | None) -> Check:
             name="log rows",
             passed=bool(straight.rows) and found <= allowed,
             value=found,
-            expected=f"losses within {allowed:.2g} of each other",
+            expected=f"losses of the two runs with a relative difference below {allowed:.2g}",
             advice=ADVICE,
         )
 
@@ -215,7 +216,7 @@ def _log(straight: Results, resumed: Results, again: Results | None) -> Check:
         name="log rows",
         passed=bool(left) and not unequal,
         value=unequal[0] if unequal else f"{len(left)} rows equal",
-        expected="equal to the last digit, except times",
+        expected="values equal to the last digit, except times and memory",
         advice=ADVICE,
     )
 

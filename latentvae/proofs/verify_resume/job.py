@@ -60,7 +60,7 @@ class Job:
     """Launches a short run, uninterrupted or with kills (SIGKILL), and records what happened.
 
     Attributes:
-        task: the task of the short run. Its `open` has been called.
+        task: the task of the short run, whose method `open` has been called.
         work: folder that holds the runs, their output and their `config.yaml`.
         processes: number of processes of each launch.
         seconds: time limit of a launch. A launch that takes longer is killed and counts as hung.
@@ -90,8 +90,8 @@ class Job:
                 code, pace = launch.watch(total=self.config.run.max_train_steps, title=title)
             except Hung:
                 raise UserError(
-                    f"a run that was not killed did not end within {self.seconds:g} s. Its output "
-                    f"is in {launch.output}. Raise launch_timeout if it needs longer."
+                    f"a run that was not killed did not end within {self.seconds:g} s. The run's "
+                    f"output is in {launch.output}. Raise launch_timeout if the run needs longer."
                 ) from None
         if code:
             raise UserError(
@@ -123,25 +123,25 @@ class Job:
                 name="kills",
                 passed=room or over,
                 value=f"{len(self.hits)}, in {', '.join(self.hits) or 'nothing'}",
-                expected=f"{len(kills)}, or one that came after the export",
+                expected=f"{len(kills)} kills, or a kill after the last update",
                 advice=f"Give more --updates than {total}.",
             ),
             Check(
                 name="resumes",
                 passed=done,
                 value=f"launches began after {starts} updates" if done else ended,
-                expected="each launch resumes from the newest complete checkpoint, the last one "
-                "finishes the run",
+                expected="each launch resumes from the newest complete checkpoint, and the last "
+                "launch finishes the run",
                 advice=f"The output of the launches is in {self.work}.",
             ),
             self._leftovers(),
         ]
 
     def _once(self, kill: Kill | None, pace: Pace) -> str:
-        """Launch the killed run once, and kill it at the moment `kill` unless this is None.
+        """Launch the killed run once, and kill it at the moment `kill` (if not None).
 
         Returns:
-            "" if the launch was killed, "done" if it finished, or how it failed.
+            "" if the launch was killed, "done" if it finished, or a text that says how it failed.
         """
         folder, number = self.work / "killed", len(self.starts) + 1
         checkpoint, _ = newest_usable(folder)
@@ -178,7 +178,7 @@ class Job:
             passed=not found,
             value=", ".join(found) or "none",
             expected="none after the last launch",
-            advice="Delete them. No launch reads them, but they take space.",
+            advice="Delete these folders. No launch reads such folders, but they take disk space.",
         )
 
     def _launch(self, name: str, *, output: str) -> Launch:

@@ -158,7 +158,8 @@ class Launch:
     def watch(self, *, total: int, title: str) -> tuple[int, Pace]:
         """Watch the training to its end with a progress bar.
 
-        Return the exit code, and the measured durations of updates, of saves and of the end.
+        Return the exit code, and the measured durations of updates, of saves, and of the time after
+        the last update.
         """
         pace, mark, before, began = Pace(), time.monotonic(), None, None
         with tqdm(total=total, desc=title, unit="update", disable=None, leave=False) as bar:
@@ -184,7 +185,7 @@ class Launch:
         return self.process.wait(), pace
 
     def last_words(self) -> str:
-        """Return the last printed line that is not part of the launcher's traceback."""
+        """Return the printed line that says how the training ended: an error, or the last line."""
         lines = [line.strip() for line in self.output.read_text(errors="replace").splitlines()]
         errors = [line for line in lines if line.startswith("error:")]
         raised = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
@@ -202,7 +203,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _alive(process: psutil.Process) -> bool:
-    """Return whether a process can still write. A zombie cannot."""
+    """Return whether a process can still write files. A zombie process cannot."""
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

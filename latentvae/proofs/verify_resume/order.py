@@ -38,5 +38,6 @@ def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check |
         passed=not wrong and bool(starts),
         value=f"differs from micro-step {wrong[0]}" if wrong else f"equal from micro-steps {shown}",
         expected=f"the same {unit} in each of {total} micro-steps, in every launch",
-        advice=f"Report it as a bug of latentvae, with the number of {unit} and the options.",
+        advice=f"Report the difference as a bug of latentvae, with the number of {unit} and the "
+        "options.",
     )

@@ -45,11 +45,11 @@ def verify_resume(
     Args:
         task: class of the run's task.
         config: the options of the run. This function replaces the options for length, logs,
-            checkpoints and folder. It writes nothing to the run's `output_dir`.
+            checkpoints and folder. Nothing is written to the run's `output_dir`.
         updates: number of updates of each of the two runs.
         kills: how often all processes of the second run are killed by SIGKILL.
         processes: number of processes of each launch.
-        kill_seed: seed of the moments of the kills.
+        kill_seed: seed of the random moments of the kills.
         work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
             is kept if a check failed.
         json: file for the results of the checks. With None, no file is written.
@@ -114,15 +114,17 @@ def _plan(job: Job, *, kills: int) -> str:
     run, device = job.config.run, "CPU" if on_cpu() else "GPU"
     return (
         f"verify-resume: {run.max_train_steps} updates of {run.gradient_accumulation_steps} "
-        f"micro-steps, checkpoints every {run.checkpointing_steps}, processes: {job.processes} "
-        f"({device}), once without kills and once with {kills} kills, in {job.work}"
+        f"micro-steps, a checkpoint every {run.checkpointing_steps} updates, processes: "
+        f"{job.processes} ({device}), once without kills and once with {kills} kills, in {job.work}"
     )
 
 
 def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
     updates, options = job.config.run.max_train_steps, job.config.run
     pace = job.straight("straight", title="straight")
-    print(f"straight: done, {pace.update:.2g} s an update, {pace.save:.2g} s a save", flush=True)
+    print(
+        f"run without kills: {pace.update:.2g} s per update, {pace.save:.2g} s per save", flush=True
+    )
     drawn = draw_kills(kills, updates=updates, save_every=options.checkpointing_steps, seed=seed)
     checks = job.killed(drawn, pace)
     if not checks[1].passed:  # the run did not finish
@@ -160,7 +162,7 @@ def _compared(job: Job) -> list[Check]:
     if all(check.passed for check in compare(straight, again)):
         return checks
     advice = (
-        "Two runs that were not killed differ as well. So the cause is not the resume. On this "
-        "machine, this configuration gives different results each time."
+        "Two runs that were not killed differ as well, so the resume is not the cause of the "
+        "difference. On this machine, this configuration gives different results each time."
     )
     return [check if check.passed else replace(check, advice=advice) for check in checks]

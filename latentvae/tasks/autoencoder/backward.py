@@ -26,16 +26,16 @@ def backward_model(
 ) -> dict[str, Tensor]:
     """Add the gradient of the complete loss to the gradients of the model's parameters.
 
-    The losses are computed on a detached reconstruction. Their gradients with respect to the
-    reconstruction are summed and sent back through the decoder once. No gradient reaches the
-    discriminator's parameters.
+    The losses are computed on a detached reconstruction. The gradients of all losses with
+    respect to the reconstruction are summed, and the sum is sent back through the decoder once. No
+    gradient reaches the discriminator's parameters.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         out: output of the training wrapper for `images`, with its autograd graph.
         objective: terms and weights of the loss.
-        update: number of updates done. The objective's schedules depend on it.
-        last_layer: weight of the decoder's last layer. The adaptive adversarial weight needs it.
+        update: number of updates done, on which the objective's schedules depend.
+        last_layer: weight of the decoder's last layer, for the adaptive adversarial weight.
         adversary: the discriminator and its options. None without a discriminator.
         background: colour behind transparent pixels. LPIPS and the discriminator see RGB images on
             this background (`losses.colors`).

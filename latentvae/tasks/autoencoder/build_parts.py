@@ -43,7 +43,7 @@ def open_features(config: TrainConfig) -> FeatureLoss | None:
     """Return the frozen network whose features `feature_loss` compares, or None without this loss.
 
     Raises:
-        UserError: there is no such network, or it cannot take the training images.
+        UserError: the network does not exist, or it cannot take the training images.
     """
     path = config.objective.feature_loss
     return None if path is None else load_feature_loss(path, sizes=config.train_sizes)
@@ -145,7 +145,7 @@ def discriminator_of(config: TrainConfig) -> Discriminator | None:
 def compute_faster(
     config: TrainConfig, net: Any, metric: PerceptualLoss, accelerator: Accelerator
 ) -> None:
-    """Compile the network's blocks, or use Winograd's convolutions where they are faster."""
+    """Compile the network's blocks, or replace torch's convolutions by Winograd's if faster."""
     if config.run.torch_compile:
         accelerator.print("the first updates compile the network, which takes minutes", flush=True)
         compile_blocks(net)
@@ -156,6 +156,6 @@ def compute_faster(
 
 
 def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Return whether Winograd's convolutions are faster: for float32 on the CPU, channels first."""
+    """Return whether to use Winograd's convolutions: for float32 on the CPU, channels first."""
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     return config.run.winograd and on_cpu and not config.run.channels_last

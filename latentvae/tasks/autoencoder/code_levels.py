@@ -10,7 +10,7 @@ FALLEN_SHARE = 0.5  # Used codes, as a share of the largest number ever in use.
 def code_states(
     values: Mapping[str, float], *, num_codes: int, most_used: dict[str, int]
 ) -> list[tuple[bool, str]]:
-    """Return for each codebook whether it collapses, and a sentence that says so.
+    """Return for each codebook whether it collapses, and the warning to print if it does.
 
     A codebook collapses if its tokens use few of the codes that they could use, or many fewer codes
     than before.

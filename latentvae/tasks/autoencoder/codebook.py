@@ -1,4 +1,4 @@
-"""Initialise and update the codes of a discrete bottleneck, and compute its temperature.
+"""Initialise and update codes of a discrete bottleneck, and compute Gumbel-softmax's temperature.
 
 The codes are initialised by k-means and updated from the vectors of all ranks.
 
@@ -54,8 +54,8 @@ class CodebookUpdate:
 
         Args:
             update: number of the update, from 0.
-            optimizer: the optimizer of the codes. Its moments are set to 0 for restarted codes,
-                which are unused codes that got new values.
+            optimizer: the optimizer of the codes. For restarted codes, which are unused codes that
+                got new values, the optimizer's moments are set to 0.
             averages: moving average (EMA) of each parameter. For restarted codes, the average is
                 set to the new code.
 
@@ -130,7 +130,7 @@ class _Book:
 
 
 def _latent(place: int) -> tuple[int, ...]:
-    """Return counters that give each latent its own random numbers. The first latent has none."""
+    """Return counters that give each latent its own random numbers: none for the first latent."""
     return (2, place) if place else ()
 
 
@@ -236,6 +236,6 @@ def wants_start(config: TrainConfig) -> bool:
 def temperature(config: TrainConfig, update: int) -> float:
     """Return the temperature of Gumbel-softmax in an update (counted from 0).
 
-    The result is 1 for other networks.
+    The result is 1 for networks without Gumbel-softmax.
     """
     return config.model.bottleneck.temperature_at(update)

@@ -5,11 +5,11 @@ discriminator wins (its loss is near 0), or validation LPIPS diverges.
 
     logged values -> is the condition present? -> for long enough? -> finding (printed once)
 
-The values are already averaged over ranks, so every rank gives the same warnings. An observation is
-a row of the log, or a validation. A condition begins or ends only after `PATIENCE` consecutive
-observations over at least `LASTING` updates. So a single unusual row or a small `log_steps` causes
-no warning (finding). A value that moves around the limit of its condition does not cause many
-warnings.
+The logged values are already averaged over ranks, so every rank gives the same warnings. An
+observation is a row of the log, or a validation. A condition begins or ends only after `PATIENCE`
+consecutive observations over at least `LASTING` updates. So a single unusual row or a small
+`log_steps` causes no warning (finding). A value that moves around the limit of its condition does
+not cause many warnings.
 
 `K` codes, `d` latent channels.
 """
@@ -54,11 +54,12 @@ class Watched:
             codes.
         num_codes: number of codes K.
         codes_remedy: text that names options of this quantizer that help against a collapse.
-        validated_on: name of the validation images. Results on other images are not compared.
+        validated_on: name of the validation images. On resume, results on other images are dropped.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
         discriminator_from: update at which the adversarial weight reaches its full value. The watch
-            starts at this update, because before it the model hardly reacts to the discriminator.
-            None means that the discriminator is not watched.
+            of the discriminator starts at this update, because with a small adversarial weight the
+            model hardly reacts to the discriminator. None means that the discriminator is not
+            watched.
         effective_from: update after which the adversarial weight is above 0. None means that the
             discriminator is not watched.
     """
@@ -92,7 +93,7 @@ class Finding:
 class Condition:
     """The history of a watched condition, such as the collapse of the posterior.
 
-    The history is saved in checkpoints. A resume checks the types of its values.
+    The history is saved in checkpoints. On resume, the types of the saved values are checked.
 
     Attributes:
         holds: whether the condition is present.
@@ -119,7 +120,10 @@ class Condition:
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def turns(self, there: bool, *, update: int, patience: int) -> bool:
-        """Record whether the condition is `there`. Return whether it begins or ends now."""
+        """Record whether the condition is present now (`there`).
+
+        Return whether the condition begins or ends at this update.
+        """
         if there == self.holds:
             self.against = 0
             return False
@@ -190,7 +194,7 @@ class CollapseWatch:
         return any(now.holds and now.of_discriminator for now in self._conditions.values())
 
     def discriminator_stops(self, update: int) -> None:
-        """Record that the discriminator is off. This ends the condition `discriminator_won`."""
+        """Record that the discriminator is off, and end the condition `discriminator_won`."""
         self.watched = replace(self.watched, discriminator_from=None, effective_from=None)
         discriminator = self._conditions[DISCRIMINATOR]
         if discriminator.holds:
@@ -209,8 +213,7 @@ class CollapseWatch:
     def _posterior(self, update: int, values: Mapping[str, float]) -> list[Finding]:
         """Check for a collapsed posterior: few active units, or many channels without KL.
 
-        Active units: Burda et al. 2016, arXiv:1509.00519. Channels without KL: Lucas et al. 2019,
-        arXiv:1911.02469.
+        arXiv:1509.00519 defines active units, and arXiv:1911.02469 defines channels without KL.
         """
         start, d = self.watched.posterior_from, self.watched.num_channels
         # Gumbel-softmax has no mean, so it has no active units. A flow mixes channels, so no
@@ -219,7 +222,7 @@ class CollapseWatch:
         if start is None or update <= start or (silent is None and active is None):
             return []
         none = "" if silent is None else f"{silent:.3g} of {d} latent channels have nearly no KL"
-        vary = "" if active is None else f"{active:.0f} of {d} vary with the image"
+        vary = "" if active is None else f"{active:.0f} of {d} latent channels vary with the image"
         return self._observe(
             POSTERIOR,
             update,

@@ -120,7 +120,7 @@ class TrainConfig(ImageJobConfig):
         both = self.discriminator.disc_scale and then.discriminator.disc_scale
         discriminator = f" --discriminator_from {folder}" if both else ""
         return (
-            " To train its model further with the new options, give another output_dir and "
+            " To train that run's model further with the new options, give another output_dir and "
             f"{first}--pretrained_model_name_or_path {export}{discriminator}."
         )
 
@@ -193,7 +193,7 @@ class TrainConfig(ImageJobConfig):
             if value := getattr(self.objective, name):
                 raise ValueError(
                     f"{name} {value:g} and freeze_encoder exclude each other: the KL "
-                    "of a frozen encoder does not change. Leave one of them out."
+                    f"of a frozen encoder does not change. Leave {name} or freeze_encoder out."
                 )
         if not model.has_kl and self.objective.kl_scale not in (0, ObjectiveConfig().kl_scale):
             raise ValueError(f"kl_scale {self.objective.kl_scale:g} {without}, which has no KL")
@@ -225,26 +225,28 @@ class TrainConfig(ImageJobConfig):
         if self.run.torch_compile and self.run.gradient_checkpointing:
             raise ValueError(
                 "torch_compile and gradient_checkpointing exclude each other, because the compiler "
-                "itself decides what the backward pass recomputes. Leave one of them out."
+                "itself decides what the backward pass recomputes. Leave torch_compile or "
+                "gradient_checkpointing out."
             )
         if self.run.torch_compile and self.run.channels_last:
             raise ValueError(
                 "torch_compile and channels_last exclude each other, because the compiler fails in "
-                "the backward pass of channels_last weights. Leave one of them out."
+                "the backward pass of channels_last weights. Leave torch_compile or channels_last "
+                "out."
             )
         if self.run.torch_compile and (buckets := self.data.aspect_ratio_buckets):
             raise ValueError(
                 f"torch_compile does not work with aspect_ratio_buckets {buckets}, because every "
                 "size is compiled separately and torch stops compiling after eight sizes. Leave "
-                "one of them out."
+                "torch_compile or aspect_ratio_buckets out."
             )
 
     def _check_likelihood(self, likelihood: str) -> None:
         """Check that no pixel loss is set, because the decoder's likelihood replaces it."""
         if self.objective.learn_logvar:
             raise ValueError(
-                f"learn_logvar and likelihood {likelihood} exclude each other. Leave one of them "
-                "out."
+                f"learn_logvar and likelihood {likelihood} exclude each other. Leave learn_logvar "
+                "or likelihood out."
             )
         if self.objective.rec_loss != ObjectiveConfig().rec_loss:
             raise ValueError(
@@ -254,7 +256,8 @@ class TrainConfig(ImageJobConfig):
         if scale := self.objective.logit_laplace_scale:
             raise ValueError(
                 f"logit_laplace_scale {scale:g} needs a decoder that returns pixels, but with "
-                f"likelihood {likelihood} it returns other values. Leave logit_laplace_scale out."
+                f"likelihood {likelihood} the decoder returns the parameters of a distribution. "
+                "Leave logit_laplace_scale out."
             )
         if self.objective.rec_target:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Discretise a pretrained KL autoencoder: start its new quantiser, and choose what learns.
+"""Discretise a pretrained KL autoencoder: start its new quantiser, and choose which parts learn.
 
 The adapter is the two 1x1 convolutions before and after the quantiser. First the adapter and the
 codes are set from training images. Then only the quantiser and its adapter learn, for
-`quantizer_warmup_steps` updates. After that, the decoder learns too.
+`quantizer_warmup_steps` updates. After these updates, the decoder learns too.
 """
 
 import time
@@ -37,8 +37,8 @@ def check_discretising(config: TrainConfig, base: Base | None) -> None:
     if discretises and config.model.freeze_encoder:
         raise UserError(
             "freeze_encoder keeps the tokens of a pretrained tokenizer, but the quantiser of a "
-            "discretised KL autoencoder is new. Leave it out: the encoder keeps its weights "
-            "without train_encoder."
+            "discretised KL autoencoder is new. Leave freeze_encoder out: without train_encoder, "
+            "the encoder keeps its weights."
         )
     bottleneck = config.model.bottleneck
     learned = isinstance(bottleneck, LearnedCodebookConfig)
@@ -144,4 +144,7 @@ def _start(
     with computed_alone(net):
         fit_decoder_side(net, pictures)
     seconds = time.monotonic() - start
-    print(f"adapter of the quantiser: {len(pictures)} images, {seconds:.1f} s", flush=True)
+    print(
+        f"set the adapter of the quantiser from {len(pictures)} images in {seconds:.1f} s",
+        flush=True,
+    )

@@ -19,8 +19,8 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
     Args:
         learner: the new discriminator.
         run: folder of the earlier run.
-        lecam: running averages of logits for the LeCam penalty. They are loaded if the earlier run
-            and the new run both have them.
+        lecam: running averages of logits for the LeCam penalty. The averages of the earlier run
+            are loaded if both runs use this penalty.
 
     Raises:
         UserError: the folder has no discriminator, or its discriminator has another shape.
@@ -44,7 +44,7 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
     except UserError as error:
         raise UserError(
             f"discriminator_from '{run}' has a discriminator of another shape. Use the disc_type, "
-            f"disc_norm, disc_channels and disc_layers of that run ({error.__cause__})."
+            f"disc_norm, disc_channels and disc_layers of the earlier run ({error.__cause__})."
         ) from error
     saved = tensors.get("discriminator_optimizer", {})
     load_optimizer_tensors(learner.optimizer, learner.module, saved)

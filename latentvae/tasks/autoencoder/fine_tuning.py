@@ -44,7 +44,8 @@ class Base:
 
     Args:
         name: the name or path that the user gave.
-        net: the network in float32 on the CPU. On resume it is freshly initialised.
+        net: the network in float32 on the CPU. On resume, the network's weights are random
+            until the checkpoint is loaded.
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
         whole: whether `net` has the same class as the loaded network. False if a new asymmetric
@@ -135,7 +136,7 @@ def open_base(config: TrainConfig) -> Base | None:
 def read_base(folder: Path, architecture: str) -> Base | None:
     """Return the pretrained network that a run's base.json describes, with random weights.
 
-    The result is None if there is no such file.
+    The result is None if the run's folder has no base.json.
 
     Raises:
         UserError: base.json is damaged.

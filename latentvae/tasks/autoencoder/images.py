@@ -109,7 +109,7 @@ def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
     The facts are the number of images and the hash of their names, which decide the order. For a
     stream, the facts are data set, configuration, split and column. If the images are table rows
     without names, configuration and column belong to the facts too. The folder of a local data set
-    does not, so the folder may move.
+    is not one of the facts, so the folder may move.
     """
     # streams
     if isinstance(images, ImageStream):
@@ -140,7 +140,7 @@ def batches(
 ) -> tuple[Iterable[Any], int | None]:
     """Return an endless iterable of this rank's batches, and the number of batches in an epoch.
 
-    The number is None for a stream of unknown length.
+    The number of batches is None for a stream of unknown length.
     """
     transform, seed = train_transform(config), config.run.seed
     read, crops = config.images_read, config.data.crops_per_image

@@ -36,7 +36,7 @@ def start_linear(
     images: ImageSource | ImageStream,
     codebook_images: ImageSource,
 ) -> None:
-    """Set the weights of a new network so that it computes a linear code, and a tokenizer's codes.
+    """Set a new network's weights (and a tokenizer's codes) so that it computes a linear code.
 
     The linear code is the principal components of image patches.
 
@@ -104,7 +104,7 @@ def _start(
 
 
 def _gather(config: TrainConfig, loader: Any) -> Tensor:
-    """Return training images, as large as in the first batch, of about `PIXELS` pixels in all."""
+    """Return training images of the first batch's size, of about `PIXELS` pixels in all."""
     found: list[Tensor] = []
     wanted = FEWEST
     for batch in loader:

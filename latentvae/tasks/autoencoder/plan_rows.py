@@ -40,7 +40,7 @@ def _model(task: "AutoencoderTask") -> str:
     frozen = ", encoder frozen" if model.freeze_encoder else ""
     if rank := task.config.low_rank:
         learned = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-        frozen = f", only adapters of rank {rank} learn ({learned:,} numbers)"
+        frozen = f", only adapters of rank {rank} learn ({learned:,} parameters)"
     return f"{kind}, fine-tuned from {task.base.name}{frozen}"
 
 
@@ -53,7 +53,7 @@ def _learns(task: "AutoencoderTask") -> str:
         return "only the quantiser and its convolutions learn"
     if warmup == 0:
         return f"quantiser and {rest} learn{frozen}"
-    return f"the quantiser learns, after update {warmup:,} also the {rest}{frozen}"
+    return f"the quantiser learns, and after update {warmup:,} also the {rest}{frozen}"
 
 
 def _bottleneck(task: "AutoencoderTask") -> str:
@@ -71,7 +71,7 @@ def _posterior(task: "AutoencoderTask") -> str:
         return fixed
     bottleneck: Any = task.wrapper.bottleneck
     prior = f"{_millions(bottleneck)} M parameters"
-    return f"{fixed}, prior a flow of {flow} layers ({prior}, not exported)"
+    return f"{fixed}, the prior is a flow of {flow} layers ({prior}, not exported)"
 
 
 def _latent(task: "AutoencoderTask") -> str:
@@ -82,7 +82,7 @@ def _latent(task: "AutoencoderTask") -> str:
         bpp = tokens * math.log2(codes.number) / math.prod(task.config.data.size)
         return f"{tokens} tokens per image, {bpp:.4g} raw bits per pixel"
     ratio = task.config.data.image_channels * f**2 / d
-    return f"{d} x {rows} x {columns} per image, {ratio:g} times fewer numbers than pixels"
+    return f"{d} x {rows} x {columns} per image, {ratio:g} times fewer values than the image"
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -124,14 +124,14 @@ def _discriminator(task: "AutoencoderTask") -> str:
         return "none"
     start, total = task.progress.discriminator_start, task.config.run.max_train_steps
     if start >= total:
-        return f"never: it would start after update {start:,}, and the run has {total:,}"
+        return f"never: it would start after update {start:,}, and the run has {total:,} updates"
     alone = task.config.discriminator.disc_warmup_steps
     full = start + alone + task.config.discriminator.disc_ramp_steps
     kind = f"{type(task.discriminator).__name__}, {_millions(task.discriminator)} M parameters"
     return (
         f"{kind}, starts after update {start:,}, "
-        f"{f'learns alone for {alone:,}, ' if alone else ''}"
-        f"full weight {task.config.discriminator.disc_scale:g} after {full:,}"
+        f"{f'learns alone for {alone:,} updates, ' if alone else ''}"
+        f"full weight {task.config.discriminator.disc_scale:g} after update {full:,}"
     )
 
 

@@ -31,7 +31,8 @@ def check_posterior(
         if deterministic_posterior and value != PosteriorConfig.model_fields[name].default:
             raise ValueError(
                 f"{name} {value:g} and deterministic_posterior exclude each other, because "
-                f"{name} needs samples of the posterior. Leave one of them out."
+                f"{name} needs samples of the posterior. Leave {name} or deterministic_posterior "
+                "out."
             )
 
 

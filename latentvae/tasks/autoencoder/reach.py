@@ -23,7 +23,7 @@ def check_model_learns(config: TrainConfig) -> None:
             f"the model would make no update: disc_warmup_steps {alone:,} lets only the "
             f"discriminator learn, from the start to the end of the run (max_train_steps "
             f"{total:,}). Give --max_train_steps above {alone:,}, or --disc_warmup_steps "
-            f"{total // 10} (a share such as 0.1 works too)."
+            f"{total // 10} (or a fraction of the run, such as 0.1)."
         )
 
 
@@ -102,5 +102,5 @@ def _line(name: str, value: int, end: int, total: int, lost: str) -> str:
     reaches = "" if value == end else f" ends at update {end:,}, which"
     return (
         f"{name} {value:,}{reaches} is past the end of the run (max_train_steps {total:,}): "
-        f"{lost}. Give a share of the run such as 0.1."
+        f"{lost}. Give {name} as a fraction of the run, such as 0.1."
     )

@@ -77,13 +77,14 @@ def export_folder(
         lookup_from_codebook: export for diffusers' aMUSEd pipeline, as a run with the option
             `lookup_from_codebook` does.
         push_to_hub: also upload the export to the Hugging Face Hub.
-        hub_model_id: repository, owner/name. By default, its name is the name of the run's folder.
+        hub_model_id: repository, owner/name. By default, the repository is named like the run's
+            folder.
         hub_private_repo: make a new repository private.
 
     Raises:
         UserError: `folder` is not a run or has no checkpoint, or `out` exists and `overwrite` is
             off.
-        UploadError: the upload failed. The export itself is complete.
+        UploadError: the upload failed. The export in `out` is complete.
     """
     # options
     config = read_config(folder / "config.yaml", TrainConfig)
@@ -153,7 +154,7 @@ def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
     if averaged and "model_average" not in tensors:
         raise UserError(
             f"checkpoint '{checkpoint}' has no model_average.safetensors, but the run averages its "
-            "weights (use_ema). Another version of latentvae has written it."
+            "weights (use_ema). Another version of latentvae wrote this checkpoint."
         )
     weights = averaged_or_trained(tensors, "model")
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
@@ -175,8 +176,8 @@ def export_of_run(
     Args:
         net: the network with the weights to export, in eval mode.
         config: the run's options.
-        images: two sources of images. The first gives the statistics of the latents. The second is
-            used to compare the network with the loaded export.
+        images: two sources of images. The first source gives the statistics of the latents.
+            Images of the second source are used to compare the network with the loaded export.
         update: number of updates done.
         folder: the run's folder.
         out: the export's folder.
@@ -279,15 +280,15 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
     if encoder_sha256(net) != base.encoder_sha256:
         raise RuntimeError(f"the encoder was frozen, but differs from the encoder of {base.name}")
     description = (
-        f"The decoder of {name}, fine-tuned. The encoder is bit for bit that of the base "
-        f"(sha256 of its weights {base.encoder_sha256}). Scaling and shift are kept. Latents and "
-        "the models that generate them stay valid."
+        f"The decoder of {name}, fine-tuned. The encoder is bit for bit that of the pretrained "
+        f"network (sha256 of the encoder's weights {base.encoder_sha256}). Scaling and shift of "
+        "the latents are unchanged. Existing latents, and models that generate latents, stay valid."
     )
     if rank := config.low_rank:
         description += (
-            f" The folder `lora` holds the same change as adapters of rank {rank}: "
-            '`vae.load_lora_adapter("lora", prefix=None, use_safetensors=True)` adds them to the '
-            "base (it needs peft)."
+            f" The folder `lora` holds the same change as adapters of rank {rank}. "
+            '`vae.load_lora_adapter("lora", prefix=None, use_safetensors=True)` adds the adapters '
+            "to the pretrained network, and needs the package peft."
         )
     return replace(card, description=description)
 
@@ -311,7 +312,7 @@ def compared_with_base(folder: Path, update: int) -> str:
             ("LPIPS", "validation/lpips", 3, ""),
         )
     ]
-    return f"From the base to this model: {', '.join(parts)}."
+    return f"From the pretrained network to this model: {', '.join(parts)}."
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
@@ -341,7 +342,7 @@ def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
         else ""
     )
     if row and row["validation/images"] < LEAST_VALIDATION_IMAGES:
-        protocol += " These are too few images to compare models by."
+        protocol += " The number of validation images is too small to compare models."
 
     # the card
     grid, private = sample_path(folder, update), marked(TrainConfig, Private)

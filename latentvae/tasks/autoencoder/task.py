@@ -95,7 +95,8 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
     def begin(self, update: int) -> None:
         if self.progress.discriminator_stopped is not None:
             self.say(
-                f"the discriminator is off since update {self.progress.discriminator_stopped:,}"
+                "the discriminator has been off since update "
+                f"{self.progress.discriminator_stopped:,}"
             )
         # A resume with a new `--disc_watch disable` may switch the discriminator off now.
         self._tell([], update)
@@ -154,7 +155,7 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
     def _tell(self, findings: list[Finding], update: int) -> None:
         """Print new warnings.
 
-        With `--disc_watch disable`, switch off the discriminator if it may help.
+        With `--disc_watch disable`, switch off the discriminator if it may cause a current problem.
         """
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")
@@ -215,7 +216,7 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
         if any(
             not math.isfinite(n) or n < 0 or n % 1 or n > 2**53 for n in (state.units or [[]])[0]
         ):
-            raise not_of_a_run("units: a count is not a number of values")
+            raise not_of_a_run("units: a count is not a whole number from 0 to 2^53")
         device = self.accelerator.device
         self.units = ActiveUnits(d, device=device, saved=state.units or None)
 

@@ -181,9 +181,9 @@ class LearningAutoencoder(Task):
         return range(start, max(start, stop))
 
     def _choose_parts(self, update: int) -> None:
-        """Freeze the waiting parts until the warm-up of a new quantiser ends.
+        """Freeze the decoder, and a learning encoder, until a new quantiser's warm-up ends.
 
-        A weight without a gradient is not changed by the optimizer, also not by weight decay.
+        The optimizer, including its weight decay, does not change a weight without a gradient.
         """
         for part in self._waiting:
             part.requires_grad_(update >= warmup_steps(self.config))
@@ -304,7 +304,7 @@ class LearningAutoencoder(Task):
         self._means = []
 
     def _move_kl_weight(self, update: int, found: Sequence[float]) -> dict[str, Tensor]:
-        """Adjust the KL's weight for the next update. Return this update's weight for the log."""
+        """Return the KL's weight of this update for the log, and adjust it for the next update."""
         target = self.objective.kl_target
         if target is None:
             return {}

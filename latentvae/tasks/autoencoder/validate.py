@@ -63,10 +63,11 @@ def validate(
         `validation/psnr` (dB, mean of per-image values), `validation/ssim`, `validation/lpips` and
         `validation/images` (number of images). A tokenizer also has `validation/usage` (share of
         the codes that are used), `validation/perplexity`, `validation/entropy_bits` (per token) and
-        `validation/tokens` (number of tokens of all images). At most `validation/tokens` codes can
-        be used. A tokenizer can have several levels (token maps). If each level has its own codes,
-        these values are means over the levels. The values of single levels are
-        `validation/usage_level0` and so on, also for perplexity and tokens.
+        `validation/tokens` (number of tokens of all images). The number of used codes is at most
+        the number of tokens. A tokenizer can have several levels (token maps). If each level has
+        its own codes, usage, perplexity and entropy are means over the levels, and
+        `validation/tokens` counts the tokens of the first level. The values of the first level are
+        `validation/usage_level0`, `validation/perplexity_level0` and `validation/tokens_level0`.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

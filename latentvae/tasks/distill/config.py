@@ -81,8 +81,8 @@ class DistillLossConfig(PixelLossConfig):
         default=1.0,
         description=(
             "Weight of the encoder's loss, which is the mean squared error between the student's "
-            "latents and the teacher's latents. Before this, the teacher's latents are scaled to a "
-            "variance of about 1."
+            "latents and the teacher's latents. For this loss, the teacher's latents are scaled to "
+            "a variance of about 1."
         ),
     )
     latent_noise: Weight = Field(

@@ -162,7 +162,7 @@ def _card(
 
 
 _SNIPPETS = {
-    "AutoencoderTiny": """# z are latents as pipelines hold them, such as
+    "AutoencoderTiny": """# z: latents in the scale of the diffusion model, such as
 # (teacher's latents - {shift:g}) * {scaling:g}
 images = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)""",
     "AutoencoderKLFlux2": """# images (B, 3, H, W) in [-1, 1]
@@ -171,10 +171,10 @@ images = vae.decode(z).sample.clamp(-1, 1)""",
 }
 _USAGE = {
     "AutoencoderTiny": (
-        "Its `scaling_factor` is 1 and its `shift_factor` 0, because it reads the latents as a "
-        "diffusion model makes them. In a pipeline of the teacher, set `pipe.vae = vae`. Do not "
-        "switch tiling on: diffusers' tiles of this class assume 3 image channels, 4 latent "
-        "channels and f = 8."
+        "This model has `scaling_factor` 1 and `shift_factor` 0, because its decoder takes latents "
+        "in the scale of the diffusion model. In a diffusion pipeline that uses the teacher, set "
+        "`pipe.vae = vae`. Do not switch tiling on: diffusers' tiles of this class assume 3 image "
+        "channels, 4 latent channels and f = 8."
     ),
     "AutoencoderKLFlux2": (
         "Encoder and normalisation are those of the teacher. In a pipeline of FLUX.2, set "

@@ -58,7 +58,8 @@ class LatentsConfig(Section):
             "diffusers' pipelines do for this autoencoder. `channel` uses the mean and the "
             "standard deviation of each channel, measured on the training latents. With `channel`, "
             "the exported model needs latentvae's FlowPipeline and does not load with diffusers "
-            "alone. The same holds for autoencoders whose pipelines shift latents."
+            "alone. The exported model also needs FlowPipeline if the autoencoder's pipelines "
+            "shift latents."
         ),
     )
     posterior_sample: bool = Field(
@@ -66,7 +67,8 @@ class LatentsConfig(Section):
         description=(
             "In each update, draw a new sample from the posterior of each image. This has an "
             "effect only on latents that were encoded with `latentvae encode --moments`. "
-            "Otherwise, or if this option is off, the model learns from the posterior means."
+            "Without `--moments`, or if this option is off, the model learns from the posterior "
+            "means."
         ),
     )
 
@@ -165,7 +167,8 @@ class FlowConfig(Section):
         given = [name for name, value in texts.items() if value is not None]
         if self.condition in ("class", "none") and given:
             raise ValueError(
-                f"{given[0]} has no meaning with condition {self.condition}. Leave one of them out."
+                f"{given[0]} has no meaning with condition {self.condition}. Leave {given[0]} or "
+                "condition out."
             )
         if self.text_encoder is None and (self.condition == "text" or given):
             asks = "captions" if given else "condition text"

@@ -36,7 +36,7 @@ tags: [latentvae, flow-matching, image-generation]
 # {name}
 
 A flow matching model on the latents of an autoencoder, trained with latentvae. The network is a
-`{network}` of {millions} M parameters. It makes latents of {shape}. Condition:
+`{network}` of {millions} M parameters. The network makes latents of shape {shape}. Condition:
 {condition}.
 
 {samples}## Use
@@ -53,8 +53,8 @@ A flow matching model on the latents of an autoencoder, trained with latentvae. 
 |---|---|
 {rows}
 
-Means over {images:,} unseen images after update {update:,}. Lower is better. Noise levels are
-logit-normal with shift {shift:g}.
+The values are means over {images:,} unseen images after update {update:,}. Lower is better. Noise
+levels are logit-normal with shift {shift:g}.
 
 ## Training
 
@@ -64,7 +64,7 @@ logit-normal with shift {shift:g}.
 
 SAMPLES = """![Samples](samples.png)
 
-Samples of the averaged weights, not selected.
+Random samples of this model, not selected by quality.
 
 """
 
@@ -80,7 +80,7 @@ pictures = pipe(
     ["a photo"] * 4,
     guidance_scale=1.5,
     num_inference_steps=25,
-    use_resolution_binning=False,  # draw at the size of the training
+    use_resolution_binning=False,  # draw at the training resolution
     clean_caption=False,  # prompts are prepared as in the training
     max_sequence_length={longest},
 ).images"""
@@ -95,7 +95,7 @@ def open_autoencoder(path: str | None, data: LatentData) -> Any:
     """Return the autoencoder that made the latents.
 
     Args:
-        path: the autoencoder's folder. None means the autoencoder in the manifest of the latents.
+        path: the autoencoder's folder. None means the one named in the latents' manifest.
         data: the latents.
 
     Raises:
@@ -124,7 +124,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
     """Write the pipeline as a folder, and check that it loads with the same weights.
 
     Returns:
-        The loss of the last validation, or None if there was none.
+        The validation loss at `update`, or None if there was no validation at this update.
 
     Raises:
         RuntimeError: the loaded network differs from the trained one.
@@ -154,7 +154,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
 
 
 def _check_equal(task: "FlowTask", folder: Path) -> None:
-    """Load the exported network and autoencoder, and compare them with those of the training."""
+    """Raise RuntimeError if the exported network or autoencoder differs from the original."""
     # the network: the same velocities for some classes or captions, and for none
     text = task.condition == "text"
     kind: Any = PixArtTransformer2DModel if text else DiTTransformer2DModel
@@ -173,11 +173,14 @@ def _check_equal(task: "FlowTask", folder: Path) -> None:
     # the autoencoder
     autoencoder = open_model(folder / "vae", device="cpu")
     if autoencoder.info()["weights_sha256"] != task.data.content.model_sha256:
-        raise RuntimeError("the export's autoencoder differs from the autoencoder of the latents")
+        raise RuntimeError("the export's autoencoder is not the autoencoder that made the latents")
 
 
 def _classes(task: "FlowTask") -> tuple[Condition, Condition]:
-    """Return "no class" and some classes, once for the trained network and once for the export."""
+    """Return class indices twice: for the trained network and for the exported network.
+
+    The first index means "no class".
+    """
     numbers = [NO_CLASS, *range(min(task.num_classes, CHECKED))]
     classes = torch.tensor(numbers, device=task.net.device)
     return classes, classes
@@ -198,11 +201,11 @@ def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
     if ours.keys() != theirs.keys() or any(
         not torch.equal(value.cpu(), theirs[name].float()) for name, value in ours.items()
     ):
-        raise RuntimeError("the export's text encoder differs from that of the training")
+        raise RuntimeError("the export's text encoder differs from the one used in training")
     captions = ["", *dict.fromkeys(task.data.validation.captions)][: CHECKED + 1]
     words = type(task.words).from_pretrained(folder / "tokenizer", use_safetensors=True)
     if words(captions).input_ids != task.words(captions).input_ids:
-        raise RuntimeError("the export's tokenizer differs from that of the training")
+        raise RuntimeError("the export's tokenizer differs from the one used in training")
     states = task.states(captions)
     return states, states
 
@@ -215,7 +218,7 @@ def _card(
         "validation/loss": "this model",
         "validation/loss_wrong_class": "this model, given a wrong class",
         "validation/loss_wrong_text": "this model, given a wrong caption",
-        "validation/loss_gaussian": "the best model of independent Gaussian values",
+        "validation/loss_gaussian": "the best model of independent Gaussian latent values",
     }
     options = {k: public_value(v) for k, v in flat(config).items() if k not in private}
     options["latents"] = [public_value(folder) for folder in config.latents.latents]

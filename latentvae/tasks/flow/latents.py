@@ -1,6 +1,6 @@
 """Open folders of latents as one table in memory, and hold out some images for validation.
 
-`n` images, `B` batch, `d` latent channels, `h w` latent positions.
+Symbols: `n` images, `B` batch, `d` latent channels, `h w` height and width of latents.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ class LatentTable(ItemTable):
     """The latents of images, in memory.
 
     Attributes:
-        z: (n, d, h, w), in the type of the shards.
+        z: latents (n, d, h, w), in the data type that the shards have.
         stds: posterior standard deviations, like `z`, or None.
     """
 
@@ -98,7 +98,8 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
     """Read all latents, and choose the latents for validation.
 
     Raises:
-        UserError: a folder holds no latents or damaged latents, or the folders do not fit together.
+        UserError: a folder holds no latents or damaged latents, two folders differ in autoencoder,
+            shape, classes or moments, or the validation images are also training images.
     """
     first, train, validation = open_split(
         LatentDataset,
@@ -128,7 +129,11 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
 def _normalization(
     content: Content, train: LatentTable, options: LatentsConfig
 ) -> LatentNormalization:
-    """Return the normalisation of the autoencoder's pipelines, or one measured on the latents."""
+    """Return the normalisation that the option `normalization` chooses.
+
+    `model` takes the normalisation of the autoencoder's diffusers pipelines. `channel` measures
+    the latents.
+    """
     norm = content.normalization
     assert norm is not None  # every folder of latents has a normalisation
     if options.normalization == "model":
@@ -145,8 +150,8 @@ def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalizat
     """Return a normalisation by the measured mean and standard deviation of each channel.
 
     Args:
-        train: the latents to measure. If the table has posterior standard deviations, the result is
-            for samples of the posteriors.
+        train: the latents to measure. If the table has posterior standard deviations, the result
+            normalises samples of the posteriors, not their means.
         fold: side of the squares of positions that are folded into channels. 1 folds nothing.
 
     Raises:
@@ -163,8 +168,8 @@ def measured_normalization(train: LatentTable, *, fold: int) -> LatentNormalizat
         std = (std.square() + torch.cat(noise).double().mean(dim=(0, 2, 3))).sqrt()
     if (constant := (std < 1e-6).nonzero().flatten().tolist()) != []:
         raise UserError(
-            f"channel {constant[0]} of the latents is constant, so it has no scale. Give "
-            "--normalization model."
+            f"channel {constant[0]} of the latents is constant, so it cannot be scaled to "
+            "variance 1. Give --normalization model."
         )
     return LatentNormalization(1.0, 0.0, mean.float(), (1 / std).float(), fold)
 

@@ -2,7 +2,7 @@
 
     export = engine.loop.train(FlowTask(config))
 
-`B` batch, `d` latent channels, `h w` latent positions.
+Symbols: `B` batch, `d` latent channels, `h w` height and width of latents.
 """
 
 from collections.abc import Mapping
@@ -93,13 +93,13 @@ class FlowTask(GeneratorTask):
         if height != width:
             raise UserError(
                 f"the latents are {height} x {width}, but the network needs square latents. Encode "
-                "with one number as --resolution."
+                "the images again, with one number as --resolution."
             )
         if height % options.patch_size:
             fits = max(n for n in range(1, options.patch_size) if height % n == 0)
             raise UserError(
                 f"patch_size {options.patch_size} does not divide the side of the latents, "
-                f"{height}. The nearest smaller one that does is {fits}."
+                f"{height}. The next smaller divisor is {fits}."
             )
         self.shift = (
             default_shift(channels * height * width) if options.shift == "auto" else options.shift
@@ -206,7 +206,7 @@ class FlowTask(GeneratorTask):
     def plan(self) -> dict[str, str]:
         size = sum(p.numel() for p in self.net.parameters())
         shape = " x ".join(map(str, self.data.shape))
-        dropped = f"dropped for {self.config.flow.condition_dropout:.0%} of the images"
+        dropped = f"no condition for {self.config.flow.condition_dropout:.0%} of the images"
         kinds = {"class": f"{self.num_classes} classes, {dropped}", "none": "none"}
         if self.encoder is not None:
             kinds["text"] = f"captions, {dropped}, read by {describe_encoder(self.encoder)}, frozen"
@@ -218,7 +218,7 @@ class FlowTask(GeneratorTask):
             ),
             "condition": kinds[self.condition],
             "noise levels": f"shift {self.shift:g}",
-            "to beat": f"loss {self.gaussian:.4f}, of independent Gaussian values",
+            "to beat": f"loss {self.gaussian:.4f}, best model of independent Gaussian latents",
         }
 
     def warnings(self) -> list[str]:
@@ -244,7 +244,7 @@ class FlowTask(GeneratorTask):
         return {"loss/flow": loss.detach()}
 
     def draw(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return noise with the shape of `x`, and noise levels (B,), from the global generator."""
+        """Return noise like `x`, and noise levels (B,), both from torch's global generator."""
         return torch.randn_like(x), draw_sigmas(len(x), shift=self.shift, device=self.device)
 
     def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
@@ -253,9 +253,9 @@ class FlowTask(GeneratorTask):
         With the condition "text", the captions are returned in place of the classes.
 
         Args:
-            batch: images of a table.
-            sample: draw from the posterior, if the table has standard deviations. Otherwise the
-                latents are the posterior means.
+            batch: rows of a `LatentTable`.
+            sample: whether to draw latents from the posterior, if the table has standard
+                deviations. If not, the latents are the posterior means.
         """
         z = batch.z
         if sample and batch.stds is not None:
@@ -267,7 +267,7 @@ class FlowTask(GeneratorTask):
         return x, classes if self.num_classes else torch.full_like(classes, NO_CLASS)
 
     def drop_condition(self, known: Known) -> Known:
-        """Drop the class or caption of some images, chosen by the global random generator.
+        """Drop the class or caption of some images, chosen by torch's global generator.
 
         A dropped caption becomes "".
         """
@@ -318,7 +318,7 @@ class FlowTask(GeneratorTask):
     def _losses(self, batch: Batch, numbers: range) -> dict[str, Tensor]:
         """Return the loss (B,) of each image, with its own class or caption and with a wrong one.
 
-        Noise and noise levels depend only on the image's number.
+        Noise and noise levels depend only on the image's index: they never change between updates.
         """
         x, known = self.moved(batch)
         conditions = {"right": self.read(known), **self._wrong(known)}
@@ -336,7 +336,10 @@ class FlowTask(GeneratorTask):
         return losses
 
     def _wrong(self, known: Tensor | list[str]) -> dict[str, Condition]:
-        """Return a wrong class or caption for each image, or {} if there is only one."""
+        """Return a wrong class or caption for each image.
+
+        The result is {} if there are fewer than two classes or captions.
+        """
         if isinstance(known, Tensor):
             wrong = (known + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)
             several = self.num_classes > 1
@@ -382,7 +385,7 @@ class FlowTask(GeneratorTask):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes, empty without condition."""
+        """Names of the classes. The list is empty if the condition is not "class"."""
         names = self.data.content.class_names or [f"class {i}" for i in range(self.num_classes)]
         return list(names) if self.num_classes else []
 

@@ -1,6 +1,6 @@
 """Define the module that training calls, and the loss of flow matching.
 
-`B` batch, `d` latent channels, `h w` latent positions.
+Symbols: `B` batch, `d` latent channels, `h w` height and width of latents.
 """
 
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from latentvae.priors.flow_matching import noised
 
 
 class TrainedFlow(nn.Module):
-    """The module that training calls. It returns the loss: a mean squared error, a scalar.
+    """The network with its loss: `forward` returns the mean squared error, a scalar.
 
     Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
-    precision. Accelerate prepares this module, and not the network inside. So validation, which
+    precision. Accelerate prepares `TrainedFlow`, and not the network inside. So validation, which
     calls the network itself, computes in float32.
     """
 

@@ -52,15 +52,16 @@ class LikelihoodDataConfig(DataConfig):
         description=(
             "Fraction (0 to 1) of the pixel values in training that are replaced by random values. "
             "Use 0.1 to 0.3 to train a background model. To find anomalies, the log-likelihood "
-            "under this model is subtracted from that under another model (`latentvae anomaly fit "
-            "--correction ratio`). 0 replaces no values."
+            "under the background model is subtracted from the log-likelihood under a model that "
+            "was trained without random values (`latentvae anomaly fit --correction ratio`). "
+            "0 replaces no values."
         ),
     )
     cache_images: bool = Field(
         default=True,
         description=(
-            "Read all images once, at the start, and keep them in memory as bytes. This is much "
-            "faster for small images. It works only with `--crop center`."
+            "Read all images once, at the start, and keep them in memory as bytes. For small "
+            "images, training is then much faster. This option works only with `--crop center`."
         ),
     )
 
@@ -120,7 +121,7 @@ class LikelihoodConfig(ImageJobConfig):
         self.check_batch()
         self._check_images()
         if self.run.mixed_precision == "fp16":
-            raise ValueError("mixed_precision fp16 is not supported. Use bf16 or no instead.")
+            raise ValueError("mixed_precision fp16 is not supported. Set it to bf16 or no.")
         if self.run.gradient_checkpointing and not self.vae.can_checkpoint:
             raise ValueError(
                 f"gradient_checkpointing is not available for architecture "
@@ -158,17 +159,17 @@ class LikelihoodConfig(ImageJobConfig):
         if not self.vae.has_classes:
             if self.data.labels_per_class:
                 raise ValueError(
-                    f"labels_per_class {self.data.labels_per_class} needs architecture classes "
+                    f"labels_per_class {self.data.labels_per_class} needs architecture 'classes' "
                     f"(got {self.vae.architecture}). Give --config m2_mnist."
                 )
             return
         if not self.data.cache_images:
             raise ValueError(
-                "architecture classes needs the images in memory. Give --cache_images."
+                "architecture 'classes' needs the images in memory. Give --cache_images."
             )
         if self.objective.bound != "elbo" or self.objective.train_samples > 1:
             raise ValueError(
-                "architecture classes needs bound elbo and train_samples 1 (got "
+                "architecture 'classes' needs bound elbo and train_samples 1 (got "
                 f"{self.objective.bound} and {self.objective.train_samples})."
             )
 
@@ -181,7 +182,7 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if self.vae.likelihood == "bernoulli" and data.binarize == "none":
             raise ValueError(
-                "likelihood bernoulli is for binary images. Give --binarize dynamic, static or "
+                "--likelihood bernoulli is for binary images. Give --binarize dynamic, static or "
                 "threshold, or another likelihood."
             )
 
@@ -191,7 +192,9 @@ class LikelihoodConfig(ImageJobConfig):
             )
         if not data.cache_images:
             if data.binarize == "static":
-                raise ValueError("binarize static needs the images in memory. Give --cache_images.")
+                raise ValueError(
+                    "--binarize static needs the images in memory. Give --cache_images."
+                )
             return
         fixed = {"crop": "center", "crops_per_image": 1, "streaming": False}
         for name, value in fixed.items():

@@ -1,15 +1,16 @@
 """Train M2, a VAE that also models the class y of an image x, if only some images have a label.
 
-The loss is the objective of Kingma et al. (arXiv:1406.5298, equation 9), negated and divided by the
-number of images N:
+The loss is the objective in equation 9 of arXiv:1406.5298, negated and divided by the number of
+images N:
 
     alpha E[-ln q(y|x)] - share E[L(x, y)] - (1 - share) E[U(x)]
 
-Here q(y|x) is the classifier, and alpha is its weight. L(x, y) is the lower bound of ln p(x, y) for
-an image with a label, and U(x) is the lower bound of ln p(x) for an image without a label. The
-first two means E[...] are over the images with a label, whose share of N is `share`. The last mean
-is over the batch, which may hold images with a label too. In the warm-up, and if all images have a
-label, the loss is E[-ln q(y|x)] - E[L(x, y)].
+Here q(y|x) is the classifier, and alpha is the weight of the classification loss. L(x, y) is the
+lower bound of ln p(x, y) for an image with a label, and U(x) is the lower bound of ln p(x) for an
+image without a label. The means E of -ln q(y|x) and of L(x, y) are over the images with a label,
+which are the fraction `share` of all images. The mean E[U(x)] is over the batch, which may hold
+images with a label too. In the first `label_warmup_steps` updates, and if all images have a label,
+the loss is E[-ln q(y|x)] - E[L(x, y)].
 
 Symbols: `B` batch, `C` channels, `H W` image size.
 """
@@ -49,10 +50,11 @@ class ClassTraining(nn.Module):
         q(y|x) is the classifier. L and U are the lower bounds of ln p(x, y) and of ln p(x).
 
         Args:
-            images: images of the batch, (B, C, H, W). Their labels are not used.
+            images: images of the batch, (B, C, H, W), used without their labels.
             labelled, classes: images with a label, (n, C, H, W), and their classes, (n,).
-            least: classes with a smaller q(y|x) are left out of U(x) (`ClassVAE.unlabelled_bound`).
-            all_images: whether to compute U(x). Otherwise the third result is None.
+            least: classes with q(y|x) below `least` are left out of U(x), see
+                `ClassVAE.unlabelled_bound`.
+            all_images: whether to compute U(x). If false, the third result is None.
         """
         error = F.cross_entropy(self.net.logits(labelled), classes)
         bound = self.net.labelled_bound(labelled, classes).mean()
@@ -79,7 +81,8 @@ class Classes:
         if own is None:
             raise UserError(
                 "this network needs training images with classes. Put the images of each class "
-                f"into a folder of its own, and the others into a folder '{UNLABELLED_FOLDER}'."
+                "into a folder of its own, and images without a class into a folder "
+                f"'{UNLABELLED_FOLDER}'."
             )
         others = class_names_of(validation) or [None] * len(validation)
         self.names = sorted({name for name in own if name is not None}, key=_by_number)
@@ -134,8 +137,8 @@ def some_labels(classes: Tensor, names: list[str], *, per_class: int, seed: int)
         places = (classes == number).nonzero().squeeze(1)
         if len(places) < per_class:
             raise UserError(
-                f"labels_per_class {per_class} is more than class '{name}' has ({len(places)} "
-                "images that can be read)."
+                f"labels_per_class {per_class} is more than the {len(places)} readable images of "
+                f"class '{name}'."
             )
         kept[places[torch.randperm(len(places), generator=generator)[:per_class]]] = number
     return kept
@@ -162,8 +165,8 @@ class ClassLoss:
         """Draw images with a label by torch's global generator, and return their indices.
 
         Args:
-            batch: indices of the images of the batch. If all images have a label, these indices are
-                returned.
+            batch: indices of the images of the batch. If all images have a label, `draw` returns
+                `batch`.
         """
         if self.share == 1.0:
             return batch

@@ -47,7 +47,7 @@ def read_all(
 
     if not kept:
         name, reason = next(iter(bad.reasons.items()), ("the data", "it is empty"))
-        raise UserError(f"no image can be read. The first is {printable(name)} ({reason}).")
+        raise UserError(f"no image can be read. The first error: {printable(name)} ({reason}).")
     return pixels[: len(kept)], kept
 
 
@@ -92,8 +92,8 @@ def perturbed(images: Tensor, *, rate: float) -> Tensor:
     """Return images with random values replaced, to train the background model of anomaly scores.
 
     The score is the ratio of an image's likelihoods under the model and under the background model
-    (arXiv:1906.02845). Each value is replaced with probability `rate` by a uniform 8-bit value. The
-    paper uses rates of 0.1 to 0.3. torch's global generator draws the values.
+    (arXiv:1906.02845, with rates of 0.1 to 0.3). Each value is replaced with probability `rate` by
+    a uniform 8-bit value. torch's global generator draws the values.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -105,7 +105,10 @@ def perturbed(images: Tensor, *, rate: float) -> Tensor:
 
 
 def binary_bytes(pixels: Tensor, *, seed: int) -> Tensor:
-    """Draw binary images once, as bytes 0 and 255. `pixels` are bytes, (N, C, H, W)."""
+    """Return binary images as bytes: 255 with probability (grey value) / 255, else 0.
+
+    `pixels` are the grey images as bytes, (N, C, H, W).
+    """
     generator, result = torch.Generator().manual_seed(seed), torch.empty_like(pixels)
     for part, drawn in zip(pixels.split(DRAWN_AT_ONCE), result.split(DRAWN_AT_ONCE), strict=True):
         drawn.copy_(torch.bernoulli(part.float() / 255.0, generator=generator) * 255.0)

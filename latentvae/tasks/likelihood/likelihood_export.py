@@ -25,9 +25,9 @@ tags: [latentvae, vae, likelihood]
 
 # {name}
 
-A variational autoencoder with a likelihood, trained with latentvae by the bound `{bound}`. It has
-{millions} M parameters and {groups} groups of latents, for images of {shape}. The pixels have the
-distribution `{likelihood}`.
+A variational autoencoder, trained with latentvae by the bound `{bound}` of the likelihood. The
+network has {millions} M parameters and {groups} groups of latents, for images of shape {shape}. The
+pixels have the distribution `{likelihood}`.
 
 {samples}## Use
 
@@ -48,7 +48,7 @@ nats = -net(images).elbo()             # images in [-1, 1]
 |---|---|
 {rows}
 
-Means over {images:,} unseen images after update {update:,}. Lower is better.
+The values are means over {images:,} unseen images after update {update:,}. Lower is better.
 
 ## Training
 
@@ -58,7 +58,7 @@ Means over {images:,} unseen images after update {update:,}. Lower is better.
 
 SAMPLES = """![Samples](samples.png)
 
-Samples from the prior, not selected.
+Random samples of this model, not selected by quality.
 
 """
 NAMES = {
@@ -109,7 +109,10 @@ def export_network(
 
 
 def _unchanged_preset(config: LikelihoodConfig) -> str:
-    """Return the name of the run's preset, or "" if the run changed its network or loss."""
+    """Return the name of the run's preset, or "" if the run does not use an unchanged preset.
+
+    The network, the loss and the option `binarize` must be those of the preset.
+    """
     if config.config not in preset_names(LikelihoodConfig) or Path(config.config).is_file():
         return ""
     preset = load_preset(config.config, LikelihoodConfig)
@@ -124,7 +127,7 @@ def _check_equal(task: "LikelihoodTask", folder: Path) -> None:
         torch.equal(ours[name].cpu(), theirs[name]) for name in ours
     )
     if not same:
-        raise RuntimeError("the exported network has other weights than the trained one")
+        raise RuntimeError("the exported network has other weights than the trained network")
 
 
 def _card(

@@ -48,11 +48,11 @@ def measure_folder(
         model: folder of an exported network or of a finished run.
         data: images, in any form that `open_source` reads.
         samples: number of latent samples per image.
-        max_images: largest number of images.
+        max_images: largest number of images to measure.
         batch_size: number of images that are computed at once.
-        binarize: how to make images binary, "static" or "threshold". None takes what the network
-            expects.
-        seed: seed of latents and binary images.
+        binarize: how to make images binary, "static" or "threshold". None takes the value
+            that is stored with the network.
+        seed: seed of the latent samples and of the random binary pixels.
         json: file for the results.
         device: device of the computation. None takes the GPU if there is one.
 
@@ -73,8 +73,8 @@ def measure_folder(
     net.to(device)  # type: ignore[attr-defined]
     if binarize is not None and about.binarize == "none":
         raise UserError(
-            f"--binarize {binarize} is for networks of binary images, but '{model}' has the "
-            "likelihood of grey values. Leave it out."
+            f"--binarize {binarize} is for networks of binary images, but '{model}' is a "
+            "network of grey or colour images. Leave it out."
         )
 
     # bounds
@@ -107,7 +107,7 @@ def measure_folder(
 def _read(
     data: str, shape: tuple[int, int, int], about: ImagesOfModel, *, max_images: int | None
 ) -> tuple[torch.Tensor, str | None]:
-    """Return the images as bytes, and the first image's original size if images were resized."""
+    """Return the images as bytes, and the first image's original size if it was resized."""
     channels, height, width = shape
     source = open_source(data, pixels=PixelFormat(channels, about.value_range))
     if max_images is not None:
@@ -174,9 +174,9 @@ def _lines(result: dict[str, Any], paper: Published | None) -> str:
     if result["active_units"] is not None:
         lines.append(f"  active units         {result['active_units']:,} of {result['units']:,}")
     if (shared := result.get("mutual_information")) is not None:
-        lines.append(f"  mutual information   {shared:.2f} nats of images and latents")
+        lines.append(f"  mutual information   {shared:.2f} nats between images and latents")
     if (size := result["protocol"]["resized_from"]) is not None:
-        lines.append(f"  note                 images were resized (the first from {size})")
+        lines.append(f"  note                 images were resized (the first image from {size})")
     if paper is not None:
         unit = "nats per image" if paper.unit == "nats" else "bits per dimension"
         lines.append(f"  published            {paper.value:.2f} {unit} ({paper.source})")

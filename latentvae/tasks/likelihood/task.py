@@ -100,7 +100,9 @@ class LikelihoodTask(ImageTask):
         if not vae.has_classes:
             return None
         if isinstance(self.train_images, ImageStream):
-            raise UserError("architecture classes does not work with streaming. Leave it out.")
+            raise UserError(
+                "architecture 'classes' does not work with streaming. Leave --streaming out."
+            )
         found = Classes(self.train_images, self.validation_images)
         count = vae.model_dump()["num_classes"] or len(found.names)
         if count < len(found.names):
@@ -245,8 +247,8 @@ class LikelihoodTask(ImageTask):
     def check_processes(self, processes: int) -> None:
         if processes > 1 and self.config.vae.has_batch_norm and not torch.cuda.is_available():
             raise UserError(
-                f"this network has batch norm, which only GPUs share between processes (got "
-                f"{processes} processes). Use one process, or --block vdvae."
+                f"this network has batch norm, whose statistics only processes with GPUs can share "
+                f"(got {processes} processes). Use one process, or --block vdvae."
             )
         if not self.config.data.cache_images:
             super().check_processes(processes)
@@ -330,7 +332,7 @@ class LikelihoodTask(ImageTask):
         """Return the images on the device.
 
         The options may ask for random changes, such as random binary values. torch's global
-        generator draws them.
+        generator draws these changes.
         """
         images, data = batch.on(self.device), self.config.data
         if self.pixels is not None and data.random_flip:
@@ -448,8 +450,8 @@ class LikelihoodTask(ImageTask):
 
     def done(self, out: Path) -> str:
         return (
-            f"done: {out}. `latentvae likelihood {out} --data IMAGES` measures it, and `latentvae "
-            f"sample {out} --out pictures` draws pictures."
+            f"done: {out}. `latentvae likelihood {out} --data IMAGES` measures the likelihood of "
+            f"images, and `latentvae sample {out} --out pictures` draws pictures."
         )
 
     # proofs
@@ -468,6 +470,6 @@ class LikelihoodTask(ImageTask):
 
 
 def _tell_unreadable(bad: BadImages, use: str) -> None:
-    """Print the unreadable files. All ranks have read all files."""
+    """Print the unreadable files on one process only, because every process reads all files."""
     for name, reason in bad.reasons.items() if is_main() else ():
         print(f"cannot {use} on {printable(name)} ({printable(reason)})")

@@ -33,9 +33,9 @@ class TotalCorrelation(Protocol):
         ...
 
     def learn(self, bound: Bound, *, share: float) -> dict[str, Tensor]:
-        """Add the gradients of the network that makes the estimate, times `share`.
+        """Add the gradients of the network that makes the estimate (if any), times `share`.
 
-        Return values to log. They are empty if the estimate needs no network.
+        Return values to log, or {} if the estimate needs no network.
         """
         ...
 
@@ -63,7 +63,7 @@ class BatchEstimate:
 class DiscriminatorEstimate:
     """The total correlation as in FactorVAE, by a discriminator that learns together with the VAE.
 
-    The discriminator learns to tell latents from latents whose units are permuted over the batch.
+    The discriminator learns to distinguish latents from latents with units permuted over the batch.
     One half of the batch gives the unchanged latents, and the other half the permuted latents.
 
     Args:

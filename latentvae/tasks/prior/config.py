@@ -135,8 +135,8 @@ class NetworkConfig(Section):
             ):
                 if given:
                     raise ValueError(
-                        f"{name} has no meaning with condition {self.condition}. Leave one of them "
-                        "out."
+                        f"{name} has no meaning with condition {self.condition}. Leave {name} or "
+                        "condition out."
                     )
         return self
 

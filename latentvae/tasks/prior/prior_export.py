@@ -29,8 +29,9 @@ tags: [latentvae, autoregressive, image-generation, vq]
 
 # {name}
 
-An autoregressive prior over the tokens of a tokenizer, trained with latentvae. It has {millions} M
-parameters and predicts {tokens} tokens of {codes:,} codes for an image. Condition: {condition}.
+An autoregressive prior over the tokens of a tokenizer, trained with latentvae. For an image, the
+prior predicts {tokens} tokens, each one of {codes:,} codes. The prior has {millions} M parameters.
+Condition: {condition}.
 
 {samples}## Use
 
@@ -49,7 +50,7 @@ pictures = pipe({example}).images
 |---|---|
 {rows}
 
-Means over {images:,} unseen images after update {update:,}. Lower is better.
+The values are means over {images:,} unseen images after update {update:,}. Lower is better.
 
 ## Training
 
@@ -60,7 +61,7 @@ Means over {images:,} unseen images after update {update:,}. Lower is better.
 
 SAMPLES = """![Samples](samples.png)
 
-Samples of the averaged weights, not selected.
+Random samples of this model, not selected by quality.
 
 """
 
@@ -69,7 +70,7 @@ def open_tokenizer(path: str | None, data: TokenData) -> Any:
     """Return the tokenizer that made the tokens.
 
     Args:
-        path: the tokenizer's folder. None means the tokenizer in the manifest of the tokens.
+        path: the tokenizer's folder. None means the tokenizer named in the tokens' manifest.
 
     Raises:
         UserError: there is no such tokenizer, or the tokens were made with other weights.
@@ -103,7 +104,7 @@ def export_prior(
     """Write the pipeline as a folder, and check that it loads with the same weights.
 
     Returns:
-        The bits per token of the last validation, or None if there was none.
+        The validation bits per token at `update`, or None if there was no validation then.
 
     Raises:
         RuntimeError: the loaded prior differs from the trained one.
@@ -125,7 +126,10 @@ def export_prior(
 
 
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
-    """Load the exported networks. Compare their weights and results with the trained pipeline."""
+    """Raise RuntimeError if the exported networks differ from the networks in `pipeline`.
+
+    The function compares weights and outputs.
+    """
     # the weights that were trained
     ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
     theirs: Any = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)
@@ -138,7 +142,7 @@ def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None
         weights = loaded.to(ours.device).state_dict()
         for name, value in trained.state_dict().items():
             if not torch.equal(value, weights[name]):
-                raise RuntimeError(f"the export's weight {name} differs from the trained prior")
+                raise RuntimeError(f"the export's weight {name} differs from the trained weight")
 
     # their results
     indices, logits = data.validation.rows([0]).indices.to(ours.device), []
@@ -153,7 +157,7 @@ def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None
     # the tokenizer
     loaded = open_model(folder / "vqvae", device="cpu")
     if loaded.info()["weights_sha256"] != data.content.model_sha256:
-        raise RuntimeError("the export's tokenizer differs from the tokenizer of the tokens")
+        raise RuntimeError("the export's tokenizer is not the tokenizer that made the tokens")
 
 
 def _card(

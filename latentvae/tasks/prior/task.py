@@ -2,7 +2,7 @@
 
     export = engine.loop.train(PriorTask(config))
 
-`B` batch, `T` tokens of an image, `K` codes, `S` slots of a text.
+Symbols: `B` batch, `T` tokens of an image.
 """
 
 import math
@@ -167,7 +167,7 @@ class PriorTask(GeneratorTask):
         size = sum(p.numel() for p in self.net.parameters())
         shape = " x ".join(map(str, self.data.content.item_shape))
         uniform = math.log2(self.data.num_codes)
-        dropped = f"dropped for {self.config.prior.condition_dropout:.0%} of the images"
+        dropped = f"no condition for {self.config.prior.condition_dropout:.0%} of the images"
         kinds = {
             "class": f"{self.net.config['num_classes']} classes, {dropped}",
             "text": f"captions, {dropped}, {self._reader_of_texts()}",
@@ -181,8 +181,8 @@ class PriorTask(GeneratorTask):
             ),
             "condition": kinds[self.condition],
             "to beat": (
-                f"{uniform:.3f} bits per token for equally likely codes, {self.unigram:.3f} for "
-                "the frequencies of the codes"
+                f"{uniform:.3f} bits per token if all codes were equally likely, "
+                f"{self.unigram:.3f} with the codes' real frequencies"
             ),
         }
 
@@ -213,10 +213,10 @@ class PriorTask(GeneratorTask):
         """Return tokens, classes and text of a batch on the device.
 
         Args:
-            batch: rows of the table.
+            batch: rows of `table`.
             table: the table of tokens and captions that the batch comes from.
             encode: if true, the text encoder reads the captions, and its hidden states are returned
-                (`Text`). Otherwise the captions themselves are returned (`Words`), so that the
+                (`Text`). If false, the captions are returned as bytes (`Words`), so that the
                 encoder can learn from them.
         """
         indices = batch.indices.to(self.device)
@@ -233,7 +233,7 @@ class PriorTask(GeneratorTask):
     def drop_condition(
         self, classes: Tensor | None, text: AnyText | None
     ) -> tuple[Tensor | None, AnyText | None]:
-        """Drop the class and text of some images, chosen by the global random generator."""
+        """Drop the class and text of some images, chosen by torch's global generator."""
         share = self.config.prior.condition_dropout
         if classes is not None:
             dropped = torch.rand(classes.shape, device=classes.device) < share
@@ -291,7 +291,7 @@ class PriorTask(GeneratorTask):
         return bits
 
     def _level_bits(self, bits: Tensor) -> dict[str, float]:
-        """Return the mean bits of each level (token map), if there are several. `bits` are (T,)."""
+        """Return the mean of `bits` (T,) in each level (token map), or {} for one level."""
         if len(self.net.level_sizes) == 1:
             return {}
         levels = enumerate(bits.split(self.net.level_sizes))

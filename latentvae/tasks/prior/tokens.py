@@ -1,6 +1,6 @@
 """Open folders of tokens as one table in memory, and hold out some images for validation.
 
-`n` images, `T` tokens of an image, `K` codes.
+Symbols: `n` images, `B` batch, `T` tokens of an image, `K` codes.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class TokenTable(ItemTable):
     """The tokens of images, in memory.
 
     Attributes:
-        sequences: (n, T), in the integer type of the shards.
+        sequences: tokens (n, T), in the integer type that the shards have.
     """
 
     sequences: Tensor
@@ -97,7 +97,8 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
     """Read all tokens, and choose the images for validation.
 
     Raises:
-        UserError: a folder holds no tokens or damaged tokens, or the folders do not fit together.
+        UserError: a folder holds no tokens or damaged tokens, two folders differ in tokenizer,
+            shape or classes, or the validation images are also training images.
     """
     first, train, validation = open_split(
         TokenDataset,

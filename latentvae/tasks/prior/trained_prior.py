@@ -1,6 +1,6 @@
-"""Define the module that the training of a prior calls, and the bits of its tokens.
+"""Define the prior with its training loss, and a function that returns the bits of each token.
 
-`B` batch, `T` tokens of an image.
+Symbols: `B` batch, `T` tokens of an image.
 """
 
 import math
@@ -15,15 +15,15 @@ from latentvae.priors.transformer import Text, TokenTransformer, Words
 
 
 class TrainedPrior(nn.Module):
-    """The module that training calls. It returns the loss: the mean nats per token, a scalar.
+    """The prior with its loss: `forward` returns the mean nats per token, a scalar.
 
     Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
-    precision. Accelerate prepares this module, and not the network inside. So validation, which
+    precision. Accelerate prepares `TrainedPrior`, and not the network inside. So validation, which
     calls the network itself, computes in float32.
 
     Args:
         net: the prior.
-        encoder: a text encoder that learns with the prior. It gets the `Words` of the captions.
+        encoder: a text encoder that learns with the prior and reads captions as `Words`, or None.
     """
 
     def __init__(self, net: TokenTransformer, encoder: ByteTextEncoder | None = None) -> None:
@@ -31,7 +31,7 @@ class TrainedPrior(nn.Module):
         self.net, self.encoder = net, encoder
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Yield all modules in the blocks of the prior and of the text encoder, if it learns."""
+        """Yield all modules in the blocks of the prior and, if trained, of the text encoder."""
         for network in (self.net, self.encoder):
             if network is not None:
                 yield from network.blocks.modules()

@@ -53,8 +53,8 @@ def test_a_wrong_encoder_is_named(text: str, words: str):
     ("text", "words"),
     [
         ("4d2", "such as 4x2 or 8m4"),
-        ("1x1,4m2", "earlier resolution (1)"),
-        ("3x1,4m3", "divides the new one"),
+        ("1x1,4m2", "resolution of an earlier block (1)"),
+        ("3x1,4m3", "that divides 4"),
         ("4m4", "(none)"),
         ("1x1,4x2", "Put '4m1' before it"),
     ],

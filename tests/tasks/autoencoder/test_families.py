@@ -89,7 +89,7 @@ def test_a_larger_decoder_learns_on_a_frozen_encoder(tmp_path: Path) -> None:
         ours, theirs = (n.encode(images).latent_dist.parameters for n in (tuned, base))
     assert torch.equal(ours, theirs)
     assert tuned.config["scaling_factor"] == 0.5
-    assert "bit for bit that of the base" in (export / "README.md").read_text()
+    assert "bit for bit that of the pretrained network" in (export / "README.md").read_text()
 
 
 @pytest.mark.parametrize("architecture", ["vit_kl", "vit_vq"])

@@ -81,7 +81,7 @@ def test_several_in_a_row_end_the_run_and_leave_the_checkpoint(
 ) -> None:
     spoil("wrapper", {1, 3, 4, 5}, float("nan"))
     config = small_config(tmp_path, max_skipped_updates=3)
-    with pytest.raises(RuntimeError, match=r"3 updates in a row .* The last is 5"):
+    with pytest.raises(RuntimeError, match=r"3 updates in a row .* The last skipped update is 5"):
         train(config)
     checkpoint, faults = newest_usable(tmp_path)
     assert checkpoint is not None and checkpoint.name == "checkpoint-4" and not faults

@@ -146,7 +146,7 @@ def test_sigterm_finishes_the_update_saves_and_ends(
 
     # wait until all processes have ended
     text, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "The same command resumes from there" in text
+    assert process.returncode != 0 and "The same command resumes from this checkpoint" in text
     while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).returncode == 0:
         assert time.monotonic() < deadline, "a process lives on"
         time.sleep(0.1)

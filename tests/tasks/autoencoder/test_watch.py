@@ -216,7 +216,7 @@ def test_a_flow_has_active_units_alone() -> None:
         for update in range(200, 1200, 100)
         for finding in watching.row(update, {"latent/active_units": 0.0})
     ]
-    assert len(said) == 1 and "collapses: 0 of 4 vary with the image, so" in said[0]
+    assert len(said) == 1 and "collapses: 0 of 4 latent channels vary with the image, so" in said[0]
 
 
 def test_silent_channels_by_hand() -> None:

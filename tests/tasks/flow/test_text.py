@@ -299,7 +299,7 @@ def test_other_scales_are_exported_with_our_own_pipeline(
         for parameter in task.net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     around("transformers:T5EncoderModel.save_pretrained", damaged)(monkeypatch)
-    with pytest.raises(RuntimeError, match="text encoder differs from that of the training"):
+    with pytest.raises(RuntimeError, match="text encoder differs from the one used in training"):
         task.export(tmp_path / "damaged", update=2, folder=tmp_path / "run")
 
 

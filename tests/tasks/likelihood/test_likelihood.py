@@ -304,7 +304,7 @@ def test_batch_norm_needs_one_process_on_a_cpu(bars: Path, tmp_path: Path) -> No
     task.open()
     task.check_processes(1)
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="batch norm, which only GPUs share"):
+        with pytest.raises(UserError, match="batch norm, whose statistics only"):
             task.check_processes(2)
 
 
@@ -315,7 +315,7 @@ def test_unreadable_images_are_named_and_limited(
     names = sorted(folder.iterdir())
     for path in names[:8]:
         path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"At most 1\.0% are allowed"):
+    with pytest.raises(UserError, match=r"At most 1\.0% of the images may be unreadable"):
         train(LikelihoodTask(small_likelihood(folder, tmp_path / "run")))
 
     task = LikelihoodTask(small_likelihood(folder, tmp_path / "run", data={"max_bad_share": 0.5}))
@@ -340,7 +340,7 @@ def test_resized_images_are_noted_and_compared_with_no_paper(
     Image.new("RGB", (20, 30)).save(tmp_path / "large" / "a.png")
     found = measure_folder(run, str(tmp_path / "large"), samples=1)
     assert found["protocol"] == {"binarize": "static", "seed": 0, "resized_from": "30 x 20"}
-    assert "images were resized (the first from 30 x 20)" in capsys.readouterr().out
+    assert "images were resized (the first image from 30 x 20)" in capsys.readouterr().out
 
 
 def test_a_run_of_bad_batches_ends(bars: Path, tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_grey_values_are_the_share_of_white() -> None:
         ({"data": {"crop": "random"}}, "crop random does not work with cache_images"),
         ({"data": {"aspect_ratio_buckets": 3}}, "needs one size"),
         ({"data": {"train_data_dir": None}}, "train_data_dir is missing"),
-        ({"vae": {"latent_units": (3, 2)}}, "one number for each of latent_units"),
+        ({"vae": {"latent_units": (3, 2)}}, "as many numbers as latent_units"),
         (
             {
                 "vae": {"latent_units": (3, 2), "hidden_channels": (8, 8)},
