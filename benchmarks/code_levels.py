@@ -2,20 +2,21 @@
 
     python benchmarks/code_levels.py --data photos --validation_data unseen --json out.json
 
-For each seed, the script trains `vqvae2_small` with two levels and with one level of more codes.
-Each of these trainings is called an arm. All arms have the same widths, images, order and number of
-updates, and L2 as their only pixel loss. The script measures on unseen photos:
+For each seed, the script trains `vqvae2_small` with two levels and with one level, with several
+numbers of codes. Each of these trainings is called an arm. All arms have the same widths, images,
+order of images and number of updates, and L2 as their only pixel loss. The networks learn from
+random crops of photos. The script measures, on complete unseen photos:
 
 - the mean squared error of 8-bit reconstructions, for pixels in [-1, 1]
 - true bits per image: the size of real files (`coding.token_codec`)
-- information of the codes of the fine (bottom) level: alone, and given the codes of the coarse
-  (top) level, in bits per code. A small network predicts a code. It is fitted on the tokens of the
-  training photos. `context` says whether the small network also reads the codes to the left and
-  above.
+- bits per code of the fine (bottom) level, alone and given the codes of the coarse (top) level:
+  the cross-entropy of a small network that predicts a code of the bottom. The small network is
+  fitted on the tokens of training photos. `context` says whether it also reads the bottom codes to
+  the left and above.
 
-For a comparison at equal bits, the error of one level is interpolated between its arms. If all arms
-of one level need more bits than two levels, the arm with the fewest bits is compared. If you run
-the command again, finished arms are kept.
+For a comparison at equal bits, the error of one level is interpolated between its two arms with the
+nearest numbers of bits. An arm with two levels that needs more or fewer bits than all arms with one
+level cannot be compared. If you run the command again, finished arms are kept.
 """
 
 import json
@@ -36,6 +37,7 @@ from latentvae.cli.flags import exit_with, parse_options
 from latentvae.coding.token_codec import encode_levels, encode_tokens
 from latentvae.data import EvalTransform, open_source
 from latentvae.data.dataset import validation_batches
+from latentvae.engine.muon import MuonWithAdamW
 from latentvae.engine.schedule import learning_rate
 from latentvae.errors import UserError
 from latentvae.metrics.image import to_8bit
@@ -46,7 +48,8 @@ from latentvae.tasks.autoencoder.codebook import CodebookUpdate
 PRESET = load_preset("vqvae2_small")
 FAMILY: Any = FAMILIES["vqvae2"]
 START_VECTORS = 16  # number of vectors per code for k-means
-TWO = "two levels"
+PREDICTOR_TOKENS = 768_000  # number of bottom tokens that a predictor learns from
+TWO, ONE = "two levels", "one level"
 
 
 @dataclass(frozen=True)
@@ -66,32 +69,67 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings. Each network is trained once with each seed."""
 
-    codes: int = 256
-    """Number of codes of each level, in the network with two levels of codes."""
+    two_level_codes: tuple[int, ...] = (16,)
+    """Numbers of codes of each level, for the networks that have two levels of codes. One such
+    network is trained for each number."""
 
-    one_level_codes: tuple[int, ...] = (512, 1024)
-    """Codebook sizes for the networks that have a single map of codes. One such network is trained
-    for each size."""
+    one_level_codes: tuple[int, ...] = (32, 64)
+    """Numbers of codes for the networks that have a single map of codes. One such network is
+    trained for each number."""
 
-    updates: int = 500
+    updates: int = 2000
     """Number of updates of each training."""
 
     batch_size: int = 8
     """Number of images per update."""
 
-    resolution: int = 64
-    """Side of the images in pixels."""
+    resolution: int = 224
+    """Side of the photos in pixels. Unseen photos are measured at this size."""
+
+    crop: int = 64
+    """Side in pixels of the random crops that the networks learn from."""
 
     threads: int = 1
     """Number of CPU threads."""
 
     def settings(self) -> dict[str, Any]:
         """Return the options that must be equal for all trainings (arms) in one JSON file."""
-        return {name: getattr(self, name) for name in ("updates", "batch_size", "resolution")}
+        names = ("updates", "batch_size", "resolution", "crop")
+        return {name: getattr(self, name) for name in names}
 
 
-def train(images: Tensor, options: Options, *, levels: int, codes: int, seed: int) -> VQVAE2:
-    """Return a trained network in eval mode."""
+class RandomCrops:
+    """Random square crops of photos, half of them mirrored.
+
+    Args:
+        photos: uint8 (N, 3, R, R).
+        side: height and width of a crop in pixels.
+        seed: seed of the positions.
+    """
+
+    def __init__(self, photos: Tensor, *, side: int, seed: int) -> None:
+        self.photos, self.side = photos, side
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, chosen: list[int]) -> Tensor:
+        """Return one crop of each chosen photo, (B, 3, side, side) in [-1, 1]."""
+        end = self.photos.shape[-1] - self.side + 1
+        crops = []
+        for i in chosen:
+            y, x = torch.randint(end, (2,), generator=self.generator).tolist()
+            crop = self.photos[i, :, y : y + self.side, x : x + self.side]
+            mirrored = torch.rand((), generator=self.generator) < 0.5
+            crops.append(crop.flip(2) if mirrored else crop)
+        return as_images(torch.stack(crops))
+
+
+def as_images(photos: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [-1, 1]."""
+    return photos.float() / 127.5 - 1
+
+
+def train(photos: Tensor, options: Options, *, levels: int, codes: int, seed: int) -> VQVAE2:
+    """Return a network in eval mode, trained on photos (N, 3, R, R) of type uint8."""
     # network and codes
     torch.manual_seed(seed)
     shape = PRESET.model.shape()
@@ -101,19 +139,20 @@ def train(images: Tensor, options: Options, *, levels: int, codes: int, seed: in
         "code_levels": levels,
         "quantizer": shape["quantizer"] | {"num_codes": codes},
     }
-    net = FAMILY.build(**shape, sample_size=options.resolution)
-    wrapper, order = FAMILY.wrapper(net).train(), _order(len(images), seed=seed)
-    _start_codes(net, images, seed=seed, images_per_update=options.batch_size)
+    net = FAMILY.build(**shape, sample_size=options.crop)
+    wrapper, order = FAMILY.wrapper(net).train(), _order(len(photos), seed=seed)
+    crops = RandomCrops(photos, side=options.crop, seed=seed)
+    _start_codes(net, crops, seed=seed, images_per_update=options.batch_size)
 
     # updates
     config = PRESET.with_changes({"run": {"max_train_steps": options.updates}})
-    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.0, fused=True)
+    optimizer = _optimizer(net)
     book = CodebookUpdate(FAMILY.quantizers(net), seed=seed)
     weight = PRESET.model.bottleneck.weights()["commitment"]
     for update in range(options.updates):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, peak=PRESET.optimizer.learning_rate, config=config)
-        batch = images[[next(order) for _ in range(options.batch_size)]]
+        batch = crops([next(order) for _ in range(options.batch_size)])
         out = wrapper(batch)
         loss = F.mse_loss(out.recon, batch) + weight * out.latent_losses["commitment"]
         loss.backward()
@@ -126,16 +165,31 @@ def train(images: Tensor, options: Options, *, levels: int, codes: int, seed: in
     return net.eval()
 
 
+def _optimizer(net: VQVAE2) -> MuonWithAdamW:
+    """Return the optimizer of the preset, without weight decay."""
+    options, matrices = PRESET.optimizer, FAMILY.matrices(net)
+    chosen = {id(weight) for weight in matrices}
+    return MuonWithAdamW(
+        matrices,
+        [weight for weight in net.parameters() if id(weight) not in chosen],
+        lr=options.learning_rate,
+        muon_lr=options.muon_learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=0.0,
+        fused=True,
+    )
+
+
 @torch.no_grad()
-def _start_codes(net: VQVAE2, images: Tensor, *, seed: int, images_per_update: int) -> None:
-    """Set the codes of one level after the other by k-means on features of random images."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+def _start_codes(net: VQVAE2, crops: RandomCrops, *, seed: int, images_per_update: int) -> None:
+    """Set the codes of one level after the other by k-means on features of random crops."""
+    order = torch.randperm(len(crops.photos), generator=torch.Generator().manual_seed(seed))
     for place, quantizer in enumerate(FAMILY.quantizers(net)):
         own: Quantizer = quantizer
-        features = FAMILY.features(net, images[order[:1]])[place]
+        features = FAMILY.features(net, crops(order[:1].tolist()))[place]
         count = -(-START_VECTORS * own.num_codes // features[0, 0].numel())
-        parts = images[order[:count]].split(16)
-        found = torch.cat([FAMILY.features(net, part)[place] for part in parts])
+        parts = order[:count].split(16)
+        found = torch.cat([FAMILY.features(net, crops(part.tolist()))[place] for part in parts])
         own.initialise(
             found.movedim(1, -1).flatten(0, -2),
             generator=torch.Generator().manual_seed(seed),
@@ -150,15 +204,17 @@ def _order(count: int, *, seed: int) -> Iterator[int]:
 
 
 @torch.no_grad()
-def tokens_of(net: VQVAE2, images: Tensor) -> list[Tensor]:
+def tokens_of(net: VQVAE2, photos: Tensor) -> list[Tensor]:
     """Return the token map (N, h_l, w_l) of each level, coarsest level first."""
-    return net.maps(torch.cat([net.tokenize(part).indices for part in images.split(32)]))
+    parts = photos.split(8)
+    return net.maps(torch.cat([net.tokenize(as_images(part)).indices for part in parts]))
 
 
 @torch.no_grad()
-def measured(net: VQVAE2, images: Tensor, maps: list[Tensor], *, codes: int) -> dict[str, Any]:
+def measured(net: VQVAE2, photos: Tensor, maps: list[Tensor], *, codes: int) -> dict[str, Any]:
     """Return the error of reconstructions and the true bits per image."""
-    errors = [(to_8bit(net(part).sample) - part).square() for part in images.split(32)]
+    parts = [as_images(part) for part in photos.split(8)]
+    errors = [(to_8bit(net(part).sample) - part).square() for part in parts]
     arrays = [level.numpy() for level in maps]
     files = [encode_levels(levels, num_codes=codes) for levels in zip(*arrays, strict=True)]
     alone = [[encode_tokens(level, num_codes=codes) for level in own] for own in arrays]
@@ -224,12 +280,13 @@ def bits_of_bottom(
     torch.manual_seed(seed)
     model = Predictor(codes, top=top, context=context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    order = _order(len(train_maps[0]), seed=seed)
-    steps = epochs * len(train_maps[0]) // 16
+    images, order = len(train_maps[0]), _order(len(train_maps[0]), seed=seed)
+    at_once = max(1, 4096 // train_maps[1][0].numel())  # images of a batch
+    steps = epochs * images // at_once
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
-        chosen = [next(order) for _ in range(16)]
+        chosen = [next(order) for _ in range(at_once)]
         tops, bottoms = (maps[chosen] for maps in train_maps)
         loss = F.cross_entropy(model(tops, bottoms).flatten(0, 2), bottoms.flatten())
         optimizer.zero_grad()
@@ -237,22 +294,25 @@ def bits_of_bottom(
         optimizer.step()
 
     # measure unseen tokens
+    total = 0.0
     with torch.no_grad():
-        logits = model(*unseen_maps).flatten(0, 2)
-        return F.cross_entropy(logits, unseen_maps[1].flatten()).item() / float(np.log(2))
+        for tops, bottoms in zip(*(maps.split(at_once) for maps in unseen_maps), strict=True):
+            logits = model(tops, bottoms).flatten(0, 2)
+            total += F.cross_entropy(logits, bottoms.flatten(), reduction="sum").item()
+    return total / unseen_maps[1].numel() / float(np.log(2))
 
 
 def run_arm(
-    name: str, images: Tensor, unseen: Tensor, options: Options, *, codes: int, seed: int
+    name: str, photos: Tensor, unseen: Tensor, options: Options, *, codes: int, seed: int
 ) -> dict[str, Any]:
     """Make one of the compared trainings (arms), and return its measurements."""
     start, levels = time.process_time(), 2 if name == TWO else 1
-    net = train(images, options, levels=levels, codes=codes, seed=seed)
+    net = train(photos, options, levels=levels, codes=codes, seed=seed)
     seconds = time.process_time() - start
     maps = tokens_of(net, unseen)
     found = measured(net, unseen, maps, codes=codes) | {"codes": codes, "cpu_seconds": seconds}
     if levels == 2:
-        known = tokens_of(net, images)
+        known = tokens_of(net, photos[: PREDICTOR_TOKENS // maps[1][0].numel()])
         found["bits_per_bottom_code"] = {
             f"{'given the top' if top else 'alone'}, {'with' if context else 'no'} context": (
                 bits_of_bottom(known, maps, codes=codes, top=top, context=context, seed=seed)
@@ -263,24 +323,29 @@ def run_arm(
     return found
 
 
-def compared(result: dict[str, Any], seed: int) -> dict[str, float | None]:
-    """Return the error of two levels, and the error of one level at an equal number of bits.
+def compared(result: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Compare each arm with two levels with one level at an equal number of bits.
 
-    `one_level_mse` is interpolated between the trainings (arms) of one level. If all of these arms
-    need more bits than two levels, it is the error of the arm with the fewest bits. If all need
-    fewer bits, it is None.
+    Returns:
+        For each arm with two levels: the number of codes, the bits, and the errors of two levels
+        and of one level. The error of one level is interpolated between arms. It is None if the arm
+        with two levels needs more or fewer bits than all arms with one level.
     """
     runs = {name: run for name, run in result["runs"].items() if name.endswith(f"seed {seed}")}
-    two = next(run for name, run in runs.items() if name.startswith(TWO))
-    one = sorted((run["bits"], run["mse"]) for run in runs.values() if run is not two)
-    bits, errors = zip(*one, strict=True)
-    at = float(np.interp(two["bits"], bits, errors))
-    return {
-        "bits": two["bits"],
-        "two_levels_mse": two["mse"],
-        "one_level_mse": None if two["bits"] > bits[-1] else at,
-        "fewest_one_level_bits": bits[0],
-    }
+    one = [(run["bits"], run["mse"]) for name, run in runs.items() if name.startswith(ONE)]
+    bits, errors = zip(*sorted(one), strict=True)
+    return [
+        {
+            "codes": run["codes"],
+            "bits": run["bits"],
+            "two_levels_mse": run["mse"],
+            "one_level_mse": float(np.interp(run["bits"], bits, errors))
+            if bits[0] <= run["bits"] <= bits[-1]
+            else None,
+        }
+        for name, run in runs.items()
+        if name.startswith(TWO)
+    ]
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -290,28 +355,30 @@ def run(options: Options) -> dict[str, Any]:
         result = json.loads(options.json.read_text())
         if result["settings"] != options.settings():
             raise UserError(f"'{options.json}' has results of other settings. Give another file.")
-    images, unseen = (
+    photos, unseen = (
         _loaded(spec, split, options.resolution)
         for spec, split in ((options.data, "train"), (options.validation_data, "validation"))
     )
-    arms = [(TWO, options.codes), *(("one level", codes) for codes in options.one_level_codes)]
+    arms = [(TWO, codes) for codes in options.two_level_codes]
+    arms += [(ONE, codes) for codes in options.one_level_codes]
     for seed in options.seeds:
         for name, codes in arms:
             key = f"{name}, {codes} codes, seed {seed}"
             if key not in result["runs"]:
-                found = run_arm(name, images, unseen, options, codes=codes, seed=seed)
+                found = run_arm(name, photos, unseen, options, codes=codes, seed=seed)
                 result["runs"][key] = found
                 options.json.write_text(json.dumps(result, indent=1))
             print(key, json.dumps(result["runs"][key]), flush=True)
-        print(f"seed {seed}:", json.dumps(compared(result, seed)), flush=True)
+        for row in compared(result, seed):
+            print(f"seed {seed}:", json.dumps(row), flush=True)
     return result
 
 
 def _loaded(spec: str, split: str, resolution: int) -> Tensor:
-    """Read all images of a source (such as a folder). Return centre crops (N, 3, R, R)."""
+    """Read all images of a source (such as a folder). Return centre crops, uint8 (N, 3, R, R)."""
     source = open_source(spec, split=split)
     batches = validation_batches(source, EvalTransform(resolution), batch_size=16)
-    return torch.cat([images for images, _ in batches])
+    return torch.cat([((images + 1) * 127.5).round().byte() for images, _ in batches])
 
 
 def main() -> None:

@@ -51,7 +51,19 @@ def test_errors_are_compared_at_equal_bits(script: ModuleType) -> None:
         "one level, 8 codes, seed 1": {"bits": 200.0, "mse": 0.2},
         "one level, 8 codes, seed 2": {"bits": 150.0, "mse": 9.0},
     }
-    for bits, expected in ((150.0, 0.3), (90.0, 0.4), (201.0, None)):
-        two = {"two levels, 4 codes, seed 1": {"bits": bits, "mse": 0.1}}
-        found = script.compared({"runs": two | one}, 1)
+    for bits, expected in ((150.0, 0.3), (100.0, 0.4), (99.0, None), (201.0, None)):
+        two = {"two levels, 4 codes, seed 1": {"bits": bits, "mse": 0.1, "codes": 4}}
+        [found] = script.compared({"runs": two | one}, 1)
         assert found["one_level_mse"] == pytest.approx(expected) and found["bits"] == bits
+
+
+def test_crops_are_parts_of_their_photos(script: ModuleType) -> None:
+    photos = torch.arange(2 * 3 * 16, dtype=torch.uint8).view(2, 3, 4, 4)
+    crops = script.RandomCrops(photos, side=2, seed=0)
+    parts = script.as_images(photos).unfold(2, 2, 1).unfold(3, 2, 1).movedim(1, 3)
+    known = torch.stack([parts, parts.flip(5)], dim=1).flatten(1, 3)  # (2, 18, 3, 2, 2)
+
+    found = torch.stack([crops([0, 1]) for _ in range(50)], dim=1)  # (2, 50, 3, 2, 2)
+    equal = (found[:, :, None] == known[:, None]).flatten(3).all(3)
+    assert equal.any(2).all()  # each crop is a window of its own photo, or mirrored
+    assert (equal.any(1).sum(1) > 12).all()  # windows and mirror images vary

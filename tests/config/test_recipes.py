@@ -8,7 +8,7 @@ from latentvae.config.recipes import RECIPES, with_recipe
 from latentvae.errors import UserError
 from latentvae.tasks.autoencoder import TrainConfig, load_preset
 
-SMALL = ("kl_small", "kl_small_d16", "vq_small", "vit_vq_small")
+SMALL = ("kl_small", "kl_small_d16", "vq_small", "vit_vq_small", "vqvae2_small")
 
 
 @pytest.mark.parametrize(
