@@ -333,6 +333,8 @@ def compared(result: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     """
     runs = {name: run for name, run in result["runs"].items() if name.endswith(f"seed {seed}")}
     one = [(run["bits"], run["mse"]) for name, run in runs.items() if name.startswith(ONE)]
+    if not one:
+        return []
     bits, errors = zip(*sorted(one), strict=True)
     return [
         {
@@ -350,6 +352,10 @@ def compared(result: dict[str, Any], seed: int) -> list[dict[str, Any]]:
 
 def run(options: Options) -> dict[str, Any]:
     """Make all trainings (arms) whose results are not in the file, and return all results."""
+    if not 1 <= options.crop <= options.resolution:
+        raise UserError(
+            f"crop must be from 1 to resolution, {options.resolution} (got {options.crop})."
+        )
     result: dict[str, Any] = {"settings": options.settings(), "runs": {}}
     if options.json.exists():
         result = json.loads(options.json.read_text())

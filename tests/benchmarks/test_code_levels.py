@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from latentvae.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "code_levels.py"
 
 
@@ -55,6 +57,7 @@ def test_errors_are_compared_at_equal_bits(script: ModuleType) -> None:
         two = {"two levels, 4 codes, seed 1": {"bits": bits, "mse": 0.1, "codes": 4}}
         [found] = script.compared({"runs": two | one}, 1)
         assert found["one_level_mse"] == pytest.approx(expected) and found["bits"] == bits
+        assert script.compared({"runs": two}, 1) == []
 
 
 def test_crops_are_parts_of_their_photos(script: ModuleType) -> None:
@@ -67,3 +70,9 @@ def test_crops_are_parts_of_their_photos(script: ModuleType) -> None:
     equal = (found[:, :, None] == known[:, None]).flatten(3).all(3)
     assert equal.any(2).all()  # each crop is a window of its own photo, or mirrored
     assert (equal.any(1).sum(1) > 12).all()  # windows and mirror images vary
+
+
+def test_a_crop_larger_than_the_photos_is_one_sentence(script: ModuleType, tmp_path: Path) -> None:
+    options = script.Options(data="a", validation_data="b", json=tmp_path / "out.json", crop=225)
+    with pytest.raises(UserError, match=r"crop must be from 1 to resolution, 224 \(got 225\)"):
+        script.run(options)
