@@ -335,6 +335,7 @@ def compared(result: dict[str, Any], seed: int) -> list[dict[str, Any]]:
     one = [(run["bits"], run["mse"]) for name, run in runs.items() if name.startswith(ONE)]
     if not one:
         return []
+
     bits, errors = zip(*sorted(one), strict=True)
     return [
         {
@@ -356,6 +357,7 @@ def run(options: Options) -> dict[str, Any]:
         raise UserError(
             f"crop must be from 1 to resolution, {options.resolution} (got {options.crop})."
         )
+
     result: dict[str, Any] = {"settings": options.settings(), "runs": {}}
     if options.json.exists():
         result = json.loads(options.json.read_text())
