@@ -312,7 +312,9 @@ def run_arm(
     maps = tokens_of(net, unseen)
     found = measured(net, unseen, maps, codes=codes) | {"codes": codes, "cpu_seconds": seconds}
     if levels == 2:
-        known = tokens_of(net, photos[: PREDICTOR_TOKENS // maps[1][0].numel()])
+        # Take photos at equal distances, because a folder lists its photos class by class.
+        every = max(1, len(photos) * maps[1][0].numel() // PREDICTOR_TOKENS)
+        known = tokens_of(net, photos[::every])
         found["bits_per_bottom_code"] = {
             f"{'given the top' if top else 'alone'}, {'with' if context else 'no'} context": (
                 bits_of_bottom(known, maps, codes=codes, top=top, context=context, seed=seed)
