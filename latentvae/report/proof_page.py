@@ -34,8 +34,8 @@ With another generator, a longer training or other images, the order may differ.
 <li><b>class</b>: share of the samples, drawn with guidance {guidance:g}, whose class is that of
 most of their ten nearest training pictures. All other columns are for samples without
 guidance.</li>
-<li><b>copies</b>: share of the samples that are nearer to a training picture than 99 % of the
-held-out reconstructions are. About 0.01 is normal.</li>
+<li><b>copies</b>: share of the samples that are nearer to the reconstruction of a training picture
+than 99 % of the held-out reconstructions are. About 0.01 is normal.</li>
 <li><b>shift</b>: shift of the noise levels. It was chosen by the distance to the training pictures,
 with a seed that is not shown.</li>
 </ul>
