@@ -2,12 +2,13 @@
 
     python benchmarks/anomaly.py --data tables --out anomaly.json --seeds 20
 
-For each table and seed, the rows are split at random into two halves. The detectors are trained on
-the normal rows of one half, and tested on the other half. On KDDCUP, some detectors use only a part
-of these rows. The test rows with the largest scores are predicted to be anomalies. The fraction of
-predicted anomalies is the fraction of anomalies that the DAGMM paper states (20 % for KDDCUP, 2.5 %
-for Thyroid, 15 % for Arrhythmia). For other tables, the fraction of predicted anomalies is the
-fraction of anomalies in the whole table.
+DAGMM is a deep autoencoding Gaussian mixture model. For each table and seed, the rows are split at
+random into two halves. The detectors are trained on the normal rows of one half, and tested on the
+other half. On KDDCUP, some detectors use only a part of the training rows or of the test rows. The
+test rows with the largest scores are predicted to be anomalies. The fraction of predicted anomalies
+is the fraction of anomalies that the DAGMM paper states (20 % for KDDCUP, 2.5 % for Thyroid, 15 %
+for Arrhythmia). For other tables, the fraction of predicted anomalies is the fraction of anomalies
+in the whole table.
 
 The script prints the mean and standard deviation of F1 and AUROC over the seeds, and the mean rank
 of each detector among the measured detectors. The script writes all results to one JSON file. To
@@ -123,20 +124,23 @@ def wide_dagmm(name: str, seed: int) -> DAGMM:
 
 
 def vae(name: str, seed: int) -> VAEDetector:
-    """Return a VAE. For KDDCUP, few epochs are enough, because it has many rows."""
+    """Return a VAE. For KDDCUP, few epochs are enough, because this table has many rows."""
     epochs = 3 if name == "kddcup" else 200
     return VAEDetector(epochs=epochs, constant_columns="keep", random_state=seed)
 
 
 def density(kind: str) -> Callable[..., Any]:
-    """Return a function that makes a `LatentDensity` on standardised columns."""
+    """Return a function that makes a `LatentDensity`, here fitted to standardised columns.
+
+    `kind` is "gmm" (density under a Gaussian mixture) or "knn" (distance to the nearest rows).
+    """
     return lambda name, seed: LatentDensity(
         density=kind, constant_columns="keep", random_state=seed
     )
 
 
 class Plain:
-    """A detector of another package, on rows scaled like DAGMM's (to [0, 1]) or standardised."""
+    """A detector of another package. Rows are standardised or, as for DAGMM, scaled to [0, 1]."""
 
     def __init__(self, detector: Any, scaler: Any) -> None:
         self.detector, self.scaler = detector, scaler
@@ -233,7 +237,7 @@ def measure(
     """Fit one detector on one split, and return its measures.
 
     The result has several rows for some detectors. A VAE has one row for each of its scores. DAGMM
-    has one row for one network, and one row for the mean of several networks.
+    has one row for one network, and one row for the mean score of several networks.
     """
     rows, labels = data
     share = TABLES[name].share or float(labels.mean())
@@ -282,7 +286,7 @@ def scored(made: Any, test: np.ndarray, detector: str) -> Iterator[tuple[str, np
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print mean and standard deviation of F1 and AUROC, and the mean rank by AUROC."""
+    """Print a table for F1 and one for AUROC: mean, standard deviation and mean rank."""
     tables = sorted({r["table"] for r in results}, key=list(TABLES).index)
     names = [n for n in NAMES if any(r["detector"] == n for r in results)]
     for key in ("f1", "auroc"):

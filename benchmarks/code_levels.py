@@ -1,22 +1,23 @@
-"""Compare a VQ-VAE-2 of two levels with one level at equal bits, and measure the top's information.
+"""Compare VQ-VAE-2s of two levels and one level at equal bits, and predict codes of the fine level.
 
     python benchmarks/code_levels.py --data photos --validation_data unseen --json out.json
 
 For each seed, the script trains `vqvae2_small` with two levels and with one level, with several
-numbers of codes. Each of these trainings is called an arm. All arms have the same widths, images,
-order of images and number of updates, and L2 as their only pixel loss. The networks learn from
-random crops of photos. The script measures, on complete unseen photos:
+numbers of codes. Each of these trainings is called an arm. All arms have the same channel widths,
+images, order of images and number of updates, and L2 as their only pixel loss. The networks learn
+from random crops of photos. The script measures, on complete unseen photos:
 
 - the mean squared error of 8-bit reconstructions, for pixels in [-1, 1]
 - true bits per image: the size of real files (`coding.token_codec`)
 - bits per code of the fine (bottom) level, alone and given the codes of the coarse (top) level:
-  the cross-entropy of a small network that predicts a code of the bottom. The small network is
-  fitted on the tokens of training photos. `context` says whether it also reads the bottom codes to
-  the left and above.
+  the cross-entropy of a small network that predicts a code of the bottom level. The small network
+  is fitted on the tokens of training photos. In the results, `context` says whether the small
+  network also reads the bottom codes to the left and above.
 
-For a comparison at equal bits, the error of one level is interpolated between its two arms with the
-nearest numbers of bits. An arm with two levels that needs more or fewer bits than all arms with one
-level cannot be compared. If you run the command again, finished arms are kept.
+For a comparison at equal bits, the error of one level is interpolated between two arms with one
+level: those with the next lower and the next higher number of bits. An arm with two levels that
+needs more or fewer bits than all arms with one level cannot be compared. If you run the command
+again, finished arms are kept.
 """
 
 import json
@@ -104,7 +105,7 @@ class RandomCrops:
     Args:
         photos: uint8 (N, 3, R, R).
         side: height and width of a crop in pixels.
-        seed: seed of the positions.
+        seed: seed of the positions and of the mirroring.
     """
 
     def __init__(self, photos: Tensor, *, side: int, seed: int) -> None:
@@ -227,10 +228,11 @@ def measured(net: VQVAE2, photos: Tensor, maps: list[Tensor], *, codes: int) -> 
 
 
 class Predictor(nn.Module):
-    """Predicts a code of the fine (bottom) level from other codes.
+    """Predicts a code of the fine (bottom) level from its position and from other codes.
 
-    The inputs are codes of the coarse (top) level, codes of the bottom level to the left and above,
-    or both.
+    One input is the position within the 2 x 2 bottom codes of a top code. The arguments `top` and
+    `context` add codes of the coarse (top) level, and codes of the bottom level to the left and
+    above.
 
     Args:
         codes: number of codes K.
@@ -326,12 +328,12 @@ def run_arm(
 
 
 def compared(result: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Compare each arm with two levels with one level at an equal number of bits.
+    """Compare each arm that has two levels with the arms of one level, at equal numbers of bits.
 
     Returns:
         For each arm with two levels: the number of codes, the bits, and the errors of two levels
-        and of one level. The error of one level is interpolated between arms. It is None if the arm
-        with two levels needs more or fewer bits than all arms with one level.
+        and of one level. The error of one level is interpolated between arms. This error is None if
+        the arm with two levels needs more or fewer bits than all arms with one level.
     """
     runs = {name: run for name, run in result["runs"].items() if name.endswith(f"seed {seed}")}
     one = [(run["bits"], run["mse"]) for name, run in runs.items() if name.startswith(ONE)]

@@ -14,8 +14,8 @@ The plain folder reads images as many training scripts do. Pillow opens a file a
 RGB. A random square is cropped, resized and mirrored. torchvision converts the crop to a tensor and
 normalises it. torch's DataLoader makes the batch. Our loader also returns floats in [-1, 1]. Both
 loaders draw random squares in the same way, with sides of 0.5 to 1 of the image's shorter side. The
-name of a table row contains the resize kernel of both loaders. Only the last row compares different
-kernels: our default, Lanczos, and torchvision's default, bilinear.
+name of a table row contains the resize kernel of both loaders. For each number of workers, one row
+compares different kernels: our default, Lanczos, and torchvision's default, bilinear.
 
 `equal within` is the largest difference between the pixels of both loaders for the same crop. The
 range of pixels is [-1, 1]. The outer three pixels of a crop are not compared. These pixels differ,
@@ -92,7 +92,7 @@ class Options:
 
 
 class PlainFolder(Dataset[Tensor]):
-    """A dataset of a folder's JPEGs, read as training scripts read them.
+    """A dataset of a folder's JPEGs, read as many training scripts read JPEGs.
 
     Each item is a random crop (C, R, R) in [-1, 1].
     """

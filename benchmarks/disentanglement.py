@@ -1,16 +1,16 @@
-"""Compare beta-VAE, beta-TCVAE and FactorVAE on sprites with known factors of variation.
+"""Compare beta-VAE and FactorVAE on sprites with known factors of variation.
 
     python benchmarks/disentanglement.py --out runs --updates 5000 --json out.json
 
 For each seed, the script trains the preset `beta_sprites` with several weights of the KL, and the
 preset `factor_sprites` with several weights of the total correlation. The script measures these
-values on sprites that are drawn at random:
+values on sprites whose factors are chosen at random:
 
 - the reconstruction error (negative log-likelihood in nats) and the KL
 - the total correlation, estimated from 400 codes and 100,000 posteriors (see
   `losses.total_correlation.measure_kl_parts`). For a KL of 10 nats, an estimate from far fewer
   posteriors is too large.
-- the FactorVAE score, MIG, SAP and DCI
+- four scores of disentanglement: the FactorVAE score, MIG, SAP and DCI
 
 To compare at equal reconstruction error, the total correlation of the beta-VAE is interpolated
 between the trainings with different weights of the KL. If you run the command again, finished runs

@@ -6,8 +6,9 @@ For each seed, the script trains a small AutoencoderKL at several weights of the
 models (arms) are:
 
 - "plain": the standard normal prior
-- "flow": a learned prior, as with the option `--posterior_flow`
-- "flow, fixed variance": a learned prior, and a fixed variance, as with `--posterior_logvar`
+- "flow": a learned prior (a normalising flow), as with the option `--posterior_flow`
+- "flow, fixed variance": a learned prior, and a fixed variance of the posterior, as with
+  `--posterior_logvar`
 
 All compared models have the same initial weights, images, order of images, noise and number of
 updates. The loss is the mean squared error plus the weighted KL, as in
@@ -146,7 +147,7 @@ class Options:
 
 
 def train(images: Tensor, options: Options, *, arm: str, kl_weight: float, seed: int) -> Any:
-    """Train a network, and return its training wrapper in eval mode."""
+    """Train a network. Return its wrapper, which also computes the KL, in eval mode."""
     # network, and its linear start
     torch.manual_seed(seed)
     model = options.model(arm)

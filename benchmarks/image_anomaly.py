@@ -1,16 +1,16 @@
 """Measure how well likelihoods under a VAE separate one kind of images from another.
 
-    python benchmarks/image_anomaly.py pairs --model runs/vae --background runs/vae-perturbed \
+    python benchmarks/image_anomaly.py pairs --model runs/vae --background runs/vae-perturbed \\
         --normal cifar/validation.parquet --others mnist/test.parquet --out out
 
-    python benchmarks/image_anomaly.py classes --train mnist/train.parquet \
+    python benchmarks/image_anomaly.py classes --train mnist/train.parquet \\
         --test mnist/test.parquet --out out
 
 The command `pairs` scores unseen normal images, and images of other data sets. The command
 `classes` trains, for each class, a VAE on all other classes, and scores test images of all classes.
 Both commands print the AUROC of the likelihood alone, and of the likelihood corrected by image
-complexity or by a background model. If you run the command again, finished trainings are not
-repeated.
+complexity or by a background model (a VAE trained on images with some random pixels). If you run
+the command again, finished trainings are not repeated.
 """
 
 import json
@@ -105,7 +105,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Classes:
-    """For each class, train a VAE without this class, and detect its images as anomalies."""
+    """For each class, train a VAE without it, and detect images of this class as anomalies."""
 
     train: str
     """Training images with classes."""
@@ -192,7 +192,7 @@ def labelled(data: str, channels: int) -> tuple[ImageSource, np.ndarray]:
 
 
 def write_others(data: str, folder: Path, label: int) -> None:
-    """Write the images of all classes except `label` as PNG files."""
+    """Write the images of all classes except `label` as greyscale PNG files."""
     source, labels = labelled(data, 1)
     unfinished = folder.with_name(f"{folder.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -212,7 +212,10 @@ def scores_of(
     max_images: int,
     samples: int,
 ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Return anomaly scores (N,) in nats for each likelihood correction, and image indices."""
+    """Return anomaly scores (N,) in nats for each likelihood correction, and the images' indices.
+
+    Unreadable images have no score and no index.
+    """
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f
     pixels, kept = read_all(some_of(source, max_images), EvalTransform(side), bad=BadImages())

@@ -9,9 +9,10 @@ cost with tiles or with the whole image. `equal within` is the largest differenc
 for the whole image. Rows that compare with the whole image give this difference for the output of
 strips. Rows that compare with tiles give this difference for the output of tiles.
 
-The script also prints the seams of diffusers' tiles (steps of the image at tile borders), in 8-bit
-levels. A seam above 2 levels is visible (latentvae/evaluation/tiling_check.py). diffusers does not
-tile images that are no larger than a tile, so there is no comparison with tiles at such sizes.
+The script also prints the largest seam of diffusers' tiles (a step of the image at a tile border),
+in 8-bit levels. A seam above 2 levels is visible (latentvae/evaluation/tiling_check.py). diffusers
+does not tile images that are no larger than a tile, so there is no comparison with tiles at such
+sizes.
 """
 
 import json
@@ -94,9 +95,10 @@ def measured(options: Options) -> Iterator[Row]:
 
 
 def ways_at(size: int, *, tile: int) -> tuple[str, ...]:
-    """Return the names of the ways to compute (whole, tiles, strips) that work at this image size.
+    """Return the names of the ways to compute (stock, tiles, strips) that work at this image size.
 
-    diffusers tiles only images that are larger than a tile.
+    The way `stock` computes the whole image at once. diffusers tiles only images that are larger
+    than a tile.
     """
     return tuple(way for way in WAYS if way != "tiles" or size > tile)
 

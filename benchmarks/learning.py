@@ -1,6 +1,6 @@
 """Compare how much training recipes learn in equal time, as curves of PSNR and LPIPS.
 
-    python benchmarks/learning.py --recipes no_disc no_disc_random_adamw --data photos \
+    python benchmarks/learning.py --recipes no_disc no_disc_random_adamw --data photos \\
         --validation_data unseen --minutes 15 --seeds 0 1 --json learning.json
 
 A recipe is a preset, your own YAML file, a file in benchmarks/recipes, or `reference` (the plain
@@ -15,8 +15,8 @@ several points of each training, on unseen images. If the recipe uses EMA, the a
 measured.
 
 The script writes the JSON file and, in the same folder, a plot (learning.png). If you run the same
-command again, the script keeps finished measurements and trainings. The script continues an
-interrupted training of a preset. An interrupted training of `reference` starts from the beginning.
+command again, the script keeps finished measurements and trainings. The script continues
+interrupted trainings, but an interrupted training of `reference` starts from the beginning.
 """
 
 import bisect

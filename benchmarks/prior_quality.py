@@ -1,6 +1,6 @@
 """Compare samples of priors with photos, reconstructions and images of random tokens.
 
-    python benchmarks/prior_quality.py --priors runs/prior0 runs/prior1 runs/prior2 \
+    python benchmarks/prior_quality.py --priors runs/prior0 runs/prior1 runs/prior2 \\
         --data imagenette/train --unseen imagenette/val --json prior.json
 
 `data` holds the photos that the prior and its tokenizer learned from, in one folder per class, and
@@ -9,9 +9,9 @@ the prior's training tokens.
 
 The columns of the table:
 
-- kd: kernel distance to the unseen photos: the unbiased MMD^2 with the kernel (<x, y> / D + 1)^3.
-  kd uses relu5_3 features of LPIPS' VGG16, not Inception features, so kd is not an FID or KID. A
-  lower kd is better.
+- kd: kernel distance to the unseen photos: the unbiased MMD^2 with the kernel (<x, y> / D + 1)^3 of
+  features x and y with D dimensions. kd uses relu5_3 features of LPIPS' VGG16, not Inception
+  features, so kd is not an FID or KID. A lower kd is better.
 - class: share of the images whose predicted class is the class given to the prior, or the class of
   the photo. The ten training photos nearest to an image predict its class by vote. Distances are
   those of VGG16 features (`class vgg`) or of the tokenizer's features (`class codes`).
@@ -21,7 +21,8 @@ The columns of the table:
 - copies: share of the images that are nearer to a training photo than 99 % of the reconstructions
   of the unseen photos. If no image is a copy, `copies` is about 0.01.
 
-The table also has rows for real training photos, their reconstructions, and images of tokens drawn
+`near` and `copies` are also measured with both kinds of features. The table also has rows for real
+training photos, for reconstructions of training and unseen photos, and for images of tokens drawn
 independently with the frequencies of the training tokens (unigram). All classes have equally many
 samples. If there are several priors (such as trainings with several seeds), each prior has a row,
 and two more rows have the mean and the standard deviation over the priors.
@@ -132,7 +133,7 @@ class Features:
 
 
 def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
-    """Return batches of photos with their classes, and the number of photos.
+    """Return a function that yields batches of photos with classes, and the number of photos.
 
     Raises:
         UserError: the classes of the folder are not those of the prior's training tokens.
@@ -160,7 +161,7 @@ def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
 
 
 def class_share(images: Tensor, classes: Tensor, train: Tensor, train_classes: Tensor) -> float:
-    """Return the share of images whose class is the commonest of their nearest training images."""
+    """Return the share of images whose class is the commonest of the 10 nearest training images."""
     nearest = torch.cdist(images, train).topk(NEIGHBOURS, largest=False).indices
     votes = F.one_hot(train_classes[nearest]).sum(dim=1)
     return (votes.argmax(dim=1) == classes).double().mean().item()

@@ -138,7 +138,7 @@ def inputs(size: str) -> tuple[Tensor, Tensor, bool]:
 
 @torch.no_grad()
 def peak(size: str, name: str) -> int:
-    """Return the bytes that one quantiser call needs beyond the memory that the process has."""
+    """Return the bytes that one quantiser call needs beyond the memory in use before the call."""
     features, codebook, l2 = inputs(size)
     quantise = QUANTISERS[name](codebook, l2)
     quantise(features[:, :, :1, :1].contiguous())  # so that one-time allocations do not count

@@ -4,7 +4,7 @@ The script is examples/research_projects/autoencoderkl/train_autoencoderkl.py of
 huggingface/diffusers at 58eb52c. This benchmark has the same losses, defaults and order of
 computation as that script:
 
-- The loss is the squared error summed over pixels, plus 0.5 LPIPS (VGG) and 1e-6 times the KL.
+- The loss is (squared error + 0.5 LPIPS (VGG)), summed over pixels, plus 1e-6 times the KL.
 - Gradients are clipped to norm 1. AdamW has weight decay 0.01. All computation is in float32.
 - Images are centre-cropped, without augmentation.
 - In every update, the losses for the progress bar are copied from the device to the CPU.
@@ -119,7 +119,7 @@ def train_reference(
     warmup: int,
     seed: int,
 ) -> Iterator[float]:
-    """Train ``net`` in place, and yield the seconds of each update after it is made.
+    """Train ``net`` in place. After each update, yield the seconds that this update took.
 
     The learning rate follows a cosine schedule over ``updates`` updates.
     """

@@ -76,10 +76,10 @@ class Script:
     """The properties of the training step in which the public scripts differ.
 
     Attributes:
-        summed: the script's losses are sums over pixels instead of means.
-        freezes_discriminator: the discriminator has no gradients in the model's step.
-        detaches: the model has no autograd graph in the discriminator's step.
-        lpips_in_discriminator_step: LPIPS is also computed in the discriminator's step.
+        summed: whether the script's losses are sums over pixels instead of means.
+        freezes_discriminator: whether the discriminator has no gradients in the model's step.
+        detaches: whether the model has no autograd graph in the discriminator's step.
+        lpips_in_discriminator_step: whether LPIPS is also computed in the discriminator's step.
     """
 
     summed: bool
@@ -244,7 +244,7 @@ class TamingStep(ReferenceStep):
     The network, LPIPS and the discriminator are the same as in the other references.
 
     Args:
-        folder: a clone of CompVis/taming-transformers.
+        folder: a git clone of CompVis/taming-transformers.
         net, discriminator, lpips, weights, stock: see `ReferenceStep`.
     """
 

@@ -3,12 +3,12 @@
     python benchmarks/throughput.py --model runs/NAME/export --sizes 256 512 1024 --json FILE
 
 Without `--model`, the script trains a network with the layers of Stable Diffusion's autoencoder for
-some updates. The reference runs the network in float32 on the whole image, without compilation. The
-script compares the reference with other ways to run the network. The ways `exact`, `fast`,
-`openvino` and `strips` are modes of `latentvae.load`. The ways `tiled`, `cast` (to bfloat16) and
-`compiled` (by torch) use diffusers. The calls of each way alternate with calls of the reference.
-Each way and the reference run in separate processes, because the setting to keep freed memory
-(`latentvae.compute.memory`) applies to a whole process.
+some updates. The reference is plain diffusers: the network in float32 on the whole image, without
+compilation. The script compares the reference with other ways to run the network. The ways `exact`,
+`fast`, `openvino` and `strips` are modes of `latentvae.load`. The ways `tiled`, `cast` (to
+bfloat16), `compiled` (by torch) and `compiled cast` use diffusers. The calls of each way alternate
+with calls of the reference. Each way and the reference run in separate processes, because the
+setting to keep freed memory (`latentvae.compute.memory`) applies to a whole process.
 
 `equal_within` is the largest difference from the output of the reference: of latents, or of pixels
 in [-1, 1]. Peak memory is the most memory in use during a call, without the network's weights.

@@ -124,7 +124,10 @@ def timed(call: Callable[[], object]) -> float:
 
 @contextmanager
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
-    """Yield a function that runs `build(*args)(*given)` in a new process and returns its seconds.
+    """Build a function in a new process. Yield a function that calls it there and returns seconds.
+
+    The new process calls `build(*args)` once. The yielded function passes its arguments to the
+    built function, and returns the seconds of this one call.
 
     Use `own_process` for calls that change a setting of the whole process, such as its allocator.
 

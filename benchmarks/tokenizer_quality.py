@@ -18,10 +18,11 @@ Both arms have the following in common:
 The arms differ in these points, because the two packages define them differently:
 
 - A code counts as unused if the moving average of its use is too low. Our quantiser restarts codes
-  below 6% of the mean use. The moving average of our quantiser covers about as many updates as a
-  code with 6% of the mean use needs to be chosen once. vector-quantize-pytorch restarts codes below
-  2% of the mean use, and the decay of its moving average is 0.8. In both packages, an unused code
-  restarts after 17 updates, if each update has as many vectors as there are codes.
+  below 6% of the mean use. The moving average of our quantiser covers about the number of updates
+  in which a code with 6% of the mean use is chosen once. vector-quantize-pytorch restarts codes
+  below 2% of the mean use, and the decay of its moving average is 0.8. In both packages, a code
+  that is never chosen restarts after 17 updates, if each update has as many vectors as there are
+  codes.
 - In vector-quantize-pytorch, a learned codebook has one weight for both the commitment loss and the
   codebook loss. Our quantiser uses the weight of vector-quantize-pytorch for both of its losses.
 - With cosine distance, the codes of vector-quantize-pytorch can only be moving averages. So with
@@ -346,7 +347,7 @@ def _loaded(spec: str, split: str, resolution: int) -> Tensor:
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row per quantiser and metric, with means over the seeds that both arms have.
+    """Return a row per quantiser and metric, with means over seeds for which both arms are done.
 
     The range of an arm (the trainings with one package) is its largest value minus its smallest
     value over the seeds. `spread` is the larger range of the two arms.

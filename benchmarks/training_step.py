@@ -297,7 +297,8 @@ def layers_difference(ours: OurStep, images: Tensor) -> float:
 def _reference(name: str, ours: OurStep, options: Options, *, stock: bool = True) -> ReferenceStep:
     """Return a reference with our weights.
 
-    With `stock`, the reference has the layers of torch and diffusers.
+    With `stock`, the reference has the layers of torch and diffusers. Otherwise, the reference
+    keeps this project's layers.
     """
     task = ours.task
     assert task.discriminator is not None

@@ -56,10 +56,10 @@ class Autoencoder:
 
     Images are padded at the right and at the bottom to a multiple of the downsampling factor f (of
     2 f for FLUX.2). Reconstructions are cropped back to the image size. The padding reflects the
-    image. If the image is too small to be reflected, its border is replicated. A tokenizer raises
-    an error for images with a side below f pixels, because the tokens of such an image would
-    describe the padding. Returned tensors are not inference-mode tensors, so a diffusion model can
-    be trained on them.
+    image. If the image is too small to be reflected, its border is replicated. A tokenizer (a
+    network with discrete codes) raises an error for images with a side below f pixels, because the
+    tokens of such an image would describe the padding. Returned tensors are not inference-mode
+    tensors, so a diffusion model can be trained on them.
 
     Args:
         net: a diffusers autoencoder of images, on the device and in the dtype of the computation.
@@ -70,13 +70,14 @@ class Autoencoder:
         optimize: method that makes the computation faster, see `compute.optimization`. With None,
             `net` itself computes the results.
         strips: compute large images strip by strip (in bands of rows). Strips give the same results
-            as the whole image, and need little memory. Before a call of more than ten seconds, the
-            estimated time is printed on stderr, once per image size. Only `AutoencoderKL` and
-            tokenizers (`VQModel`) can compute in strips.
+            as the whole image up to rounding, and need little memory. Before a call that takes more
+            than ten seconds, the estimated time is printed on stderr, once per image size. Only
+            `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
 
     Attributes:
-        optimization: the network that computes the results. `str(optimization)` says how close
-            these results are to the results of `net`. The weights of `net` do not change.
+        optimization: an `Optimized` object, whose network computes the results.
+            `str(optimization)` says how close these results are to the results of `net`. The
+            weights of `net` do not change.
         f: downsampling factor.
         image_channels: number of image channels C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the images in pixels if the network supports only one size
@@ -86,8 +87,8 @@ class Autoencoder:
         normalization: shift and scale that `encode(..., scaled=True)` applies to latents.
 
     Raises:
-        UserError: `strips` is set, but the network does not support strips or `optimize` is set
-            too.
+        UserError: `strips` is set for a network that does not support strips, or `strips` and
+            `optimize` are both set.
     """
 
     def __init__(
@@ -137,8 +138,9 @@ class Autoencoder:
     ) -> Tensor:
         """Return latents (B, d, ceil(H / f), ceil(W / f)) on the network's device, in its dtype.
 
-        d is the number of latent channels, and f is the downsampling factor. The latents of a
-        tokenizer are not quantised. The methods `decode` and `encode_tokens` quantise latents.
+        d is the number of latent channels, and f is the downsampling factor. For FLUX.2, height and
+        width of the latents are rounded up to even numbers. The latents of a tokenizer are not
+        quantised. The methods `decode` and `encode_tokens` quantise latents.
 
         Args:
             images: PIL image(s) of one size, or a NumPy array, or a torch tensor. Arrays are (B, H,
@@ -147,7 +149,7 @@ class Autoencoder:
             sample: draw from the posterior, instead of taking its mode.
             generator: random generator of the samples. None means torch's global generator.
             scaled: return latents as a diffusion model sees them, shifted and scaled to about unit
-                variance. For FLUX.2, latents are also folded to (B, 4 d, h / 2, w / 2).
+                variance. For FLUX.2, 2 x 2 positions also become channels: (B, 4 d, h / 2, w / 2).
         """
         return self._encode(self._read(images)[0], sample, generator, scaled).clone()
 
@@ -168,6 +170,8 @@ class Autoencoder:
     @full_float32()
     def encode_tokens(self, images: Images) -> Tensor:
         """Return a tokenizer's indices in 0..K - 1: (B, h, w), or (B, L, h, w) with L levels.
+
+        K is the number of codes. A tokenizer with L levels has L codes at each position.
 
         Raises:
             UserError: the network is not a tokenizer.
@@ -201,7 +205,7 @@ class Autoencoder:
 
         Raises:
             UserError: the shape of `z` is wrong, or `size` is larger than the decoded images.
-            NotFiniteError: the images overflow.
+            NotFiniteError: the decoded images have infinite values or NaN.
         """
         channels = self.latent_channels * (self.normalization.fold**2 if scaled else 1)
         if z.ndim != 4 or z.shape[1] != channels:
@@ -238,8 +242,8 @@ class Autoencoder:
         """Encode and decode pictures.
 
         The result has the type (PIL, NumPy or torch), dtype and size of the input. Encoding takes
-        the mode of the posterior. A list may hold PIL images of different sizes. Tensors are
-        clamped to [-1, 1].
+        the mode of the posterior. A list may hold PIL images of different sizes. Returned
+        tensors are clamped to [-1, 1].
         """
         if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
@@ -251,7 +255,7 @@ class Autoencoder:
         return cast(AnyImages, kind.restore(recon))
 
     def info(self) -> dict[str, Any]:
-        """Return facts about the model for a report, such as its class, sizes and weights."""
+        """Return facts about the model for reports, such as its class and a hash of its weights."""
         codes = {} if self.num_codes is None else {"num_codes": self.num_codes}
         if (levels := calls.num_levels(self.net)) > 1:
             codes["num_levels"] = levels
@@ -375,17 +379,17 @@ def load(
         path: a folder, a single `.safetensors` file, or a Hub id, see
             `latentvae.models.load_network`.
         device: device of the network. None means the CPU, as in diffusers.
-        dtype: dtype of the weights. None means float32. float16 may overflow unless the config's
-            `force_upcast` is false.
-        family: model family of the autoencoder in a single file. Give `family` if the file does not
-            say how its latents are scaled: `"sd"`, `"sdxl"`, `"sd3"`, `"flux"` or `"other"` (not
-            scaled).
+        dtype: dtype of the weights. None means float32. In float16, a network may overflow unless
+            `force_upcast` is false in its config.
+        family: model family of the autoencoder in a single file: `"sd"`, `"sdxl"`, `"sd3"`,
+            `"flux"` or `"other"` (latents are not scaled). Give `family` if the file does not say
+            how its latents are scaled.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        optimize: `"exact"` computes the same numbers up to rounding. `"fast"` uses bfloat16 where
-            that is faster. `"openvino"` uses OpenVINO on the CPU (`pip install
-            latentvae[openvino]`). The attribute `optimization` says which mode is used, and its
-            PSNR against `"exact"`. If `optimize` is set, a process on the CPU keeps the memory that
-            a call frees, and uses it in later calls, see `latentvae.compute.memory`.
+        optimize: `"exact"` computes the same numbers as without `optimize`, up to rounding.
+            `"fast"` uses bfloat16 where that is faster. `"openvino"` uses OpenVINO on the CPU (`pip
+            install latentvae[openvino]`). The attribute `optimization` says which mode is used, and
+            its PSNR against `"exact"`. If `optimize` is set, a process on the CPU keeps the memory
+            that a call frees, and uses it in later calls, see `latentvae.compute.memory`.
         strips: compute strip by strip, for images that do not fit into memory. True, or a `Strips`
             object with options. See `Autoencoder`.
 

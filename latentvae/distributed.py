@@ -97,7 +97,7 @@ class _Gather(torch.autograd.Function):
 
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite each tensor with the tensor of rank 0, in the given order."""
+    """Overwrite each tensor on all ranks with the tensor of rank 0, in the given order."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)

@@ -58,6 +58,9 @@ def check_no_password(value: str) -> None:
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the allowed text most like ``value``, or ``""``."""
+    """Return ``"; did you mean 'x'?"``, where x is the allowed text that is most like ``value``.
+
+    If no allowed text is similar to ``value``, return ``""``.
+    """
     matches = difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""

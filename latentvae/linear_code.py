@@ -94,7 +94,8 @@ class PatchMoments:
     def linear_code(self, d: int) -> LinearCode:
         """Return the linear code of the first d principal components, in float32.
 
-        The sign of each component is chosen so that its largest entry is positive.
+        The sign of each component is chosen so that its entry with the largest absolute value is
+        positive.
 
         Raises:
             ValueError: d is larger than the number of values in a patch, or there are fewer than

@@ -59,9 +59,9 @@ class MayChange(Mark):
 
 @dataclass(frozen=True)
 class DecidesTheWatch(Mark):
-    """The option affects when `disc_watch disable` switches the discriminator off.
+    """The option affects when the setting `disc_watch disable` switches the discriminator off.
 
-    With `disc_watch disable`, the option must therefore have the same value when a run is resumed.
+    With this setting, the option must therefore have the same value when a run is resumed.
     """
 
 
@@ -74,7 +74,7 @@ class Private(Mark):
 class ChosenByPreset(Mark):
     """The option decides which other options exist.
 
-    The option has no command-line flag, so only a config can set it.
+    The option has no command-line flag, so only a config (YAML file or preset) can set it.
     """
 
 
@@ -163,8 +163,8 @@ def _own_marks(section: type[BaseModel], name: str) -> Iterator[Any]:
 def tag_in(name: str, default: str) -> Callable[[Any], str]:
     """Return a function that reads the option `name` from the values of a section.
 
-    With the option's value, pydantic chooses the class of a union type that parses the section. If
-    the section does not set the option, the function returns `default`.
+    From the option's value, pydantic chooses which class of a union type parses the section. If the
+    section does not set the option, the function returns `default`.
     """
 
     def tag(values: Any) -> str:

@@ -30,7 +30,7 @@ class Latent(BaseOutput):
             For a KL over tokens (Gumbel-softmax), the tensor has one channel, (B, 1).
         mean: mean of the posterior, (B, d, h, w), float32. Without a posterior, the mean is z.
         indices: the codes, (B, h, w), or (B, L, h, w) for L levels of codes, int64.
-        features: the features before quantisation, (B, c, h, w).
+        features: the features before quantisation, (B, c, h, w) with c channels.
         losses: the bottleneck's losses by name, unweighted scalars, see
             `bottlenecks.Quantized.losses`.
         statistics: the tensors that a codebook learns from, see `bottlenecks.Quantized.statistics`.

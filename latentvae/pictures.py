@@ -118,8 +118,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def save_grid(images: Tensor, path: Path, *, labels: Sequence[str] | None = None) -> None:
     """Write images (B, C, H, W) in [-1, 1] as one PNG.
 
-    With labels, the grid has one row for each label, and shows the first 16 letters of the label on
-    the left. Without labels, the grid is about square. Small images are enlarged.
+    With labels, the grid has one row for each label, and shows the first 16 letters of each label
+    on the left. Without labels, the grid is about square. Images with a side below 64 pixels are
+    enlarged.
     """
     columns = len(images) // len(labels) if labels else math.ceil(len(images) ** 0.5)
     missing = -len(images) % columns

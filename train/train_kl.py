@@ -1,14 +1,15 @@
 """Train a KL autoencoder like Stable Diffusion's on your images, and export it for diffusers.
 
-    accelerate launch train/train_kl.py --config train/configs/kl_f8.yaml \
+    accelerate launch train/train_kl.py --config train/configs/kl_f8.yaml \\
         --train_data_dir photos --output_dir runs/first --max_train_steps 100000
 
-`--config` takes a YAML file or the name of a preset. Every flag below overrides a value of this
-config. To resume a training that was interrupted, run the same command again. `--preflight` trains
-a few updates to check the training, and then exits. `--recipe fast` means `--init auto --optimizer
-muon`: the optimizer is Muon, and the initial weights compute a PCA of image patches if the network
-supports this. `--recipe published` means random initial weights and AdamW. `--train_data_dir
-samples` trains on 16 photos that come with scikit-image, scikit-learn and matplotlib.
+`--config` takes a YAML file or the name of a preset. Flags such as `--max_train_steps` override
+values of this config. To resume a training that was interrupted, run the same command again.
+`--preflight` trains a few updates to check the training, and then exits. `--recipe fast` means
+`--init auto --optimizer muon`: the optimizer is Muon, and the initial weights compute a PCA of
+image patches if the network supports this. `--recipe published` means random initial weights and
+AdamW. `--train_data_dir samples` trains on 16 photos that come with scikit-image, scikit-learn and
+matplotlib.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Distil an autoencoder into a small one. Its options are `tasks.distill.DistillConfig`.
+"""Distil an autoencoder into a small one.
+
+All options are in the class `latentvae.tasks.distill.DistillConfig`.
 
     accelerate launch train/train_tiny.py --teacher runs/vae/export --train_data_dir photos \\
         --output_dir runs/tiny

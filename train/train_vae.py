@@ -1,4 +1,6 @@
-"""Train a variational autoencoder by its likelihood. Its options are `tasks.likelihood`.
+"""Train a variational autoencoder by its likelihood.
+
+All options are in the class `latentvae.tasks.likelihood.LikelihoodConfig`.
 
     accelerate launch train/train_vae.py --config vae_mnist --train_data_dir mnist/train.parquet \\
         --output_dir runs/vae

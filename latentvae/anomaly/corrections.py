@@ -1,11 +1,12 @@
-"""Correct log-likelihoods, which are too high for simple images unlike the training images.
+"""Correct the too high log-likelihoods of simple images that are unlike the training images.
 
 A likelihood model of photos gives plain images a higher likelihood than its own training images
 (arXiv:1810.09136). The likelihood ratio and the input complexity subtract the log-likelihood of a
 more general model (a background model or a codec):
 
     likelihood ratio    log p(x) - log p_background(x)       arXiv:1906.02845
-    input complexity    log p(x) + L(x) log 2                arXiv:1909.11480, minus its score S
+    input complexity    log p(x) + L(x) log 2                arXiv:1909.11480 (its score S is the
+                                                             negative of this sum)
 
 `L(x)` is the size in bits of the image under a lossless codec. Both corrected log-likelihoods are
 larger for images that are more like the training images.
@@ -88,7 +89,7 @@ def lossless_bits(images: Tensor, *, codec: Codec = "png", headerless: bool = Tr
     Args:
         images: (N, C, H, W) in [-1, 1]. Pixels are rounded to 8 bits.
         codec: "png" or "webp".
-        headerless: subtract the size of a file with one black pixel, which is the size of the
+        headerless: subtract the size of a file with one black pixel, which is about the size of the
             file's header. For images of 28 or 32 pixels a side, the header would be a large part of
             the file.
 
@@ -104,7 +105,7 @@ def lossless_bits(images: Tensor, *, codec: Codec = "png", headerless: bool = Tr
 
 
 def _size(pixels: np.ndarray, codec: str) -> int:
-    """Return the size of a file in bytes for pixels (H, W, C), uint8."""
+    """Return the size in bytes of a file that holds pixels (H, W, C), uint8."""
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     file = io.BytesIO()
     picture.save(file, **CODECS[codec])

@@ -1,10 +1,13 @@
 """DAGMM, the deep autoencoding Gaussian mixture model of Zong et al. (ICLR 2018).
 
 The anomaly score of a row is its energy: -log of its density under a Gaussian mixture. The mixture
-is over the latent of an autoencoder and two features of the reconstruction. Autoencoder and mixture
-are trained together:
+is over z: the latent of an autoencoder and two features of the reconstruction. Autoencoder and
+mixture are trained together with the loss
 
     mean |x - x'|^2 + energy_weight * mean E(z) + diagonal_weight * sum 1 / Sigma_kjj
+
+Here x' is the reconstruction of a row x, E(z) is the energy, and Sigma_kjj are the variances of
+component k. The features are the relative distance and the cosine similarity of x and x'.
 """
 
 from collections.abc import Sequence
@@ -72,23 +75,24 @@ class DAGMM(Detector):
     Args:
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of dimensions of the latent.
-        estimation_width: width of the hidden layer of the estimation network.
+        estimation_width: width of the hidden layer of the estimation network, which gives the
+            probability of each component of the mixture.
         num_components: number of components of the mixture.
         dropout: share of the hidden units of the estimation network that training drops.
         energy_weight: weight of the mean energy in the loss (lambda 1 of the paper). The energy is
-            the -log density of a row's latent and of its two features of the reconstruction.
-        diagonal_weight: weight of the sum of inverse variances of the mixture in the loss (lambda
-            2).
-        variance_floor: variance added to each diagonal of the covariances.
+            the -log of the joint density of a row's latent and two features of its reconstruction.
+        diagonal_weight: weight in the loss of the sum of the mixture's inverse variances (lambda 2
+            of the paper).
+        variance_floor: variance added to each diagonal element of the mixture's covariances.
         epochs: number of passes over the training rows.
         batch_size: largest number of rows in an update.
         learning_rate: learning rate of Adam.
         schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0,
             and the result depends less on the seed.
-        num_networks: number of networks that are trained from different random weights. The score
-            of a row is the mean of its energies under all networks. The paper's DAGMM has 1
-            network. With 8 networks, the result depends less on the seed, and training takes eight
-            times as long.
+        num_networks: number of networks that are trained from different random weights. The
+            anomaly score of a row is the mean of its energies under all networks. The paper's DAGMM
+            has 1 network. With 8 networks, the result depends less on the seed, and training takes
+            eight times as long.
         scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
             "minmax" ([0, 1]) or "none".
         constant_columns: "error" rejects columns with only one value in the training rows, and
@@ -98,7 +102,7 @@ class DAGMM(Detector):
 
     Attributes:
         networks_: the trained networks, in float64.
-        mixtures_: for each network, the mixture of all training rows.
+        mixtures_: for each network, the mixture that is fitted to all training rows.
         losses_: loss of each epoch, averaged over batches and networks.
     """
 
@@ -144,9 +148,10 @@ class DAGMM(Detector):
         self.random_state = random_state
 
     def latents(self, X: Any) -> np.ndarray:
-        """Return z of each row (N, D): latent, relative distance and cosine to the reconstruction.
+        """Return z of each row, (N, D).
 
-        With several networks, the columns of all networks are concatenated.
+        z is the latent, and the relative distance and cosine similarity of the row and its
+        reconstruction. With several networks, the columns of all networks are concatenated.
         """
         rows = self._checked(X)
         return torch.cat([_latents(network, rows) for network in self.networks_], dim=1).numpy()
@@ -237,7 +242,7 @@ class DAGMM(Detector):
 
 
 def seed_of_network(seed: int, number: int) -> int:
-    """Return the seed of network `number`. The first network has the seed `seed`."""
+    """Return the seed of network `number`. The first network, number 0, has the seed `seed`."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])

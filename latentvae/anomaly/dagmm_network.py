@@ -78,7 +78,10 @@ class DAGMMNetwork(nn.Module):
 
 
 def reconstruction_features(x: Tensor, recon: Tensor) -> Tensor:
-    """Return relative Euclidean distance and cosine similarity of x and recon, (N, 2)."""
+    """Return relative Euclidean distance and cosine similarity of x and recon, (N, 2).
+
+    The relative distance is |x - recon| / |x|.
+    """
     norm = x.norm(dim=1).clamp_min(MIN_NORM)
     recon_norm = recon.norm(dim=1).clamp_min(MIN_NORM)
     distance = (x - recon).norm(dim=1) / norm

@@ -18,7 +18,7 @@ MAX_LOG_STD = 5.0  # e^5 = 148 standard deviations of the training rows
 
 
 class Terms(NamedTuple):
-    """Log densities in nats of each sample of z and each row, each (L, N)."""
+    """Log densities in nats for each sample of z of each row. Each tensor is (L, N)."""
 
     likelihood: Tensor  # log p(x|z)
     prior: Tensor  # log p(z)
@@ -32,7 +32,7 @@ class DenseVAE(nn.Module):
         num_features: number of columns F.
         hidden: widths of the encoder's hidden layers. The decoder mirrors them.
         latent_dim: number of columns D of z.
-        min_std: smallest standard deviation of p(x|z), in units of the scaled columns.
+        min_std: smallest standard deviation of p(x|z), in units of the columns of x.
         std_per_row: whether the decoder computes standard deviations for each row. Otherwise each
             column has one learned standard deviation.
     """
@@ -68,7 +68,7 @@ class DenseVAE(nn.Module):
         return mean, log_std.clamp(self.min_log_std, MAX_LOG_STD)
 
     def elbo(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return the evidence lower bound of rows x (N, F) in nats, (N,), with an exact KL.
+        """Return the evidence lower bound of each row in nats, (N,), with the KL in closed form.
 
         Args:
             x: rows, (N, F).
@@ -79,7 +79,7 @@ class DenseVAE(nn.Module):
         return likelihood - gaussian_kl(mean, log_std)
 
     def terms(self, x: Tensor, noise: Tensor) -> Terms:
-        """Return the log densities for L samples of z.
+        """Return the log densities for L samples of z of each row.
 
         Args:
             x: rows, (N, F).

@@ -34,7 +34,7 @@ class Detector(OutlierMixin, BaseEstimator):
     Attributes:
         offset_: threshold of the scores of `score_samples`. Rows with a lower score are anomalies.
         n_features_in_: number of columns F.
-        shift_, scale_: scaled rows are (rows - shift_) / scale_, each (F,).
+        shift_, scale_: (F,) each. Scaled rows are (rows - shift_) / scale_.
     """
 
     false_alarm_rate: float
@@ -68,14 +68,14 @@ class Detector(OutlierMixin, BaseEstimator):
     def calibrate(self, X: Any, *, false_alarm_rate: float | None = None) -> Self:
         """Set the threshold from held-out rows without anomalies.
 
-        Training rows get more normal scores than new rows. So a threshold from held-out rows keeps
-        the false-alarm rate. A threshold from the training rows flags more clean (normal) rows as
-        anomalies.
+        Training rows get higher (more normal) scores than new rows. So a threshold from held-out
+        rows keeps the false-alarm rate. A threshold from the training rows flags a larger share of
+        new clean (normal) rows as anomalies than this rate.
 
         Args:
             X: rows without anomalies that were not used in `fit`, (N, F).
             false_alarm_rate: share of clean rows that may be flagged as anomalies. With None, the
-                detector's option is used.
+                detector's option `false_alarm_rate` is used.
         """
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         check_range("false_alarm_rate", rate, low=0, high=0.5, open_low=True)
@@ -164,11 +164,12 @@ def clean_threshold(scores: np.ndarray, rate: float) -> float:
     """Return the threshold for a false-alarm rate.
 
     The score of a new clean row is below the threshold with probability at most `rate`. Clean rows
-    are rows without anomalies. The threshold is the conformal quantile: the floor(rate (n + 1))-th
-    smallest of n scores of clean rows. If a new row has the same distribution as the n clean rows,
-    all ranks of its score among the n + 1 scores are equally likely. If there are too few clean
-    rows for the rate, the quantile is the smallest score. The threshold lies just below the
-    quantile, so that rounding never flags the row whose score is the quantile.
+    are rows without anomalies. The threshold comes from the conformal quantile: the
+    floor(rate (n + 1))-th smallest of n scores of clean rows. If a new row has the same
+    distribution as the n clean rows, all ranks of its score among the n + 1 scores are equally
+    likely. If there are too few clean rows for the rate, the quantile is the smallest score, and
+    the probability can be above `rate`. The threshold lies just below the quantile, so that
+    rounding never flags the row whose score is the quantile.
 
     Args:
         scores: `score_samples` of clean rows, (N,).

@@ -1,10 +1,12 @@
 """Score images with an autoencoder by one of four methods, each with a heat map.
 
     reconstruction   error of the reconstruction, L1 or LPIPS. Nothing is fitted.
-    latent_density   density of the whole image's pooled latents: a mixture or neighbours
+    latent_density   density of the mean and standard deviation of each of the image's latent
+                     channels: a Gaussian mixture or nearest neighbours.
     positions        a Gaussian of the latents at each position (PaDiM, arXiv:2011.08785), for
-                     images taken in the same way, such as parts on a production line
-    likelihood       -log-likelihood under a VAE, with or without a correction. Nothing is fitted.
+                     images taken in the same way, such as photos of parts on a production line.
+    likelihood       -log-likelihood under a VAE, with or without a correction (see
+                     `anomaly.corrections`). Nothing is fitted.
 
 Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
@@ -47,7 +49,7 @@ class Scored(NamedTuple):
 class ImageMethod(Protocol):
     """A method that gives images an anomaly score and a heat map.
 
-    `fit` takes the latents of all clean images (images without anomalies), (N, d, h, w).
+    `fit` takes the latents of N clean images (images without anomalies), (N, d, h, w).
     """
 
     def fit(self, latents: Tensor) -> Self: ...
@@ -65,7 +67,8 @@ class ImageOptions:
 
     Attributes:
         distance: distance of the method `reconstruction`, "l1" or "lpips".
-        density: density of the method `latent_density`, "gmm" or "knn".
+        density: density of the method `latent_density`, "gmm" (Gaussian mixture) or "knn" (nearest
+            neighbours).
         correction: correction of the method `likelihood`: "none", "complexity" (compare with the
             size of a lossless file) or "ratio" (compare with a background model).
         background: folder of the background model, for the correction "ratio".
@@ -118,12 +121,15 @@ class Reconstruction:
 class PooledDensity:
     """Score images by the density of the mean and standard deviation of each latent channel.
 
+    The mean and the standard deviation are taken over the positions of an image.
+
     The heat map shows where a latent is rare: it is the -log density of each position's latent
     under a Gaussian mixture that all positions share.
 
     Args:
         density: "gmm" or "knn", see `LatentDensity`.
-        seed: seed of the mixtures and of the choice of positions.
+        seed: seed of the mixtures, and of the random choice of latents for the mixture of the heat
+            map.
     """
 
     def __init__(self, density: str = "gmm", seed: int = 0) -> None:
@@ -133,7 +139,7 @@ class PooledDensity:
         self.seed = seed
 
     def fit(self, latents: Tensor) -> Self:
-        """Fit one density to pooled latents of images, and one to the latents of positions."""
+        """Fit one density to `pooled` latents of images, and one to the latents of positions."""
         self.image.fit(pooled(latents).double().numpy())
         vectors = latents.movedim(1, -1).flatten(0, 2)
         order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(self.seed))
@@ -175,7 +181,8 @@ class Positions:
     Clean latents are those of images without anomalies.
 
     The latent of a position is concatenated with the latents of its eight neighbours. The score of
-    an image is the largest distance, after an average over neighbouring positions.
+    an image is its largest distance, after each distance is averaged with those of the neighbouring
+    positions.
 
     Args:
         floor: number added to each variance of the latents, as a share of the mean variance.
@@ -210,7 +217,7 @@ class Positions:
         return Scored(smooth.amax(dim=(1, 2)).double(), enlarged(smooth, images))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return means and Cholesky factors of all positions."""
+        """Return the mean, and the Cholesky factor of the covariance, of each position."""
         return {"means": self.means, "factors": self.factors}
 
     def restore(self, tensors: dict[str, Tensor]) -> Self:
@@ -220,9 +227,10 @@ class Positions:
 
 
 class Likelihood:
-    """Score images by their likelihood under a VAE, in nats. The heat map shows the pixel errors.
+    """Score images by their likelihood under a VAE, in nats.
 
-    The log-likelihood is the importance-weighted bound (arXiv:1509.00519).
+    The heat map shows the reconstruction error of each pixel. The log-likelihood is the
+    importance-weighted bound (arXiv:1509.00519).
 
     Args:
         options: the options `correction`, `background`, `samples` and `seed`.
@@ -253,10 +261,11 @@ class Likelihood:
     @full_float32()
     @torch.no_grad()
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return the negative corrected log-likelihood of each image in nats, and pixel errors.
+        """Return each image's negative corrected log-likelihood in nats, and a map of pixel errors.
 
         Raises:
-            UserError: the model has no likelihood, or the background model does not fit the model.
+            UserError: the model has no likelihood, or the background model has another likelihood,
+                image size or way to make images binary than the model.
         """
         net, about = likelihood_net_of(model.net, name=model.name), images_of(model)
         images = self._as_expected(net, about, images.to(model.net.device))
@@ -271,9 +280,9 @@ class Likelihood:
         return Scored(-torch.as_tensor(nats), maps.float())
 
     def _as_expected(self, net: LikelihoodNet, about: ImagesOfModel, images: Tensor) -> Tensor:
-        """Return images with pixel values that the model knows, for example binary values.
+        """Return images with pixel values that the model expects, for example binary values.
 
-        The same random numbers are used for each image.
+        If binary values are drawn at random, each image gets the same random numbers.
         """
         if about.binarize != "static":
             return net.pixels.rounded(images)
@@ -352,7 +361,7 @@ def pooled(latents: Tensor) -> Tensor:
 
 
 def neighbourhoods(latents: Tensor) -> Tensor:
-    """Return each latent, concatenated with its eight neighbours, (N, 9 d, h, w)."""
+    """Return each position's latent, concatenated with its eight neighbours, (N, 9 d, h, w)."""
     padded = F.pad(latents.float(), (1, 1, 1, 1), mode="replicate")
     return F.unfold(padded, 3).unflatten(2, latents.shape[2:])
 

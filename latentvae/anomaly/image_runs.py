@@ -164,8 +164,9 @@ def score_images(
         folder: folder that `fit_images` wrote.
         data: folder of images.
         out: folder for the pictures.
-        normal_folder: first-level folder of `data` with the normal images. The images of all other
-            folders are anomalies. Give None if you do not know which images are normal.
+        normal_folder: name of the folder directly in `data` that holds the normal images. The
+            images of all other folders are anomalies. Give None if you do not know which images are
+            normal.
         num_pictures: number of images in the picture of the most anomalous images.
         heat_maps: whether to write the heat map of every image too.
 
@@ -210,7 +211,7 @@ def score_images(
 
 
 class _Top:
-    """The most anomalous images so far, so that not all images are kept in memory."""
+    """The most anomalous images so far. Only these images are kept in memory."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -60,7 +60,7 @@ def sheet(
 
 
 def legible(pixels: Tensor) -> Tensor:
-    """Return small images (N, C, H, W) enlarged to sides of at most 256 pixels."""
+    """Return images (N, C, H, W). Small images are enlarged, to sides of at most 256 pixels."""
     factor = max(LEGIBLE // max(pixels.shape[2:]), 1)
     return pixels if factor == 1 else F.interpolate(pixels, scale_factor=factor, mode="nearest")
 

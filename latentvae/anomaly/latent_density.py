@@ -99,11 +99,11 @@ class LatentDensity(Detector):
         detector = LatentDensity(density="knn").fit(latents)
 
     Args:
-        density: "gmm", the energy (-log density) under a Gaussian mixture in nats, or "knn", the
-            mean distance to the nearest training rows.
+        density: "gmm" scores rows by their energy (-log density) under a Gaussian mixture, in nats.
+            "knn" scores rows by their mean distance to the nearest training rows.
         num_components: number of components of "gmm".
-        variance_floor: variance added to each diagonal of the covariances of "gmm", in units of
-            the scaled columns.
+        variance_floor: variance added to each diagonal element of the covariances of "gmm", in
+            units of the scaled columns.
         num_neighbours: number of neighbours of "knn".
         scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
             "minmax" ([0, 1]) or "none".

@@ -56,8 +56,8 @@ def fit_mixture(z: Tensor, assignments: Tensor, *, floor: float) -> tuple[Mixtur
     Args:
         z: rows, (N, D).
         assignments: probability of each component for each row, (N, K). Each row sums to 1.
-        floor: variance that is added to each diagonal of the covariances. Without the floor, the
-            covariance of only a few rows may be singular and have no Cholesky factor.
+        floor: variance that is added to each diagonal element of the covariances. Without the
+            floor, the covariance of only a few rows may be singular and have no Cholesky factor.
     """
     z, assignments = z.double(), assignments.double()
     counts = assignments.sum(dim=0).clamp_min(MIN_COUNT)  # (K,)

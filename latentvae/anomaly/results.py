@@ -55,7 +55,7 @@ class Results:
         }
 
     def write(self, out: Path, json_file: Path | None) -> None:
-        """Write OUT/scores.csv, and the summary as JSON."""
+        """Write scores.csv into `out`, and the summary as JSON to `json_file` unless it is None."""
         out.mkdir(parents=True, exist_ok=True)
         labels = [None] * len(self.scores) if self.labels is None else self.labels
         header = ["item", "score", "flagged", *([] if self.labels is None else ["label"])]
@@ -86,6 +86,8 @@ def check_both_classes(labels: np.ndarray, where: str) -> None:
 
 def held_out(num_items: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the sorted indices of the training items, and of the held-out items.
+
+    The held-out items are chosen at random. `share` is their share of all items.
 
     Raises:
         UserError: `share` is not between 0 and 1, or there are too few items.

@@ -26,7 +26,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
     """Write a fitted detector as detector.json and detector.safetensors.
 
     Args:
-        detector: the fitted detector. A `random_state` that is not a number is not stored.
+        detector: the fitted detector. A `random_state` that is not a number is stored as None.
         folder: folder for both files, created if it does not exist.
     """
     folder = Path(folder)
@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Load a detector that `save_detector` wrote, with exactly the scores of the saved detector.
+    """Load a detector that `save_detector` wrote. Its scores are exactly the same as before.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

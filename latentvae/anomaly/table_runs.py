@@ -95,8 +95,8 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
     Args:
         folder: folder of the detector.
-        data: file with a table. The table needs the columns that the detector was fitted on, and
-            may have more columns.
+        data: file with a table. The table needs the columns that the detector was fitted on.
+            Other columns are ignored.
         labels: name of the column with 0 (normal) and 1 (anomaly).
 
     Raises:
@@ -113,16 +113,16 @@ def score_table(folder: Path, data: Path, *, labels: str | None = None) -> Resul
 
 
 def write_run(folder: Path, content: dict[str, Any]) -> None:
-    """Write the facts that scoring needs, besides the detector itself, as JSON."""
+    """Write as JSON what scoring needs besides the detector itself, such as a table's encoder."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     (folder / RUN_NAME).write_text(text, encoding="utf-8")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the facts that `write_run` wrote.
+    """Return the content that `write_run` wrote.
 
     Raises:
-        UserError: the folder holds no detector of this format.
+        UserError: the folder holds no detector of the current format.
     """
     if not (folder / RUN_NAME).is_file():
         raise UserError(f"'{folder}' holds no detector: `latentvae anomaly fit` writes one.")
@@ -135,10 +135,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _check_columns(table: pd.DataFrame) -> None:
-    """Check that no column has only one value, because the user should decide about such columns.
+    """Check that no column has only one value. The user decides whether to drop such a column.
 
     Raises:
-        UserError: a column is constant, or there is no column.
+        UserError: a column is constant, there is no column, or there are fewer than two rows.
     """
     if not len(table.columns):
         raise UserError("the table has no columns left: drop fewer columns.")

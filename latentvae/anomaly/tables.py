@@ -32,14 +32,14 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Return the table in a file.
 
     Columns of .npy and .npz files are named x0, x1 and so on. In an .npz file, the rows are the
-    array `X`, or the only array with two axes. Each array with one axis and one value per row is a
-    column with the array's name, such as `y`.
+    array `X`, or the only array with two axes. Each array with one axis and one value per row
+    becomes one more column, with the array's name, such as `y`.
 
     Args:
         path: a .csv, .parquet, .npz or .npy file.
 
     Raises:
-        UserError: there is no such file, or it holds no table.
+        UserError: there is no such file, it holds no table, or two columns have the same name.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in SUFFIXES:
@@ -101,7 +101,7 @@ _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 
 
 def without(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Return a table without some columns.
+    """Return a table without the given columns.
 
     Raises:
         UserError: the table has no column with such a name.
@@ -143,7 +143,8 @@ class TableEncoder(TransformerMixin, BaseEstimator):
     Attributes:
         numbers_: names of the columns of numbers.
         categories_: different values of each column that does not hold numbers.
-        names_: names of the columns of the result. A one-hot column is named `column=value`.
+        names_: names of the columns that `transform` returns. A one-hot column is named
+            `column=value`.
     """
 
     def __init__(self, *, max_categories: int = MAX_CATEGORIES) -> None:
@@ -227,7 +228,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         return table[self.numbers_].to_numpy(dtype=np.float64)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Return the names of the columns of the result."""
+        """Return the names of the columns that `transform` returns."""
         return np.array(self.names_, dtype=object)
 
     def to_json(self) -> dict[str, Any]:
@@ -255,7 +256,8 @@ def _check_complete(table: pd.DataFrame) -> None:
     """Check that no value is missing or infinite.
 
     Raises:
-        UserError: a value is missing or infinite. The message names the column and the first row.
+        UserError: a value is missing or infinite. The message names the column and its first
+            row with such a value.
     """
     for name in table.columns:
         column: Any = table[name]

@@ -18,9 +18,8 @@ SCORE_ROWS = 8192  # rows per batch of a computation without gradients
 def own_randomness(seed: int) -> Iterator[torch.Generator]:
     """Seed torch's global generator in a `with` block, and restore its state afterwards.
 
-    The block gets a separate generator with the same seed.
-
-    Weight initialisation and dropout draw from the global generator.
+    The global generator is seeded because weight initialisation and dropout draw from it. The block
+    also gets a separate generator with the same seed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

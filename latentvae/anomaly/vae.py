@@ -1,6 +1,6 @@
 """Detect anomalies in tables by a variational autoencoder, with one of three scores.
 
-With z_1 to z_L from q(z|x), the score of a row is one of
+With samples z_1 to z_L from q(z|x), the score of a row x is one of
 
     reconstruction_probability   mean log p(x|z_l)                            An and Cho 2015
     elbo                         mean log p(x|z_l) - KL(q(z|x) || p(z))
@@ -22,12 +22,12 @@ from latentvae.anomaly.training import in_batches, own_randomness, part_of, trai
 
 
 def reconstruction_probability(terms: Terms, kl: Tensor) -> Tensor:
-    """Return the mean of log p(x|z) over the samples, (N,), in nats."""
+    """Return the mean of log p(x|z) over the samples of z, (N,), in nats."""
     return terms.likelihood.mean(dim=0)
 
 
 def elbo(terms: Terms, kl: Tensor) -> Tensor:
-    """Return the evidence lower bound with the exact KL (N,), in nats."""
+    """Return the evidence lower bound with the KL in closed form, (N,), in nats."""
     return terms.likelihood.mean(dim=0) - kl
 
 
@@ -112,7 +112,7 @@ class VAEDetector(Detector):
         self.random_state = random_state
 
     def latents(self, X: Any) -> np.ndarray:
-        """Return the mean of q(z|x) of each row, (N, D)."""
+        """Return the mean of q(z|x) of each of N rows, (N, latent_dim)."""
         return in_batches(self._checked(X), lambda rows: self.network_.encode(rows)[0]).numpy()
 
     def _train(self, rows: np.ndarray, *, seed: int) -> None:

@@ -103,12 +103,15 @@ class BottleneckConfig(Section):
 
     @property
     def why_no_linear_start(self) -> str:
-        """The reason why the option `--init linear` does not work, with advice, or ""."""
+        """The reason why the option `--init linear` does not work, with advice, or "".
+
+        The option lets a new network start with weights that compute a linear code (PCA).
+        """
         return ""
 
     @property
     def whitened_start(self) -> bool:
-        """Whether `--init linear` gives each latent channel the variance 1."""
+        """Whether `--init linear` (a start with PCA) gives each latent channel the variance 1."""
         return True
 
     @property
@@ -117,7 +120,10 @@ class BottleneckConfig(Section):
         return 1
 
     def temperature_at(self, update: int) -> float:
-        """Return the softmax temperature in an update, counted from 0. Only Gumbel uses it."""
+        """Return the softmax temperature in an update, counted from 0.
+
+        Only Gumbel-softmax uses this temperature.
+        """
         return 1.0
 
     def arguments(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ of the two colours of a checkerboard, or two halves of the channels. The small n
 convolutional, so the map works for latents of any size. The affine maps and splines come from the
 package zuko.
 
-`B` batch, `d` latent channels, `h w` latent positions, `w` hidden channels, `K` bins of a spline.
+`B` batch, `d` latent channels, `h w` latent positions.
 """
 
 from typing import Any

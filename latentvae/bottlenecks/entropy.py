@@ -36,7 +36,7 @@ def code_entropies(
     Args:
         vectors: N vectors of the encoder with D channels, (N, D), float32.
         codebook: the K codes, (K, D), float32.
-        temperature: temperature of the softmax, above 0, in squared units of the vectors.
+        temperature: temperature of the softmax, above 0. The squared distances are divided by it.
         over_ranks: take the mean over the vectors of all ranks. Every rank must have the same
             number of vectors. DDP averages the ranks' gradients. With `over_ranks`, the averaged
             gradient equals the gradient for one large batch of the vectors of all ranks.
@@ -64,7 +64,7 @@ def code_entropies(
 
 
 def _sums(part: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the sum over vectors of entropies (a scalar) and of probabilities (one per code).
+    """Return the sums of entropies (a scalar) and of probabilities (one sum per code) over vectors.
 
     Args:
         part: n vectors of D channels, (n, D).

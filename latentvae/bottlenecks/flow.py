@@ -80,7 +80,8 @@ class FlowBottleneck(GaussianBottleneck):
             moments: mean and log-variance of d channels, (B, 2d, h, w).
             sample: draw the latent. If `sample` is False, the latent is the mean. The KL always
                 uses a sample.
-            temperature: factor on the standard deviation of the drawn latent, not of the KL.
+            temperature: factor on the standard deviation of the drawn latent. The KL does not
+                depend on this factor.
         """
         posterior = self.posterior(moments)
         drawn = posterior.sample()

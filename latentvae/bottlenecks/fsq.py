@@ -55,13 +55,13 @@ class FSQConfig(BottleneckConfig):
 class FiniteScalarQuantizer(Quantizer):
     """A `Quantizer` that rounds each channel, without a codebook, losses or parameters.
 
-    A channel h with L levels is bounded to tanh(h + s) (L - 1) (1 + margin) / 2 - o. The offset o
-    is 1/2 for even L and 0 for odd L. The shift s is chosen by artanh, so that h = 0 gives the
-    level 0. The formula of this class follows the text of the paper (arXiv:2309.15505). The code
-    listing in the paper has tan instead of artanh, and 1 - margin instead of 1 + margin. Cosmos and
-    vector-quantize-pytorch use the formula of this class, so they compute the same indices. The
-    bounded value is rounded to an integer from -floor(L / 2) to ceil(L / 2) - 1. Dividing the
-    integer by floor(L / 2) gives z.
+    A channel h with L levels is bounded to tanh(h + s) (L - 1) (1 + margin) / 2 - o. The margin is
+    0.001, so that finite h reach both end levels. The offset o is 1/2 for even L and 0 for odd L.
+    The shift s is chosen by artanh, so that h = 0 gives the bounded value 0. The formula of this
+    class follows the text of the paper (arXiv:2309.15505). The code listing in the paper has tan
+    instead of artanh, and 1 - margin instead of 1 + margin. Cosmos and vector-quantize-pytorch use
+    the formula of this class, so they compute the same indices. The bounded value is rounded to an
+    integer from -floor(L / 2) to ceil(L / 2) - 1. Dividing the integer by floor(L / 2) gives z.
 
     A code index is sum_i d_i prod_{j < i} L_j. The digit d_i is the level of channel i, counted
     from the lowest level, in 0..L_i - 1.

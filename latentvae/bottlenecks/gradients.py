@@ -1,6 +1,6 @@
 """Functions that pass the decoder's gradient through a quantiser to the encoder.
 
-Quantisation has no useful gradient of its own. Each function of this module returns the values of
+Quantisation has no useful gradient of its own. Each function in `GRADIENTS` returns the values of
 the codes, and passes the gradient of the codes to the encoder's vectors.
 
 `N` vectors, `D` code width.

@@ -93,9 +93,10 @@ class GumbelConfig(BottleneckConfig):
 class GumbelQuantizer(Quantizer):
     """A `Quantizer` that learns its codebook, (K, D), through the decoder's gradient.
 
-    `indices` are the positions of the largest logits without noise, also in training. The tokens of
-    an image are its `indices` (arXiv:2102.12092, section 2.2). In evaluation, `z` is equal to
-    `codes(indices)`. In training, `z` depends on noise, so `z` differs from `codes(indices)`.
+    `indices` are the numbers of the codes with the largest logits. In training too, these logits
+    have no noise. The tokens of an image are its `indices` (arXiv:2102.12092, section 2.2). In
+    evaluation, `z` is equal to `codes(indices)`. In training, `z` depends on noise, so `z` differs
+    from `codes(indices)`.
 
     The loss `kl` is the divergence from softmax(logits), at temperature 1, to the uniform prior.
     With K codes, `kl` is between 0 and log K nats per token.

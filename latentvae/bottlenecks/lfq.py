@@ -68,21 +68,22 @@ class LFQConfig(EntropyConfig):
 class LookupFreeQuantizer(Quantizer):
     """A `Quantizer` that takes the sign of each channel, without a codebook or parameters.
 
-    The sign of 0 is +1. The index of features h is the sum over channels i of 2^i [h_i >= 0], so
-    the first channel is the lowest bit (arXiv:2310.05737).
+    The sign of 0 is +1. The index of features h is the sum of 2^i over all channels i with
+    h_i >= 0, so the first channel is the lowest bit (arXiv:2310.05737).
 
     The losses are `commitment`, `sample_entropy` (to minimise) and `batch_entropy` (to maximise).
-    In training, `batch_entropy` is computed over the tokens of one micro-step on all ranks. Every
-    rank must have the same number of tokens. DDP averages the ranks' gradients, which gives the
-    gradient for one large batch of the tokens of all ranks. In evaluation each rank uses only its
-    own batch, because ranks may have different numbers of batches.
+    In training, `batch_entropy` is computed over the tokens of one micro-step (forward and backward
+    pass) on all ranks. Every rank must have the same number of tokens. DDP averages the ranks'
+    gradients, which gives the gradient for one large batch of the tokens of all ranks. In
+    evaluation each rank uses only its own batch, because ranks can have different numbers of
+    batches.
 
     Args:
         num_bits: number of bits of a code, also the number of feature channels. There are
             2^num_bits codes.
         spherical: use BSQ instead of LFQ: divide each vector by its length.
-        entropy_temperature: temperature of the softmax in the entropy losses, in squared units of
-            the features. The default is 0.01 for LFQ and 1 for BSQ, the usual values.
+        entropy_temperature: temperature of the softmax in the entropy losses. The squared distances
+            are divided by it. The default is 0.01 for LFQ and 1 for BSQ, the usual values.
         group_bits: number of bits in each group of the batch entropy. Each group needs a table of
             2^group_bits probabilities. The batch entropy is exact if `group_bits` is at least
             `num_bits`.
@@ -169,7 +170,7 @@ def _bit_entropy(logits: Tensor) -> Tensor:
 
 
 def _batch_entropy(logits: Tensor, *, over_ranks: bool) -> Tensor:
-    """Return the entropy, in nats, of the mean over tokens of the joint distribution of bits.
+    """Average the joint distribution of bits over tokens, and return the average's entropy in nats.
 
     Args:
         logits: log-odds that a bit is 1, for the g bits of one group and N tokens, (N, g).

@@ -49,8 +49,8 @@ class Quantizer(nn.Module):
             per position.
         in_channels: number of channels C of the features.
         code_channels: number of channels D of the codes `z`.
-        restart_threshold: `update` replaces a code whose use is below this fraction of the mean
-            use. With 0, `update` never replaces a code.
+        restart_threshold: `update` replaces a code whose use is below this fraction of the mean use
+            of all codes. With 0, `update` never replaces a code.
     """
 
     kind: ClassVar[str]

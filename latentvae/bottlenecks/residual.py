@@ -70,7 +70,7 @@ class ResidualQuantizer(Quantizer):
         shared_codebook: use one codebook for all levels, as RQ-VAE does. Otherwise each level has
             its own codebook.
         ema_decay, gradient, restart_threshold, kmeans_iterations: see `VectorQuantizer`. An unused
-            code is replaced by a vector that its level quantises. In a shared codebook, a code may
+            code is replaced by a vector that its level quantises. In a shared codebook, a code can
             be replaced by a vector of any level.
 
     Raises:
@@ -220,7 +220,7 @@ class ResidualQuantizer(Quantizer):
         return joined
 
     def _residuals(self, features: Tensor) -> list[Tensor]:
-        """Return the N vectors that each level quantises, (N, D) for code width D."""
+        """Return the N vectors that each level quantises, (N, D) per level, for code width D."""
         residuals = [features]
         for level in self.levels[:-1]:
             residuals.append(_residual(residuals[-1], level))

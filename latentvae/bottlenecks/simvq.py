@@ -111,7 +111,7 @@ class SimVQ(Quantizer):
         return rearrange(F.embedding(indices, self.codebook), "B h w D -> B D h w").contiguous()
 
     def why_not_listed(self) -> str:
-        """Return "", because the rows of the codebook are a list of codes."""
+        """Return "" (see `Quantizer.why_not_listed`), because the codebook is a list of codes."""
         return ""
 
     def listed_codes(self) -> Tensor:

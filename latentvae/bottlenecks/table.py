@@ -92,13 +92,14 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
 
 @torch.no_grad()
 def rebuilt_quantizer(old: Quantizer, arguments: Mapping[str, Any]) -> Quantizer:
-    """Return a quantiser of the same shape as `old` with other training options.
+    """Return a quantiser with the codes of `old`, but with other training options.
 
-    The new quantiser has the codes and the train or eval mode of `old`.
+    The new quantiser is in the same mode (train or eval) as `old`.
 
     Args:
         old: the quantiser to replace.
-        arguments: `type` and arguments of the new quantiser.
+        arguments: `type` and arguments of the new quantiser. Its codes must have the same number
+            and width as those of `old`.
     """
     values, new = old.state_dict(), build_quantizer(**arguments)
     new.load_state_dict(values, strict=False)

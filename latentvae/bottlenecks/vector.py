@@ -6,8 +6,8 @@ The codebook learns from a loss, or each code is a moving average of the vectors
 (appendix A.1 of the VQ-VAE paper). With `l2_normalize`, vectors and codes lie on the unit sphere
 (ViT-VQGAN, arXiv:2110.04627). By default, the gradient passes through the quantiser unchanged. With
 the rotation trick (arXiv:2410.06424), the gradient is rotated and scaled by the rotation and scale
-that turn the vector into its code. Codes that are rarely used are replaced by vectors of the batch
-("restart").
+that turn the vector into its code. With `restart_threshold`, codes that are rarely used are
+replaced by vectors of the batch ("restart").
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -79,9 +79,9 @@ class VectorQuantizer(Quantizer):
             `"rotation"`.
         restart_threshold: replace a code by a vector of the batch ("restart") if its use is below
             this fraction of the mean use. With 0, no code is ever replaced. The use of a code is a
-            moving average of how often vectors choose it, over at least `SMALLEST_WINDOW` updates.
-            This average covers so many updates that a code at the threshold is chosen about once in
-            these updates.
+            moving average of how often vectors choose it. The average covers the number of updates
+            in which a code at the threshold is chosen about once, but at least 5 updates
+            (`SMALLEST_WINDOW`).
         entropy_temperature: temperature of the softmax over negative squared distances. The losses
             `sample_entropy` and `batch_entropy` are entropies of this softmax. With None, these two
             losses are not computed.
@@ -248,7 +248,7 @@ class VectorQuantizer(Quantizer):
         return restarted.sum()
 
     def why_not_listed(self) -> str:
-        """Return "", because the codebook is a list of codes.
+        """Return "" (see `Quantizer.why_not_listed`), because the codebook is a list of codes.
 
         If the codes lie on the unit sphere, the nearest code by Euclidean distance is also the
         nearest by cosine similarity, even if the vector does not lie on the unit sphere.

@@ -1,1 +1,4 @@
-"""The command lines. `main` is the command `latentvae`, and the training scripts call `train`."""
+"""The command lines of the package.
+
+The module `main` has the command `latentvae`. The module `train` runs the training scripts.
+"""

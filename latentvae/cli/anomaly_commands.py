@@ -23,8 +23,8 @@ class AnomalyFit:
         latentvae anomaly fit --data photos/good --model runs/kl/export --out detector
 
     Clean rows or images are those without anomalies. Some clean rows or images are held out: the
-    detector does not learn from these, but their scores set the threshold. About one clean row or
-    image in a hundred is then flagged by mistake (`--false_alarm_rate`).
+    detector does not learn from these, but their scores set the threshold. With the default
+    `--false_alarm_rate`, about one clean row or image in a hundred is then flagged by mistake.
     """
 
     data: Path
@@ -140,7 +140,7 @@ class AnomalyFit:
         )
 
     def _options(self, method: str) -> dict[str, Any]:
-        """Return the options of the detector's class that the user gave."""
+        """Return the options that the user gave for the class of the detector."""
         chosen: dict[str, Any] = {
             "dagmm": {"epochs": self.epochs, "num_networks": self.num_networks},
             "vae": {"epochs": self.epochs, "criterion": self.criterion},

@@ -26,8 +26,9 @@ class VerifyResume:
     each kill, the training is resumed.
 
     At the end, both trainings must have equal weights, optimizer states, moving averages,
-    discriminators, counters, log rows and exported models. On the CPU, the two trainings must be
-    equal bit by bit.
+    discriminators, counters, log rows and exported models. On the CPU with at most two processes,
+    the two trainings must be equal bit by bit. Otherwise, a difference is allowed if it is similar
+    to the difference between two trainings without interruptions.
 
         latentvae verify-resume kl_f8 --train_data_dir photos --mixed_precision bf16 --processes 8
 
@@ -116,13 +117,14 @@ class Preflight:
 def run_of(config: str, flags: Sequence[str], *, also: Sequence[str]) -> "tuple[type[Task], Any]":
     """Return the task and the options of a run, for a command that takes the flags of training.
 
-    The sections of the config determine the kind of training, such as `train-prior`.
+    The sections (groups of options) in the config determine the kind of training, such as
+    `train-prior`.
 
     Args:
         config: preset or YAML file.
         flags: flags of training.
         also: names of options that the command has besides the flags of training. The error about
-            an unknown flag may suggest one of these names.
+            an unknown flag suggests the most similar name, which can be one of these names.
     """
     from latentvae.cli.train import config_from_arguments
 

@@ -27,7 +27,7 @@ def encode_command(
     Args:
         model: folder or Hub id of an autoencoder.
         data: images, see `encode_folder`.
-        out: folder for the shards.
+        out: folder for the shards (files of latents or tokens).
         aspect_ratio_buckets: number of image shapes (height and width), see `encode_buckets`. With
             0, all images have the same shape.
         options: the other options of `encode_folder`.
@@ -50,7 +50,10 @@ def encode_command(
 
 
 def decode_command(*, shards: Path, out: Path, **options: Any) -> None:
-    """Decode shards and print how many pictures this process wrote."""
+    """Decode shards (files of latents or tokens), and print how many pictures were written.
+
+    Each process counts only its own pictures.
+    """
     with _stoppable():
         pictures = decode_folder(shards, out, **options)
     _say(f"{len(pictures)} pictures in {out}")
@@ -92,7 +95,7 @@ def summary(manifest: Manifest, out: Path) -> str:
 
 
 def _classes(manifest: Manifest, out: Path) -> str:
-    """Return the number of classes, with the first class names."""
+    """Return a text with the number of classes and the names of the first classes."""
     if not manifest.content.labels:
         return "no classes: neither labels in a table nor at least two sub-folders"
 

@@ -47,7 +47,7 @@ def evaluate_command(
 
     Args:
         models: folders or Hub ids of autoencoders.
-        data: folder of images, or `samples`.
+        data: folder of images, or `samples` (two photos that come with scikit-image).
         out: folder for the report.
         quick: make a short evaluation with the settings of `evaluation.settings.QUICK`.
         max_images: measure at most this many images.
@@ -148,7 +148,7 @@ def load_models(
 ) -> dict[str, Autoencoder]:
     """Return the loaded models by name.
 
-    If two models have the same name, the last parts of the paths are used as names.
+    If two models have the same name, the last parts of their paths become the names of all models.
     """
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]

@@ -73,7 +73,7 @@ def parse_options(
 
 
 def flag_name(field: "dataclasses.Field[Any]") -> str:
-    """Return the name of a field's flag, which `tyro.conf.arg(name=...)` may change."""
+    """Return the name of a field's flag: the name in `tyro.conf.arg`, or else the field's name."""
     marks = getattr(field.type, "__metadata__", ())
     return next((m.name for m in marks if getattr(m, "name", None)), field.name)
 
@@ -81,7 +81,7 @@ def flag_name(field: "dataclasses.Field[Any]") -> str:
 def parse_known(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> tuple[Options, list[str]]:
-    """Read flags into a dataclass, and return it with the list of all other flags.
+    """Read flags into a dataclass. Return the dataclass and the list of all other flags.
 
     The arguments of this function are those of `parse_options`.
 
@@ -194,7 +194,7 @@ def settled_output() -> Iterator[None]:
 
 
 def forget_output() -> bool:
-    """Redirect stdout to the null device if no program reads it any more.
+    """Redirect stdout to the null device if no program reads stdout any more.
 
     Python flushes stdout once more when it exits. If no program reads stdout, this flush would
     raise an error.

@@ -83,7 +83,7 @@ class Latents:
     loaded. If the weights exist only in a single variant, this variant is loaded."""
 
     def run(self) -> None:
-        """Encode the images, draw the picture and write both files."""
+        """Encode the images, draw the picture and write the PNG and the JSON file."""
         self._check()
 
         from latentvae.latents import space_pictures

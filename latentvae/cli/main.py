@@ -1,4 +1,7 @@
-"""The command `latentvae`. Each subcommand has a class with its options in another module."""
+"""The command `latentvae`, with the table of its subcommands.
+
+Most subcommands are classes or functions in other modules.
+"""
 
 import inspect
 import sys
@@ -122,7 +125,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _name(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the name of the command, of one or two words, and the arguments after it."""
+    """Return the command's name (one or two words), and the arguments after this name."""
     known = [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS]
     if not arguments:
         raise UserError(
@@ -139,7 +142,7 @@ def _name(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 
 def _one_word_names() -> set[str]:
-    """Return the commands of one word. The word `anomaly` alone is not a command."""
+    """Return the commands whose name is one word. The word `anomaly` alone is not a command."""
     return {name for name in [*TRAINING, *COMMANDS, *COMMANDS_OF_RUNS] if " " not in name}
 
 

@@ -156,7 +156,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare the models of one or more reports: print their values and paired differences."""
+    """Compare the models of one or more reports: print their values and paired differences.
+
+    A paired difference is the mean difference between two models on the same images.
+    """
 
     reports: Annotated[tuple[Path, ...], Positional]
     """report.json files, or the folders that contain them."""

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Export:
     """Write a run's newest checkpoint as a diffusers folder.
 
-    The run may come from any of the commands `latentvae train...`, and may still be training. For
-    an autoencoder, the command measures the scaling and the shift of the latents. The training data
-    of the run (images, latents or tokens) must still exist, because the command reads them.
+    A run of any of the commands `latentvae train...` can be exported, even while it is still
+    training. For an autoencoder, the command measures the scaling and the shift of the latents. The
+    training data of the run (images, latents or tokens) must still exist, because the command reads
+    them.
     """
 
     folder: Annotated[Path, Positional]
@@ -249,14 +250,12 @@ class Decode:
 
 @dataclass(frozen=True)
 class Convert:
-    """Write an AutoencoderKL or a VQModel with the weight names of CompVis and taming.
+    """Write an AutoencoderKL or a VQModel with the weight names of its original code.
 
     Programs that use the original code of CompVis or taming-transformers can load the result, a
     single .safetensors file. The command prints the `ddconfig` (the network's options in the
-    original code) and stores it in the file's metadata. `latentvae.load` can read the .safetensors
-    file of an AutoencoderKL without attention in its levels. This AutoencoderKL must have the shape
-    of the autoencoder of Stable Diffusion (4 latent channels), or of SD3 or FLUX (16 latent
-    channels). For all other networks, give `latentvae.load` the diffusers folder.
+    original code) and stores it in the file's metadata. The metadata also holds the network's
+    config of diffusers, so `latentvae.load` can read the .safetensors file too.
 
     The original classes always have the layers quant_conv and post_quant_conv. If the network does
     not have these two layers, as in SD3 and FLUX, the command writes identity layers, which change

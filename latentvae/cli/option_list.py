@@ -241,7 +241,7 @@ def _flag(option: Option) -> Any:
 
 
 def _type_of(info: "FieldInfo", text: str) -> tuple[str, str, tuple[str, ...]]:
-    """Return the kind of an option, its help and its choices."""
+    """Return the type of an option (a key of `KINDS`, if listed), its help and its choices."""
     choices = tuple(_choices(info.annotation))
     if choices:
         many = get_origin(info.annotation) is tuple

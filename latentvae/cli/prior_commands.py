@@ -150,7 +150,11 @@ class Sample:
         )
 
     def _given(self, names: set[str], others: set[str], *, kind: str) -> dict[str, Any]:
-        """Return the options in `names` that are set. Raise UserError if one in `others` is set."""
+        """Return the options in `names` that are set.
+
+        Raises:
+            UserError: an option in `others` is set.
+        """
         for name in sorted(others):
             if getattr(self, name) not in (None, False):
                 flag = name.removesuffix("_name")

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 
 def train_tiny_command(arguments: Sequence[str]) -> None:
-    """Distil an autoencoder into a small, fast autoencoder, and export it for diffusers.
+    """Distil an autoencoder into a small, fast one, and export the small one for diffusers.
 
         latentvae train-tiny --teacher runs/vae/export --train_data_dir photos \\
             --output_dir runs/tiny
 
     The given autoencoder is called the teacher, and the small autoencoder is called the student.
-    The student is an AutoencoderTiny (the network of TAESD). If the teacher is an
-    AutoencoderKLFlux2, the student is a smaller AutoencoderKLFlux2. By default, only the student's
+    If the teacher is an AutoencoderKLFlux2, the student is a smaller AutoencoderKLFlux2. For all
+    other teachers, the student is an AutoencoderTiny (the network of TAESD). By default, only its
     decoder is trained. To train with several processes, start the command with `accelerate launch`.
     `--config` takes a YAML file or the name of a preset. Every flag below overrides a value of this
     config. To resume a training that was interrupted, run the same command again. `--preflight`

@@ -56,7 +56,7 @@ def config_from_arguments(
     default_config: str = "kl_small",
     also: Sequence[str] = (),
 ) -> "Config":
-    """Return the options that the command line sets.
+    """Return all options of a run, from its config and the flags of the command line.
 
     Args:
         arguments: arguments of the command line.
@@ -66,7 +66,7 @@ def config_from_arguments(
         default_config: preset to use without `--config`. If this name is empty, the defaults of the
             schema are used.
         also: names of other options of the command, which are not in `arguments`. The error about
-            an unknown flag may suggest one of these names.
+            an unknown flag suggests the most similar name, which can be one of these names.
 
     Raises:
         UserError: a flag is unknown, or a value is not allowed.
@@ -110,9 +110,9 @@ def check_early(
 ) -> None:
     """Print the help or report wrong flags, before anything slow is imported.
 
-    The function does nothing if the config is not a preset, or if options.json (the list of
-    options) is out of date. `config_from_arguments` takes the same arguments and checks all flags
-    again.
+    The function does nothing if the config is a YAML file outside the folder of presets, or if
+    options.json (the list of options) is out of date. `config_from_arguments` takes the same
+    arguments and checks all flags again.
     """
     # the preset, by its name or its file
     arguments, listed = take_recipe(arguments)[0], read_list()
@@ -208,7 +208,7 @@ def _check_flags(
 def _check_option_of_others(
     name: str, chosen: set[str], presets: Mapping[str, Group], *, config: str, called: str
 ) -> None:
-    """Raise a UserError if only --config or only other presets can set the option."""
+    """Raise a UserError if only --config can set the option, or if only other presets have it."""
     found = {
         preset: option
         for preset, group in presets.items()
@@ -254,7 +254,10 @@ def _config_flag(arguments: list[str]) -> str | None:
 
 
 def _max_train_steps(arguments: list[str]) -> int | None:
-    """Return the value of --max_train_steps, because other options may be a fraction of it."""
+    """Return the value of --max_train_steps, or None.
+
+    Other options can be given as a fraction of this value.
+    """
     flag = "--max_train_steps"
     given = [a.removeprefix(f"{flag}=") for a in arguments if a.startswith(f"{flag}=")]
     given += [after for a, after in itertools.pairwise(arguments) if a == flag]
@@ -337,7 +340,7 @@ def run_task(
 
 @contextlib.contextmanager
 def _faults_as_exit_codes() -> Iterator[None]:
-    """Print the error of a training script in one line, and exit with the code of the error."""
+    """Print the error of a training script in one line, and set the exit code (see `run_task`)."""
     from latentvae.data import UnreadableImage
     from latentvae.engine.loop import Stopped
     from latentvae.export.hub_upload import UploadError

@@ -1,4 +1,4 @@
-"""Start the training of a prior with `accelerate launch -m latentvae.cli.train_prior`."""
+"""Start the training of a prior on tokens: `accelerate launch -m latentvae.cli.train_prior`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Start the training of a student with `accelerate launch -m latentvae.cli.train_tiny`."""
+"""Start the training of a small autoencoder: `accelerate launch -m latentvae.cli.train_tiny`."""
 
 import sys
 

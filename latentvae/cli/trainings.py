@@ -17,7 +17,8 @@ class Training:
     """A kind of training.
 
     Attributes:
-        task: function that imports the class of the task and returns the class.
+        task: function that imports and returns the class of the task (`engine.task.Task`), which
+            defines what a run trains.
         preflight: function that checks a run before it starts. The function takes the options of
             the run and the keyword argument `json`, and returns the exit code.
     """
@@ -98,7 +99,11 @@ TRAININGS = {
 
 
 def training_of(config: str) -> Training:
-    """Return the kind of training whose options include all sections of a preset or YAML file."""
+    """Return the kind of training whose options include all sections of a preset or YAML file.
+
+    A section is a group of options. If several kinds fit, the first of them in `TRAININGS` is
+    returned. If none fits, the training of an autoencoder is returned.
+    """
     from latentvae.config.presets import belongs_to
 
     fits = (t for t in TRAININGS.values() if belongs_to(config, t.task().config_class))

@@ -17,8 +17,8 @@ class Likelihood:
 
     The command prints two lower bounds of ln p(x): the ELBO, and the importance-weighted bound,
     which comes closer to ln p(x) with more samples. The command also prints the KL of each group of
-    latents. If the model was trained with a preset that repeats a paper, the command prints the
-    likelihood that the paper reports.
+    latents. If the model was trained with a preset that repeats the training of a paper, the
+    command also prints the likelihood that the paper reports.
     """
 
     model: Annotated[Path, Positional]

@@ -16,6 +16,9 @@ water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the deco
            and lowest value and span of six fields of integers | words of the range coder:
            the fields (d integers each), then channel by channel the symbols
 
+A field holds one integer for each channel. The six fields are: step, scale, kind of distribution,
+location, lowest symbol, and span (highest minus lowest symbol).
+
 `d` latent channels, `h w` latent positions, `f` downsampling factor, `n` samples. An image has
 `H W` = `f * h`, `f * w` pixels.
 """
@@ -88,7 +91,7 @@ class LatentPrior:
         For each channel, the distribution with the larger likelihood is chosen.
 
         Args:
-            samples: n latents of several images for each of d channels, (d, n).
+            samples: n latent values from several images for each of d channels, (d, n).
         """
         if samples.ndim != 2 or samples.numel() == 0:
             raise ValueError(
@@ -315,7 +318,8 @@ class _Grid:
     def unit(self) -> Floats:
         """Unit in which the location of each channel is stored, (d,).
 
-        The unit is much smaller than the prior's scale or than the quantiser's error.
+        The unit is the larger of 1/8 of the prior's scale and 1/128 of the quantiser's step. An
+        infinite step counts here as the smallest finite step.
         """
         return np.maximum(self.scale, np.maximum(self.step, self.base) / 16) / 8
 
@@ -324,7 +328,7 @@ class _Grid:
         return self.locations * self.unit
 
     def quantize(self, values: Floats) -> Integers:
-        """Return the quantiser's integers (symbols) for n latents of each of d channels, (d, n)."""
+        """Return the symbols (the quantiser's integers) of n latent values per channel, (d, n)."""
         step = np.where(self.steps > 0, self.step, np.inf)
         symbols = np.rint((values - self.location[:, None]) / step[:, None])
         _require_coarse(symbols, MAX_SYMBOL)
@@ -334,7 +338,7 @@ class _Grid:
         return symbols * self.step[:, None] + self.location[:, None]
 
     def models(self, lows: Integers, spans: Integers) -> list[Any | None]:
-        """Return the distribution of symbols of each channel, or None if all symbols are equal.
+        """Return for each channel the distribution of its symbols, or None if they are all equal.
 
         Args:
             lows: lowest symbol of each channel, (d,).

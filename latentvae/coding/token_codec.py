@@ -6,9 +6,9 @@
     top, bottom = decode_levels(content)
 
 The probability model ignores the positions of tokens (order 0). Encoder and decoder both count the
-codes seen so far. If a code occurred c times in n tokens, its probability is (c + a) / (n + a K),
-for K codes and a number a. The probability of a code is the posterior mean under a symmetric
-Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
+codes seen so far. If a code occurred c times in the n tokens so far, its probability is
+(c + a) / (n + a K), for K codes and a number a. The probability of a code is the posterior mean
+under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
 https://doi.org/10.1109/TIT.1981.1056331). The encoder tries each value of a from a short list, and
 also a uniform distribution, and takes the choice with the fewest bits for this image. A uniform
 distribution may be best for few tokens and many codes. Counts are updated after each block of
@@ -77,7 +77,7 @@ def decode_tokens(content: bytes) -> Integers:
 
 
 def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> bytes:
-    """Return one image's maps of tokens as one complete file.
+    """Return one image's maps of tokens as the bytes of one complete file.
 
     The probabilities of codes are estimated for each map separately.
 

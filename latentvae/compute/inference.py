@@ -4,14 +4,13 @@
     z = encode(exact, images)
 
 A copy shares the storage of most parameters with the original network `net`. Only converted
-parameters (in bfloat16, or in channels-last order) and folded kernels have their own storage. So
-build a new copy after a change of `net`'s weights.
+parameters (in bfloat16, or in channels-last order) and folded kernels (see the module `upsampling`)
+have their own storage. So build a new copy after a change of `net`'s weights.
 
 The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
 Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). If Winograd's
 algorithm is not available or not faster, feature maps are in channels-last order, and upsampling is
-folded into the 3 x 3 convolutions (see the module `upsampling`). Activations and residual sums are
-computed in place.
+folded into the 3 x 3 convolutions. Activations and residual sums are computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many
@@ -49,7 +48,7 @@ WIDE = 256
 
 
 def build_exact(net: Any) -> Any:
-    """Return a faster copy of a network, with the same precision and results up to rounding."""
+    """Return a faster copy with the same precision, and with the same results up to rounding."""
     copied = sharing_copy(net)
     for half in (copied.encoder, copied.decoder):
         _make_exact(half)
@@ -129,8 +128,8 @@ def _make_fast(half: Any) -> None:
 def _wide_parts(half: Any) -> Iterator[nn.Module]:
     """Yield the parts of a bfloat16 encoder or decoder that stay in float32.
 
-    If Winograd's algorithm is faster than plain convolutions, residual blocks and attention with
-    many channels stay in float32.
+    If Winograd's algorithm is faster than plain convolutions, residual blocks and attention with at
+    least `WIDE` channels stay in float32.
     """
     known = type(half) in (Encoder, Decoder) and isinstance(half.conv_norm_out, nn.GroupNorm)
     on_cpu = next(half.parameters()).device.type == "cpu"
@@ -150,7 +149,7 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a residual block has no extra layers of U-Nets and no scaled output."""
+    """Return whether a residual block has no scaled output, and no extra layers as in U-Nets."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -179,7 +178,10 @@ def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _cast(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return `x` in a parameter's precision, and in the memory order for this precision."""
+    """Return `x` in a parameter's precision, and in the memory order for this precision.
+
+    The order for bfloat16 is channels last. The order for other precisions is torch's default.
+    """
     if x.dtype == parameter.dtype:
         return x
     half = parameter.dtype == torch.bfloat16
@@ -198,7 +200,7 @@ class InPlaceResnetBlock2D(ResnetBlock2D):
 
 
 class FrozenUpsample2D(FoldedUpsample2D):
-    """Upsampling and convolution as one operation, with a kernel folded in advance."""
+    """Upsampling and convolution as one operation, with a kernel that `fold_kernel` made once."""
 
     kernel: Tensor
 

@@ -21,16 +21,16 @@ def keep_freed_memory(device: torch.device) -> bool:
     After this call, the process keeps about its peak memory. For large images, the process keeps
     1.5 times its peak memory or more, because of fragmentation. Memory of tensors above 64 MiB is
     kept only in the main thread. After a fork, the system copies each page that the parent or the
-    child process writes. So start worker processes before the computation begins, or keep them
-    alive.
+    child process writes. So start worker processes before the computation begins, or keep the
+    same worker processes alive.
 
     Args:
         device: device of the tensors. The function has an effect only for the CPU.
 
     Returns:
-        Whether the process keeps freed memory. The result is False if the C library is not glibc,
-        or if an environment variable sets the allocator (`MALLOC_...` or `GLIBC_TUNABLES`, even if
-        it is empty).
+        Whether the process keeps freed memory. The result is False if `device` is not the CPU, if
+        the C library is not glibc, or if an environment variable sets the allocator (`MALLOC_...`
+        or `GLIBC_TUNABLES`, even if the variable is empty).
     """
     configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if device.type != "cpu" or configured:
@@ -41,11 +41,11 @@ def keep_freed_memory(device: torch.device) -> bool:
 
 
 def release_freed_memory() -> None:
-    """Give the freed memory that the C library keeps back to the system. Works only with glibc."""
+    """Give back to the system the freed memory that the C library keeps. Works only with glibc."""
     if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 
 
 def _c_function(name: str) -> Any:
-    """Return the process's C function with the given name, or None."""
+    """Return the process's C function with the given name, or None if it is not found."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -39,9 +39,10 @@ class Optimized:
             (see the module `inference`). So later changes of the original's weights may have no
             effect on this network.
         mode: how `net` computes: `"stock"` (the network is not optimized) or one of `Optimize`.
-        psnr: PSNR in dB between the reconstructions of a test image by `net` and in mode `"exact"`.
-            `psnr` is None in the modes `"stock"` and `"exact"`.
-        why: a clause that says why `mode` is not the requested mode, or "".
+        psnr: PSNR in dB between the reconstructions of a test image by `net` and by the network of
+            mode `"exact"`. `psnr` is None in the modes `"stock"` and `"exact"`.
+        why: a clause that says why `mode` is not the requested mode, or why OpenVINO computes in
+            float32 instead of bfloat16. Otherwise "".
         bfloat16: whether some or all parts of `net` multiply in bfloat16.
     """
 
@@ -68,8 +69,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
 
     Raises:
         UserError: the mode is unknown, or `net` is not float32 and `mode` is not `"exact"`. The
-            error also occurs if OpenVINO is missing or does not support the device, or if its
-            results differ too much from the results of `net`.
+            error also occurs if OpenVINO is missing or does not support the device, or if
+            OpenVINO's results differ too much from the results of `net`.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:

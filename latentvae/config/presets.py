@@ -1,4 +1,7 @@
-"""Read options from YAML files and nested dicts. Report each wrong value in one sentence."""
+"""Read options from YAML files and nested dicts. Report each wrong value in one sentence.
+
+The options are grouped in sections, such as `model` and `run`.
+"""
 
 from collections.abc import Iterable
 from functools import cache
@@ -24,7 +27,10 @@ COMMANDS = {
 
 
 def presets_folder() -> Path:
-    """Return the folder of presets: `presets` of an installed package, or `train/configs`."""
+    """Return the folder of presets.
+
+    This is `presets` in an installed package, and `train/configs` in a copy of the repository.
+    """
     installed = Path(__file__).parents[1] / "presets"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "train" / "configs"
 
@@ -60,7 +66,7 @@ def load_preset(
         name_or_path: name of the preset, or path of the file.
         schema: class of the options, a subclass of `JobConfig`.
         max_train_steps: length of the run in updates, which replaces the length in the file.
-            Options that are a fraction of the run's length refer to `max_train_steps`.
+            Options that are a fraction of the run's length are then fractions of this number.
 
     Raises:
         UserError: the file or preset does not exist, the YAML is unreadable, or an option is

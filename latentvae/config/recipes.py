@@ -22,7 +22,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def take_recipe(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return the arguments without `--recipe NAME`, and the recipe's name (None without it).
+    """Return the arguments without `--recipe NAME`, and the recipe's name.
+
+    Without the flag, the name is None.
 
     Raises:
         UserError: the name is missing, or there is no such recipe.

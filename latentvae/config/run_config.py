@@ -309,8 +309,8 @@ class RunConfig(Section):
 class JobConfig(Section):
     """Base class of the options of a run, with the sections `optimizer` and `run`.
 
-    Each task has a subclass of `JobConfig`. The subclass declares the fields of `JobConfig` and its
-    own sections in the order in which `--help` shows them:
+    Each kind of training has a subclass of `JobConfig`. The subclass declares the fields of
+    `JobConfig` and its own sections in the order in which `--help` shows them:
 
         class RegressionConfig(JobConfig):
             config: Annotated[str, MayChange()] = ""  # YAML file or preset of these options
@@ -367,7 +367,7 @@ class JobConfig(Section):
         return frozenset(marked(type(self), MayChange))
 
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
-        """Return a sentence that says how a new run can continue an earlier run with these options.
+        """Return a sentence that says how a new run with these options can continue an earlier run.
 
         If an option must not change when a run is resumed, the error about this option ends with
         the returned sentence. The sentence is empty if a new run cannot start from the earlier run.

@@ -1,4 +1,4 @@
-"""Read images from files, tar shards and tables, transform the images, and make batches."""
+"""Read images from files, tar shards or tables (parquet), transform them, and make batches."""
 
 from latentvae.data.bad_images import BadImages
 from latentvae.data.buckets import Buckets, BucketSampler, aspect_ratios, assign, bucket_sizes

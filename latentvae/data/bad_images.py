@@ -6,7 +6,7 @@ from latentvae.errors import UserError
 
 
 class BadImages:
-    """A record of a training's unreadable files, with an error if there are too many.
+    """A record of a training's unreadable files. `check` raises an error if there are too many.
 
     Example:
         bad = BadImages()

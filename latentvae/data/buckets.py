@@ -7,7 +7,7 @@ All images of a batch come from one bucket, and all ranks use the same bucket in
 order of the images is a function of (seed, epoch). So a resumed run needs only the number of steps
 done to continue at the right image, as with `IndexSampler`.
 
-Symbols: `N` images, `B` images per rank and micro-step, `W` ranks.
+Symbols: `N` images, `B` images per rank and micro-step (one forward and backward pass), `W` ranks.
 """
 
 import math
@@ -29,7 +29,7 @@ class Buckets:
 
     Attributes:
         sizes: (height, width) of each bucket in pixels, from the tallest to the widest.
-        of: index of the bucket to which each image belongs, (N,).
+        of: index of the bucket to which each of N images belongs, (N,).
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -52,12 +52,12 @@ def bucket_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Return up to ``count`` different bucket sizes (height, width), by rising aspect ratio.
 
-    The logarithms of the aspect ratios are evenly spaced.
+    The logarithms of the aspect ratios (width / height) are evenly spaced.
 
     Args:
         resolution: height and width in pixels. The area of each bucket size is close to height
             times width.
-        count: largest number of sizes, 1 or more. Equal sizes are merged.
+        count: largest number of sizes, 1 or more. Sizes that become equal by rounding are merged.
         multiple: every side is a multiple of this number of pixels.
     """
     area = resolution[0] * resolution[1]
@@ -78,10 +78,10 @@ def _aspect(size: tuple[int, int]) -> float:
 
 
 def aspect_ratios(source: ImageSource, *, unreadable: float = 1.0) -> np.ndarray:
-    """Return the width divided by the height of every image, (N,), from the file headers.
+    """Return the width divided by the height of each of N images, (N,), from the file headers.
 
-    An unreadable image gets the ratio `unreadable`. Such an image is reported later, when it is
-    read.
+    An unreadable image gets the ratio `unreadable`. The image is reported later, when the training
+    tries to read it.
     """
     ratios = np.full(len(source), unreadable)
     for i in range(len(source)):
@@ -98,11 +98,12 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
     """Put each image into the bucket with the nearest aspect ratio on a logarithmic scale.
 
     Args:
-        ratios: width divided by height, (N,).
+        ratios: width divided by height of each of N images, (N,).
         sizes: (height, width) of each bucket.
         at_least: smallest number of images in a bucket: the number of images that all ranks
-            together use in one micro-step. While a bucket has fewer images, the smallest bucket is
-            removed, and each of its images goes to the nearest of the other buckets.
+            together use in one micro-step (one forward and backward pass). While a bucket has fewer
+            images, the bucket with the fewest images is removed. Each of its images then goes to
+            the nearest of the other buckets.
     """
     assert len(ratios) >= at_least
     while True:
@@ -118,9 +119,10 @@ def assign(ratios: np.ndarray, sizes: tuple[tuple[int, int], ...], *, at_least: 
 class BucketSampler(IndexSampler):
     """An `IndexSampler` that takes all images of a micro-step, on all ranks, from one bucket.
 
-    A bucket is a group of images of similar shape. No image is used twice in an epoch. A joint
-    batch has the B images of each of the W ranks. In each epoch, a bucket leaves out fewer images
-    than one joint batch. Each epoch leaves out different images.
+    A bucket is a group of images of similar shape. A micro-step is one forward and backward pass.
+    No image is used twice in an epoch. A joint batch has the B images of each of the W ranks. In
+    each epoch, a bucket leaves out fewer images than one joint batch has. Each epoch leaves out
+    different images.
 
     Args:
         buckets: the sizes of the buckets, and the bucket of every image.
@@ -150,7 +152,7 @@ class BucketSampler(IndexSampler):
         self.steps_per_epoch = int((counts // (batch_size * world_size)).sum())
 
     def order(self, epoch: int) -> list[int]:
-        """Return the image numbers of an epoch, one joint batch of all ranks after the other."""
+        """Return the image numbers of an epoch: the joint batches, one after the other."""
         rng, joint = counter_rng(Stream.ORDER, self.seed, epoch), self.batch_size * self.world_size
         shuffled = rng.permutation(self.num_items)
         batches: list[np.ndarray] = []

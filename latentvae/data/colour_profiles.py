@@ -6,8 +6,9 @@ their profile consists of three primaries with curves, or of one grey curve (ICC
 8.3, 10.5 and 10.15). 16-bit and float pictures with any other profile, such as the colour table of
 a scanner, are converted at 8 bits.
 
-A profile that changes no colour by more than one level of 255 counts as sRGB and is not applied. A
-damaged profile, or a profile of another colour space than its picture, is ignored with a warning.
+A profile that changes no colour by more than 1, on the scale from 0 to 255, counts as sRGB and is
+not applied. A damaged profile, or a profile of another colour space than its picture, is ignored
+with a warning.
 
 Symbols: `H W` height and width in pixels.
 
@@ -39,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
-    """Return a picture of 8 bits with its colours in sRGB and without a profile.
+    """Return a picture of 8 bits with its colours in sRGB.
 
-    Grey stays grey, and alpha is kept. CMYK becomes RGB.
+    Grey stays grey, and alpha is kept. CMYK becomes RGB. A converted picture has no profile.
 
     Args:
         image: a loaded picture.
@@ -135,7 +136,7 @@ def planes_in_srgb(planes: Sequence[np.ndarray], icc: bytes | None) -> list[np.n
     """Convert the colour planes of a picture of more than 8 bits to sRGB, and return them.
 
     Args:
-        planes: one grey plane, or red, green and blue: (H, W), float32 in [-1, 1].
+        planes: one grey plane, or a red, a green and a blue plane, each (H, W), float32 in [-1, 1].
         icc: the profile of the picture. With None, the planes are returned unchanged.
     """
     space = profile_space(icc) if icc else None
@@ -240,7 +241,8 @@ class Curve:
 def _parametric(x: np.ndarray, g: float, *rest: float) -> np.ndarray:
     """Return the values at `x` of a parametric curve of ICC.1:2010, section 10.15.
 
-    The number of parameters tells which of the curve types 0 to 4 is meant.
+    `g` and `rest` are the parameters of the curve. The number of parameters tells which of the
+    curve types 0 to 4 is meant.
     """
     if not rest:
         return x**g

@@ -29,7 +29,7 @@ class TrainItem(TypedDict):
     """The crops of one image, and the unreadable files that were tried before this image.
 
     Attributes:
-        crops: (N, C, H, W), uint8 or float32 (see `Batch`).
+        crops: (N, C, H, W) for N crops, uint8 or float32 (see `Batch`).
         index: the number of the image in its source.
         bad: (name, reason) of each unreadable file.
     """
@@ -40,14 +40,14 @@ class TrainItem(TypedDict):
 
 
 class Batch(NamedTuple):
-    """The images of one micro-step on one rank.
+    """The images of one micro-step (one forward and backward pass) on one rank.
 
     Attributes:
-        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image is deeper than 8 bits. A
-            uint8 batch has a quarter of the bytes of a float32 batch, which makes the transfer from
-            the workers to the device faster.
-        indices: (B,), int64, the numbers of the images in the batch. A replaced image has the
-            number of its replacement.
+        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image of the batch has more than 8
+            bits per channel. A uint8 batch has a quarter of the bytes of a float32 batch, which
+            makes the transfer from the workers to the device faster.
+        indices: (B,), int64, the numbers of the images in the batch. If an image replaced an
+            unreadable image, `indices` has the number of the replacement.
         bad: (name, reason) of each unreadable file that was tried.
     """
 
@@ -69,17 +69,18 @@ class TrainImages(Dataset[TrainItem]):
     The crops depend only on epoch, index and seed.
 
     An unreadable file is replaced by a random image. The choice of this image depends only on seed,
-    epoch, index and the number of replacements that were tried before.
+    epoch, index and the number of replacements that were tried before it.
 
     Args:
         source: the images.
         transform: the augmentation.
         seed: seed of augmentation and replacement, 0 or above.
         crops: N, the number of crops of each image that is read (repeated augmentation, Hoffer et
-            al. 2020, https://arxiv.org/abs/1901.09335). The first crop is the same as with N = 1.
-        buckets: the size of each image. None means the transform's own size for all images. A
-            replacement gets the size of the image that it replaces, so that all images of the batch
-            have one size.
+            al. 2020, https://arxiv.org/abs/1901.09335). The first crop shows the same part of the
+            image as with N = 1.
+        buckets: the size to which each image is cropped. None means the transform's own size for
+            all images. A replacement is cropped to the size of the image that it replaces, so that
+            all images of the batch have one size.
     """
 
     def __init__(
@@ -144,15 +145,15 @@ def train_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader[TrainItem]:
-    """Return a loader of endless batches (``Batch``).
+    """Return a loader of batches (``Batch``), which never ends if `sampler` is an `IndexSampler`.
 
     The batches are the same for any number of workers. The global random generators are not used.
 
     Args:
         dataset: the images.
-        sampler: the order of the images, starting at its ``start_step``, or the (epoch, index)
-            pairs of each batch. A batch has the sampler's batch size times the number of crops of
-            each image.
+        sampler: an `IndexSampler`, which gives the order of the images from its ``start_step`` on,
+            or a list with the (epoch, index) pairs of each batch. For each pair, a batch has N
+            crops (see `TrainImages`).
         num_workers: number of processes that decode images. With 0, the calling process decodes the
             images.
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.

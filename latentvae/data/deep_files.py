@@ -1,12 +1,14 @@
 """Read pictures that Pillow cannot represent: NumPy arrays, colours of 16 bits, float TIFFs.
 
-    .npy                  NumPy, never unpickled
+Each kind of file is read by a different library:
+
+    .npy                  NumPy (never unpickles Python objects)
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
     TIFF, > 8-bit colours tifffile (Pillow drops the lower byte, or has no such mode)
 
-The functions return the stored numbers (H, W, C), and whether the last channel is alpha. A file
-whose header states more pixels than Pillow's limit for decompression bombs is rejected before
-decoding.
+The functions return the stored numbers (H, W, C). For PNG and TIFF, they also return whether the
+last channel is alpha. A file whose header states more pixels than Pillow's limit for decompression
+bombs is rejected before decoding.
 """
 
 import io
@@ -119,14 +121,14 @@ def check_size(width: int, height: int) -> None:
 
 
 def set_pixel_limit(max_pixels: int | None) -> None:
-    """Set the largest number of pixels that this process reads.
+    """Set the largest number of pixels of an image that this process reads.
 
     This sets Pillow's own limit against decompression bombs, which are small files that fill the
     memory.
 
     Args:
-        max_pixels: largest width times height of a file. None means that the limit does not change.
-            Pillow's default is 89 million.
+        max_pixels: largest width times height of an image. None means that the limit does not
+            change. Pillow's default is 89 million.
 
     Raises:
         UserError: the limit is below 1.
@@ -148,7 +150,7 @@ def too_many_pixels(count: int) -> str:
 
 
 def check_shape(shape: tuple[int, ...], channels: int) -> None:
-    """Check that an array has exactly the requested number of channels.
+    """Raise BadPixels if an array does not have exactly the requested number of channels.
 
     An array does not say what its channels mean, so no channel is added or dropped.
     """
@@ -197,7 +199,7 @@ def read_png16(source: File, image: Image.Image) -> tuple[np.ndarray, bool]:
 
     Args:
         source: the file.
-        image: the same file, already decoded by Pillow, so that it is known to be undamaged.
+        image: the same file, already decoded by Pillow, so that the file is known to be undamaged.
     """
     from torchvision.io import decode_png  # imported here, because the import takes seconds
 
@@ -281,7 +283,10 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
 
 
 def _extra_channel(page: tifffile.TiffPage) -> int | None:
-    """Return the kind of a grey or RGB picture's extra channel, or None if there is none."""
+    """Return the kind of a grey or RGB picture's extra channel, or None if there is none.
+
+    The kind is `ASSOCIATED` or `UNASSOCIATED` for alpha, and 0 for any other channel.
+    """
     if page.samplesperpixel not in (2, 4):
         return None
     kind = int(page.extrasamples[-1]) if page.extrasamples else 0

@@ -25,11 +25,13 @@ class Plugin:
     """A plugin package that lets Pillow read more file formats.
 
     Attributes:
-        module: the plugin's module. The module registers itself on import, or by its function
-            `register`.
-        extra: name of the optional dependencies (extra) of latentvae that install the plugin.
+        module: name of the plugin's module.
+        extra: name of the extra (group of optional dependencies) of latentvae that installs the
+            plugin.
         suffixes: file name suffixes of the plugin's formats.
         formats: Pillow's names of the formats.
+        register: name of the module's function that registers the plugin with Pillow. None means
+            that the module registers itself on import.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""Read images in tables with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
+"""Read tables of images with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
 
 https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows. ``read_image``
 decodes the images, so that a file gives the same image from every source. Prepared data goes to
@@ -39,7 +39,8 @@ class DatasetSpec:
         name: a Hub id such as ``"user/photos"``, or an existing path.
         config_name: name of the configuration, which is needed if the data set has several
             configurations.
-        split: name of the split. If a data set has only one split, `train` opens this split too.
+        split: name of the split. If a data set has only one split, `train` opens this split,
+            even if the split has another name.
         image_column: name of the column of images, which is needed if several columns hold images.
         cache_dir: folder in which ``datasets`` keeps what it downloads and prepares.
         any_split: if a data set has only one split, open this split and ignore ``split``.
@@ -57,9 +58,9 @@ class DatasetSpec:
 
 
 class HubImages:
-    """An image source that reads a table, sorted by the path stored with each image.
+    """An image source that reads a table. The images are sorted by the path stored with each image.
 
-    A row without a path, or with the path of another row, is named by its split and number:
+    A row without a path, or with the same path as another row, is named by its split and number:
     ``train/000000012``. So a table without paths keeps the order of its rows.
 
     Args:
@@ -67,7 +68,7 @@ class HubImages:
         pixels: the format of every image. None means 8-bit RGB.
 
     Attributes:
-        origin: path or name of the data set, configuration and split.
+        origin: (path or name of the data set, name of its configuration, name of its split).
         numbered: whether some rows are named by their numbers. Numbers do not identify an image,
             because another column or configuration has rows with the same numbers.
 
@@ -141,8 +142,8 @@ class HubImages:
         """Return the text of each image from a column of strings. A null value becomes "".
 
         Args:
-            column: the column. With None, the first column of strings in `default` is used, and the
-                result is None if there is no such column.
+            column: the column. With None, the first name in `default` that is a column of strings
+                is used, and the result is None if there is no such column.
 
         Raises:
             UserError: `column` does not exist or holds values of another type.
@@ -256,7 +257,7 @@ def _literal_patterns(folder: Path, config_name: str | None) -> dict[str, list[s
 
 
 def _check_files(path: Path) -> None:
-    """Check that a folder of tables has no pipe or device, because reading it would hang."""
+    """Check that a folder of tables has no pipe or device, because reading one would hang."""
     for file in path.rglob("*") if path.is_dir() else ():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"'{file}' is not a regular file")
@@ -294,11 +295,11 @@ def split_names(folder: Path) -> list[str]:
 
 
 def image_column(features: "Features | None", *, wanted: str | None) -> str:
-    """Return the column of images: ``wanted``, or the only column of images.
+    """Return the name of the column of images: ``wanted``, or the only column of images.
 
     Raises:
-        UserError: there is no column of images, or more than one, or ``wanted`` is another kind of
-            column.
+        UserError: ``wanted`` does not exist or does not hold images. Or ``wanted`` is None, and
+            there is no column of images or more than one.
     """
     from datasets import Image as ImageFeature
 
@@ -340,7 +341,7 @@ def image_column(features: "Features | None", *, wanted: str | None) -> str:
 
 
 def _flatten_first(column: str) -> str:
-    """Return advice on how to turn a column of lists into one row per image."""
+    """Return advice on how to turn a column of lists of images into one row per image."""
     return (
         f"column '{column}' holds a list of images in each row, but one image per row is needed. "
         "Write a table of them first, where rows is the data set and Image and List come from "
@@ -361,7 +362,7 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
     """Return the bytes of the image in a cell. If the cell holds only a path, read that file.
 
     Args:
-        cell: bytes and path of the image file.
+        cell: ``{"bytes": ..., "path": ...}`` of the image file.
         name: the name of the image in an error.
         folder: the table's folder. A relative path is looked up in the current folder, then in this
             folder.
@@ -387,7 +388,10 @@ def cell_bytes(cell: dict[str, Any] | None, name: str, *, folder: Path | None = 
 
 
 def _below(folder: Path | None, path: str) -> str:
-    """Return a relative path joined to the table's folder if that file exists, else the path."""
+    """Return a relative path joined to the table's folder, if the joined path exists.
+
+    Otherwise, or if the path exists in the current folder, return the path unchanged.
+    """
     if folder is None or "\0" in path or os.path.isabs(path) or os.path.exists(path):
         return path
     return str(folder / path) if (folder / path).exists() else path
@@ -423,7 +427,7 @@ def _check_place(path: str, name: str) -> None:
 def _holds_files(kind: Any) -> bool:
     """Return whether a column of plain parquet holds files: bytes, or a struct of bytes and path.
 
-    A struct may have only bytes or only a path.
+    A struct may lack one of these two fields.
     """
     if isinstance(kind, dict):
         return bool(kind) and set(kind) <= {"bytes", "path"}

@@ -96,13 +96,13 @@ class ImageFolder:
 def inner_name(name: str) -> str:
     """Return the name of an image in a tar file or table as a relative path.
 
-    A leading ``/`` and ``..`` are dropped.
+    A leading ``/`` and all parts ``.`` and ``..`` of the path are dropped.
     """
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether any part of a relative path is hidden, such as the ``._`` files of macOS."""
+    """Return whether a part of a relative path starts with a dot, as in ``._`` files of macOS."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
@@ -114,7 +114,7 @@ def read_named(
     pixels: PixelFormat | None = None,
     page: int = 0,
 ) -> Picture:
-    """Read an image from the bytes of a file. An error names the file."""
+    """Read an image from the bytes of a file. An error contains `name` as the file's name."""
     try:
         return read_image(data, at_least=at_least, pixels=pixels, page=page)
     except UnreadableImage as error:

@@ -40,7 +40,7 @@ def side_cars(names: Iterable[str]) -> set[str]:
     """Return the ``.npy`` files that belong to an image, such as latents, masks or embeddings.
 
     Args:
-        names: relative paths of the image files and the arrays.
+        names: relative paths of the image files and the ``.npy`` files.
     """
     names = list(names)
     arrays = {name for name in names if name.lower().endswith(".npy")}
@@ -49,7 +49,7 @@ def side_cars(names: Iterable[str]) -> set[str]:
 
 
 def count_left_out(images: Iterable[str], others: Iterable[str]) -> Counter[str]:
-    """Count the files that are not used. Return the number of files by kind, such as ``.csv``.
+    """Count the files that are not used. Return the number of files by suffix, such as ``.csv``.
 
     Args:
         images: the files that are used.

@@ -29,7 +29,7 @@ def page_numbers(file: IO[bytes]) -> list[int]:
     """Return the numbers, from 0, of the pages that are separate pictures.
 
     Smaller versions of another page and transparency masks do not count. For a file that
-    cannot be read, the result is page 0, so that a later attempt to read it reports the reason.
+    cannot be read, the result is [0], so that a later attempt to read the file reports the reason.
     """
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -58,7 +58,8 @@ def find_pages(
 ) -> list[tuple[int, int | None]]:
     """Return (file number, page number) of each image: one image per page, or one per file.
 
-    If only the first page of each file is used, a warning says how many files have more pages.
+    The page number is None if only one image comes from the file. If only the first page of each
+    file is used, a warning says how many files have more pages.
 
     Args:
         names: the files.

@@ -1,11 +1,11 @@
 """Represent pictures for which Pillow has no image mode, as planes of floats in [-1, 1].
 
-8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a
-`value_range` become a `DeepImage`. This class has the methods of a Pillow image that the transforms
-use. Nothing is rounded to 8 bits between the file and the tensor.
+8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a stated
+`value_range` (see `PixelFormat`) become a `DeepImage`. This class has the methods of a Pillow image
+that the transforms use. Nothing is rounded to 8 bits between the file and the tensor.
 
-Symbols: `C` channels, `H W` height and width in pixels. A picture is grey (1), grey and alpha (2),
-RGB (3) or RGBA (4).
+Symbols: `C` channels, `H W` height and width in pixels. A picture is grey (C = 1), grey and alpha
+(2), RGB (3) or RGBA (4).
 """
 
 import math
@@ -35,14 +35,14 @@ class PixelFormat:
             the file has no alpha). With 1 or 3, transparency is composited over white.
         value_range: the stored numbers that become -1 and 1. Numbers outside this range are
             clipped. None means the range of the type: 0..255 for 8 bits, 0..65535 for wider
-            integers. Signed 8-bit numbers and floats need a stated range. With 3 channels, floats
-            go from 0 to 1 if no value exceeds 1, else from 0 to 255. Alpha always uses the range of
-            its type, which is 0 to 1 for floats.
+            integers. Signed 8-bit numbers need a stated range, and so do floats with 1 or 4
+            channels. With 3 channels, the range of floats is 0 to 1 if no value exceeds 1, else 0
+            to 255. Alpha always uses the range of its type, which is 0 to 1 for floats.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             these numbers are converted to sRGB.
         keep_depth: return pictures of more than 8 bits as a `DeepImage`. Otherwise every picture is
             8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
-        max_pixels: largest allowed number of pixels of a file. None is Pillow's limit.
+        max_pixels: largest allowed number of pixels of a file. None means Pillow's own limit.
         all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 
     Raises:
@@ -71,7 +71,8 @@ class DeepImage:
     """A picture as one float32 plane per channel, in [-1, 1].
 
     Args:
-        planes: Pillow images of mode "F" and of one size: grey, RGB or RGBA.
+        planes: Pillow images of mode "F" and of equal size, one for each channel of grey, RGB or
+            RGBA.
     """
 
     def __init__(self, planes: Sequence[Image.Image]) -> None:

@@ -1,7 +1,8 @@
 """Counter-based random numbers: a draw depends on its purpose and counters, not on earlier draws.
 
-So augmentation and the order of the images are the same in any worker, on any rank and after a
-resume. The global random generators are not used.
+The counters are numbers such as the seed, the epoch and the number of an image. So augmentation and
+the order of the images are the same in any worker, on any rank and after a resume. The global
+random generators are not used.
 """
 
 from enum import IntEnum
@@ -10,7 +11,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """The purpose of a draw. All draws of one purpose have the same number of counters."""
+    """The purpose of a draw. All draws of one purpose use the same number of counters."""
 
     ORDER = 1  # (seed, epoch)
     AUGMENT = 2  # (seed, epoch, index)

@@ -8,8 +8,8 @@ Each kind of file is treated as follows.
   requested.
 - A picture with an embedded colour profile is converted to sRGB (``colour_profiles.py``), unless
   profiles are ignored.
-- CMYK without a profile is converted by plain subtraction. CMYK JPEGs count as inverted, because
-  Adobe writes them so.
+- CMYK without a profile is converted by a simple formula: red is (1 - C)(1 - K), and so on. The
+  numbers of CMYK JPEGs count as inverted, because Adobe writes them so.
 - A grey TIFF of 8 bits or more is inverted if its lowest number means white.
 - A ``.npy`` file contains (H, W) for one channel, or (H, W, C) with exactly the requested channels.
 
@@ -19,8 +19,8 @@ Without a ``PixelFormat`` the picture is 8-bit RGB, for display and comparison w
 - Float grey is read as 0..1 if no value exceeds 1, else as 0..255.
 
 With a ``PixelFormat``, as in training, the picture has the channels and the range of this format.
-Files deeper than 8 bits keep their depth (``DeepImage``). An 8-bit RGB file gives the same picture
-with and without a ``PixelFormat``.
+Files with more than 8 bits per channel keep their depth (``DeepImage``). An 8-bit RGB file gives
+the same picture with the default ``PixelFormat`` and without a ``PixelFormat``.
 
 Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
 reads pictures that are too deep for Pillow. Some damage cannot be detected, because the file can
@@ -94,10 +94,12 @@ def read_image(
     Args:
         source: a path, or the bytes of a file.
         at_least: smallest allowed length of a decoded JPEG's shorter side, in pixels. If the
-            shorter side stays long enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
-            is much faster than decoding at full size. None decodes at full size.
-        pixels: channels and range. Pictures deeper than 8 bits are returned as a ``DeepImage``,
-            other pictures as a Pillow image of mode "L", "RGB" or "RGBA".
+            shorter side stays long enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its height and
+            width, which is much faster than decoding at full size. None decodes at full size.
+        pixels: channels and range of the picture. With ``keep_depth``, pictures of more than 8 bits
+            per channel, and all pictures with a stated ``value_range``, are returned as a
+            ``DeepImage``. Other pictures are returned as a Pillow image of mode "L", "RGB" or
+            "RGBA".
         page: the page of a TIFF, from 0.
 
     Raises:
@@ -276,7 +278,10 @@ def _reason(error: Exception, source: deep_files.File) -> str:
 
 
 def _num_pixels(error: Exception) -> int | None:
-    """Return the number of pixels of a file that Pillow rejects as a decompression bomb."""
+    """Return the number of pixels of a file that Pillow rejects as a decompression bomb.
+
+    Return None for any other error.
+    """
     if not isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return None
     found = re.search(r"\((\d+) pixels\)", str(error))

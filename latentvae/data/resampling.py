@@ -1,10 +1,10 @@
 """Resize a window of a picture by torch (fast, vectorised kernels for 8 bits) or by Pillow.
 
 Torch and Pillow antialias with the same kernels, but torch rounds the kernel weights differently:
-about one value in 200 differs by one level of 255. Torch resizes windows of one to four times the
-output size, with the kernels that torch supports. Pillow resizes in all other cases: small windows
-that are enlarged, larger windows (first reduced to twice the output size), pictures with alpha
-(which weights the colours), and pictures of more than 8 bits.
+about one value in 200 differs, by 1 on the scale from 0 to 255. Torch resizes windows whose sides
+are one to four times those of the output, with the kernels that torch supports. Pillow resizes in
+all other cases: small windows that are enlarged, larger windows (first reduced to twice the output
+size), pictures with alpha (which weights the colours), and pictures of more than 8 bits.
 
 Symbols: `C` channels, `H W` height and width in pixels.
 """
@@ -58,13 +58,13 @@ def check_resizer(name: str) -> str:
 def resized_window(
     image: Picture, box: Box, size: tuple[int, int], *, interpolation: str, resize_with: str
 ) -> Tensor:
-    """Return a resized window of a picture, (C, H, W), of the type that `pixels_of` returns.
+    """Return a resized window of a picture, (C, H, W), with values as `pixels_of` returns them.
 
     Args:
         image: the picture.
-        box: left, top, right and bottom in pixels.
+        box: left, top, right and bottom of the window in pixels.
         size: width and height of the result.
-        interpolation: one of `INTERPOLATIONS`.
+        interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"`` or ``"pillow"``.
     """
     steps = ((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
@@ -125,7 +125,10 @@ def _look_over_the_edges(result: Tensor, image: Image.Image, box: Box, interpola
 
 
 def _window(image: Image.Image, box: Box) -> Tensor:
-    """Return the window as (C, H, W), uint8. RGB may include Pillow's unused fourth channel."""
+    """Return the window as (C, H, W), uint8.
+
+    For RGB, C may be 4, because Pillow stores RGB with a fourth channel that it does not use.
+    """
     (width, height), (left, top, right, bottom) = image.size, box
     try:
         stored = pyarrow.array(image)  # pyright: ignore[reportArgumentType]
@@ -148,7 +151,7 @@ def _torch_has(interpolation: str) -> bool:
 
 
 def pixels_of(image: Picture) -> Tensor:
-    """Return an image as (C, H, W): uint8 for 8 bits, float32 in [-1, 1] for a deeper image.
+    """Return an image as (C, H, W): uint8 for 8 bits, float32 in [-1, 1] for a `DeepImage`.
 
     Pillow images are of mode "L", "RGB" or "RGBA": C is 1, 3 or 4.
     """

@@ -1,4 +1,4 @@
-"""Compute the order of the images from seed, step and rank, so a resume needs only the step."""
+"""Compute the order of images from seed, step and rank. A resumed run needs only the step."""
 
 from collections.abc import Iterator
 
@@ -11,11 +11,11 @@ from latentvae.errors import UserError
 class IndexSampler(Sampler[list[tuple[int, int]]]):
     """An endless sampler that yields a list of (epoch, image index) for each micro-step of a rank.
 
-    No image is used twice in an epoch. Each epoch leaves out fewer images than one joint batch,
-    which has the B * W images of all W ranks. Each epoch has its own random order of the images. At
-    step s of an epoch the joint batch is ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th of
-    W equal parts of the joint batch. So two ranks see the same images as one process with twice the
-    batch size.
+    A micro-step is one forward and backward pass. No image is used twice in an epoch. Each epoch
+    leaves out fewer images than one joint batch, which has the B * W images of all W ranks. Each
+    epoch has its own random order of the images. At step s of an epoch the joint batch is
+    ``order[s*B*W : (s+1)*B*W]``, and rank r takes the r-th (from 0) of W equal parts of the joint
+    batch. So two ranks see the same images as one process with twice the batch size.
 
     Args:
         num_items: number of images.
@@ -47,7 +47,7 @@ class IndexSampler(Sampler[list[tuple[int, int]]]):
         self.steps_per_epoch = num_items // (batch_size * world_size)
 
     def order(self, epoch: int) -> list[int]:
-        """Return the order of all images in an epoch."""
+        """Return the numbers of all images in the order of an epoch."""
         return counter_rng(Stream.ORDER, self.seed, epoch).permutation(self.num_items).tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""Read the size of an image from its file's header, without decoding it."""
+"""Read the size of an image from its file's header, without decoding the image."""
 
 import io
 import os
@@ -74,7 +74,7 @@ def _size(file: IO[bytes], page: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an opened image, or 1 if Pillow's size is upright already.
+    """Return the EXIF orientation of an opened image, or 1 if `image.size` is upright already.
 
     For a TIFF, Pillow already returns the upright size. A PNG with EXIF data after its pixels
     counts as upright, because finding this EXIF data would mean decoding the complete file.

@@ -60,7 +60,10 @@ class Subset:
 
 
 def spread(total: int, at_most: int | None) -> list[int]:
-    """Return up to `at_most` of the numbers below `total`, evenly spaced, starting at 0."""
+    """Return up to `at_most` of the numbers below `total`, evenly spaced, starting at 0.
+
+    With None for `at_most`, return all numbers below `total`.
+    """
     if at_most is None or at_most >= total:
         return list(range(total))
     if at_most < 1:
@@ -88,15 +91,15 @@ def open_source(
     folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
     a folder of images.
 
-    A ``DatasetSpec`` may name the same images as a string, and adds options. Any other name is a
-    data set of the Hub. If the name is a folder of images, the folder is read as a table with the
-    splits that ``datasets`` finds in the folder.
+    A ``DatasetSpec`` can name the same images as a string, and adds options. Any other name in a
+    ``DatasetSpec`` is a data set of the Hub. If a ``DatasetSpec`` names a folder of images, the
+    folder is read as a table with the splits that ``datasets`` finds in the folder.
 
     Args:
         spec: the name of the images, or a ``DatasetSpec``.
-        split: the split of the sample photos or of a local table. Images in folders and tar files
-            and the sprites have no splits, so all are used. A ``DatasetSpec`` names its split
-            itself.
+        split: the split of the sample photos or of a local table. Folders of images, tar files and
+            the sprites have no splits, so all of their images are used. A ``DatasetSpec`` names its
+            split itself.
         pixels: the format of every image. None means 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
@@ -138,11 +141,12 @@ def open_images(
             is used.
         validation_data_dir: the validation images, in the same forms as ``spec``. An image file or
             tar file that both ``spec`` and ``validation_data_dir`` contain is not used for
-            training. If two tables share a file, UserError is raised.
-        split_share: the share of ``spec``, between 0 and 1, that is held out if there is no
-            ``validation_data_dir``. The hash of an image's name and ``seed`` decides whether it is
-            held out. So if you add images, no other image moves between training and validation. At
-            least one image is held out, and at least one image is kept for training.
+            training. If both are tables and share a file, UserError is raised.
+        split_share: the fraction of the images of ``spec``, between 0 and 1, that is held out for
+            validation if there is no ``validation_data_dir``. The hash of an image's name and
+            ``seed`` decides whether it is held out. So if you add images, no other image moves
+            between training and validation. At least one image is held out, and at least one image
+            is kept for training.
         seed: seed of the hash. Another seed holds out other images.
         max_train_samples: largest number of training images. The images with the smallest hashes of
             name and ``seed`` are used. So a smaller set is a subset of a larger set, and both are
@@ -196,7 +200,7 @@ def _check_no_folder(path: Path) -> None:
 
 
 def _kind_with_options(spec: DatasetSpec) -> Form:
-    """Return the form of a data set with options.
+    """Return the form of the images that a ``DatasetSpec`` with options names.
 
     With options, `datasets` reads a folder of images as a table, because `datasets` can find splits
     in the folder.

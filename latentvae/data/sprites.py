@@ -1,13 +1,14 @@
-"""Draw the 737,280 images of a data set whose true factors are known, and read them by number.
+"""Draw the 737,280 images of a data set with known factors, and read the images by number.
 
 The data set is like dSprites (Matthey et al. 2017, https://github.com/google-deepmind/dsprites-
-dataset): 64 x 64 pixels, white on black, every combination of five factors exactly once, in the
-same order. Nothing is downloaded or stored. Every image is drawn when it is read.
+dataset): 64 x 64 pixels, white on black, every combination of five factors (shape, scale, rotation,
+x and y) exactly once, in the same order as in dSprites. Nothing is downloaded or stored. Every
+image is drawn when it is read.
 
 Differences from dSprites:
 
-- Our shapes have other outlines and sizes than in dSprites, so results are close to results on
-  dSprites, not equal.
+- Our shapes have other outlines and sizes than in dSprites. So a model's results on our images are
+  close to its results on dSprites, but not equal.
 - Our 40 rotation angles are k * 2 pi / 40, for k = 0 to 39. In dSprites, the first and the last
   rotation are the same.
 - The 32 positions of the centre are one pixel apart, so a shape has the same pixels at every
@@ -45,10 +46,11 @@ _HEART_CENTROID = 0.2935  # height of the centre of mass of the curve, in units 
 
 
 def sprite_factors(indices: np.ndarray) -> np.ndarray:
-    """Return the factors of images with these numbers: (N, 5), int64, ordered as `FACTORS`.
+    """Return the factors of images by their numbers: (N, 5), int64, ordered as `FACTORS`.
 
     Args:
-        indices: (N,), integers in 0..737,279. The last factor changes fastest.
+        indices: the numbers of the images, (N,), integers in 0..737,279. From one number to the
+            next, the last factor changes fastest.
 
     Raises:
         UserError: an image number is outside 0..737,279.
@@ -78,7 +80,7 @@ def draw_sprites(factors: np.ndarray) -> np.ndarray:
     The same factors give the same bytes on every machine.
 
     Args:
-        factors: (N, 5), integers in the ranges that `SIZES` gives.
+        factors: (N, 5), integers. Factor number i is in 0..SIZES[i] - 1.
 
     Returns:
         (N, 64, 64), uint8: 0 (black) or 255 (white). Larger `x` is further right and larger `y` is

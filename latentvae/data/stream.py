@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 class FirstRows:
-    """An image source for validation: the first rows of a stream, kept in memory as files.
+    """An image source for validation: the first rows of a stream, kept in memory undecoded.
 
     Args:
-        files: (name, bytes) of each image.
+        files: (name, bytes of the file) of each image.
         pixels: the format of every image. None means 8-bit RGB.
     """
 
@@ -130,7 +130,7 @@ def stream_loader(
     world_size: int = 1,
     start_step: int = 0,
 ) -> DataLoader[TrainItem]:
-    """Return a loader of endless batches (``Batch``) of a stream, like ``train_loader``.
+    """Return a loader that yields batches (``Batch``) of a stream without end.
 
     The stream's files are divided among the ranks, and each rank's files among its workers. So the
     number of workers changes the order of the images. There are at most as many workers as files.
@@ -140,7 +140,7 @@ def stream_loader(
         transform: the augmentation.
         batch_size: number of images read per rank and micro-step.
         seed: seed of order and augmentation, 0 or above.
-        crops: N, the number of crops of each image. B is N times ``batch_size``.
+        crops: N, the number of crops of each image. A batch has N times ``batch_size`` crops.
         num_workers: number of additional processes that read and decode images.
         pin_memory: put batches into pinned memory, from which CUDA can copy while it computes.
         rank: number of this process.

@@ -1,8 +1,8 @@
-"""Images in tar files (webdataset shards), read by offset in any order, as from a folder.
+"""Images in tar files (webdataset shards), read by byte offset in any order, as from a folder.
 
-https://github.com/webdataset/webdataset. Each member that is an image file is one image. Other
-members (``.cls``, ``.json``, and a ``.npy`` with the name of an image) are not read.
-`tar_index.texts_in` reads the captions (``.txt``).
+https://github.com/webdataset/webdataset. A member is a file in a tar file. Each member that is an
+image file is one image. Other members (``.cls``, ``.json``, and a ``.npy`` with the name of an
+image) are not read. `tar_index.texts_in` reads the captions (``.txt``).
 """
 
 import glob
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 
 class TarShards:
-    """An image source that reads tar files, sorted by the members' names over all tar files.
+    """An image source that reads tar files. The images of all tar files are sorted by name.
 
-    An image has the name of its member, so the same images have the same names and order as in a
-    folder. A name that occurs in several shards gets the shard's name as a prefix:
-    ``000001.tar/0007.jpg``. From a damaged or incomplete shard, only the images before the damage
-    are used, with a warning.
+    An image has the name of its member (file in the tar file), so the same images have the same
+    names and order as in a folder. A name that occurs in several shards gets the shard's name as a
+    prefix: ``000001.tar/0007.jpg``. From a damaged or incomplete shard, only the images before the
+    damage are used, with a warning.
 
     Args:
         spec: a .tar file, a folder of .tar files, or a pattern: ``shards/train-{000..012}.tar``,

@@ -1,7 +1,7 @@
 """Find the images in a tar file in one pass over its headers, and cache the result.
 
-Only headers are read and nothing is unpacked, so a member's name is never a path on disk. The index
-is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written, in
+Only headers are read and nothing is unpacked, so no member's name is used as a path on disk. The
+index is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written, in
 ``$XDG_CACHE_HOME/latentvae``. The index is valid while the shard's size and modification time stay
 the same.
 """
@@ -41,7 +41,7 @@ class ShardIndex:
         offsets: number of bytes from the start of the file to each image's first byte, (N,), int64.
         sizes: sizes of the images in bytes, (N,), int64.
         fault: what is wrong with the tar file, or "".
-        left_out: number of members of each kind that are not used.
+        left_out: for each kind of file, such as ``.csv``, the number of members that are not used.
     """
 
     names: list[str]
@@ -84,7 +84,7 @@ def shard_index(path: Path) -> ShardIndex:
 
 
 def texts_in(path: Path, *, largest: int) -> dict[str, str]:
-    """Return the text files (.txt) in a tar file by their names without suffix.
+    """Return the content of each text file (.txt) in a tar file, by its name without suffix.
 
     If the tar file is damaged, the texts before the damage are returned.
 
@@ -127,7 +127,7 @@ def _walk(path: Path, size: int) -> ShardIndex:
 def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     """Yield the plain files that lie completely within the first ``size`` bytes.
 
-    Links and devices hold no image.
+    Links and devices are left out, because they hold no image.
     """
     end = 0
     for member in tar:
@@ -208,7 +208,7 @@ def _load(place: Path, key: list[int]) -> ShardIndex | None:
 
 
 def _replace(place: Path, content: bytes, *, mode: int) -> None:
-    """Write a temporary file and rename it, so that readers never see an incomplete file."""
+    """Write a temporary file and rename it, so that no process reads an incomplete file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     file, aside = tempfile.mkstemp(dir=place.parent, prefix=".index-")
     try:

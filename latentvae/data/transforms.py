@@ -34,8 +34,8 @@ class Window:
     """The relative size and position of a crop window, which can be used for any image size.
 
     Attributes:
-        share: side of the window divided by the side of the image's largest window of this shape,
-            in (0, 1].
+        share: side of the window divided by the side of the largest window of the same shape that
+            fits into the image, in (0, 1].
         x, y: position of the window, from 0 (at the left or top edge) to 1 (right or bottom edge).
         flip: whether to mirror left and right.
     """
@@ -69,10 +69,11 @@ class TrainTransform:
         resolution: height and width in pixels, or one number R for both.
         crop: ``"random_resized"`` takes a square of ``crop_scale`` times the shorter side (the crop
             of latent diffusion's ImageNet training, ldm/data/imagenet.py). ``"random"`` resizes the
-            shorter side to R and crops R x R anywhere. ``"center"`` crops in the middle.
-        crop_scale: smallest and largest side of a random resized crop, as shares of the image's
-            shorter side (of the largest window, if not square), in (0, 1].
-        random_flip: mirror half of the images.
+            shorter side to R and crops R x R at a random place. ``"center"`` crops in the middle.
+        crop_scale: smallest and largest side of a random resized crop, as fractions of the image's
+            shorter side, in (0, 1]. If the output is not square, they are fractions of the side of
+            the largest window with the output's aspect ratio.
+        random_flip: mirror each image left to right with a probability of one half.
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
@@ -126,14 +127,15 @@ class TrainTransform:
     def needed_side(
         self, windows: Sequence[Window], size: tuple[int, int] | None = None
     ) -> int | None:
-        """Return the smallest shorter side, in pixels, at which a JPEG may be decoded.
+        """Return the smallest allowed length of a decoded JPEG's shorter side, in pixels.
 
         None means that JPEGs are decoded at full size.
 
-        The side is twice the side that the narrowest window needs, because JPEG decoders shrink an
-        image blockwise. Compared with crops of the image decoded at full size, crops of the
-        shrunk image have a PSNR of 47 dB. The PSNR would be 43 dB with 1.5 times the needed side,
-        and 38 dB with the needed side (means over photos of BSDS500 at JPEG quality 90).
+        With this length, each side of the narrowest window has at least twice as many pixels as the
+        same side of the output. The factor 2 is needed because JPEG decoders shrink an image
+        blockwise. Compared with crops of the image decoded at full size, crops of the shrunk image
+        have a PSNR of 47 dB. The PSNR would be 43 dB with the factor 1.5, and 38 dB with the factor
+        1 (means over photos of BSDS500 at JPEG quality 90).
         """
         if not self.jpeg_draft:
             return None
@@ -141,7 +143,7 @@ class TrainTransform:
         return math.ceil(REDUCING_GAP * max(size or self.size) / share)
 
     def apply(self, image: Picture, window: Window, size: tuple[int, int] | None = None) -> Tensor:
-        """Return a resized window of the image, (C, H, W): uint8, or float32 in [-1, 1] if deep.
+        """Return a resized window, (C, H, W): uint8, or float32 in [-1, 1] for a `DeepImage`.
 
         Args:
             image: the picture.

@@ -4,6 +4,9 @@
     ...                                              Task.tensors
     state.json                                       SavedValues
 
+A learner is a module with its optimizer. The learner's name, here `model`, begins the names of the
+learner's files.
+
 Random numbers are computed from counters (see `randomness`), and the position in the data is the
 number of micro-steps done. So no rank needs a state of its own for random numbers or data, and rank
 0 writes one checkpoint for all ranks.
@@ -61,6 +64,8 @@ def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
 
 def restore(training: Training, snapshot: Snapshot) -> Window:
     """Load a snapshot into a freshly built training. Return this rank's sums of logged values.
+
+    The sums are those since the last row of the log.
 
     Raises:
         UserError: the snapshot was not written by a run, or the run that wrote it used another
@@ -142,7 +147,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def averaged_or_trained(tensors: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Any]:
-    """Return a module's weights from a checkpoint: averages where the checkpoint has them."""
+    """Return a module's weights from a checkpoint. Weights with an average are replaced by it."""
     return {**tensors.get(name, {}), **tensors.get(f"{name}_average", {})}
 
 

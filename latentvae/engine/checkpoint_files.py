@@ -3,9 +3,10 @@
     checkpoint-<update>/  *.safetensors (see `checkpoint_content`)  state.json  manifest.json
 
 All files are written to a temporary folder. The manifest, which holds the sha256 and the size of
-each file, is written last. Then files and folder are fsynced, and the folder is renamed. Older
-checkpoints are deleted only after the rename. Readers accept only folders whose files match the
-manifest. A checkpoint contains no pickle: tensors are stored as safetensors, all else as JSON.
+each file, is written last. Then files and folder are fsynced, and the folder is renamed to its
+final name. Older checkpoints are deleted only after the rename. A checkpoint is loaded only if its
+files match the manifest. A checkpoint contains no pickle: tensors are stored as safetensors, all
+else as JSON.
 """
 
 import hashlib
@@ -46,9 +47,10 @@ class Snapshot:
 def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) -> Path:
     """Write `checkpoint-<update>` into the folder `run`. Return the checkpoint's folder.
 
-    Afterwards all checkpoints except the newest `keep` are deleted. An existing checkpoint is never
-    overwritten, because a kill just after its deletion would leave no checkpoint. If writing fails,
-    for example on a full disk, the incomplete checkpoint is deleted.
+    Afterwards all checkpoints except the newest `keep` are deleted. An existing checkpoint of this
+    update is an AssertionError and is never overwritten. Overwriting would first delete the
+    checkpoint, and a kill at this moment would leave none. If writing fails, for example on a full
+    disk, the incomplete checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
@@ -191,7 +193,7 @@ def load_optimizer_tensors(
 
 
 def follow_umask(folder: Path) -> None:
-    """Set file modes by the umask, because only the owner can read what safetensors writes."""
+    """Set file modes by the umask. safetensors writes files that only the owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

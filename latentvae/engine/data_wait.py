@@ -57,6 +57,8 @@ class DataWait(Iterator[Any]):
     def advice(self, waited: float, elapsed: float, *, updates: int) -> str | None:
         """Return a warning if updates wait long for data, but only once per run. Otherwise None.
 
+        Long means at least the fraction `TOLD_FROM` of `elapsed`.
+
         Args:
             waited: seconds of `elapsed` in which updates waited for batches.
             elapsed: seconds since the last row of the log.
@@ -72,7 +74,10 @@ class DataWait(Iterator[Any]):
         )
 
     def _remedy(self, waited: float, elapsed: float) -> str:
-        """Return text that advises more workers, or `advice` if no core is left for them."""
+        """Return text that advises more workers.
+
+        If no core is left for them, the text gives the argument `advice` of the class instead.
+        """
         computing = max(elapsed - waited, 1e-9)
         # While an update computes, the workers must read the next batch. Without workers, `waited`
         # is the time in which this process reads the batches.

@@ -31,7 +31,10 @@ _PEERS = (
 
 @contextlib.contextmanager
 def explained(task: Task) -> Iterator[None]:
-    """Raise a `RunError` for a fault of the machine. Other errors are raised unchanged."""
+    """Inside this context, turn an error from a fault of the machine into a `RunError`.
+
+    Other errors are raised unchanged.
+    """
     try:
         yield
     except (UserError, RunError):

@@ -27,7 +27,13 @@ def export(training: Training) -> Path:
 
 
 def is_exported(task: Task, folder: Path, *, update: int) -> bool:
-    """Return whether the run in `folder` has exported this update with the same export options."""
+    """Return whether a run has exported its weights after `update` with the task's export options.
+
+    Args:
+        task: the task, whose options are compared with those of the last export.
+        folder: the run's folder.
+        update: number of updates done.
+    """
     exports = [row for row in read_rows(folder / "log.jsonl") if "export/update" in row]
     wanted = {"export/update": update} | task.export_options()
     same = exports and all(exports[-1].get(name) == value for name, value in wanted.items())

@@ -65,15 +65,17 @@ PRECISION = Setting(
 
 
 def check_launcher(*, precision: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that training supports the settings of the launcher, which could crash the run later.
+    """Check that training supports the settings of the launcher (`accelerate launch`).
+
+    A setting that is not supported could crash the run later.
 
     Args:
         precision: the option mixed_precision, which overrides the launcher's precision.
         environment: variables that the launcher has set.
 
     Raises:
-        UserError: a setting is not supported. The message names the setting, its value, and the
-            file that it came from.
+        UserError: a setting is not supported. The message names the setting, its value, and where
+            it was set (a file, the command line or the environment).
     """
     settings = SETTINGS if precision else (*SETTINGS, PRECISION)
     for setting in settings:
@@ -108,7 +110,10 @@ def _has(values: Any, key: str, value: str) -> bool:
 
 
 def _named_by_launcher() -> Path | None:
-    """Return the file after --config_file in the command line of the launcher (the parent)."""
+    """Return the file after --config_file in the command of the launcher (the parent process).
+
+    Return None if there is no such file name or the command cannot be read.
+    """
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
         folder = Path(os.readlink(f"/proc/{os.getppid()}/cwd"))

@@ -18,7 +18,9 @@ LOCK_NAME = "run.lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder`, so that no other run can use it. A missing folder is created.
+    """Lock `folder` inside this context, so that no other run can use it.
+
+    A missing folder is created.
 
     Rank 0 holds the lock for all ranks. The lock is a POSIX record lock, which the operating system
     releases when the process ends in any way. Processes that load data do not inherit the lock. On

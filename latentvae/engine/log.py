@@ -64,9 +64,9 @@ class RunLog:
         total: number of updates of the complete run.
         items_per_update: effective batch size.
         unit: name of the items in a batch, such as images.
-        shown: names of the logged values on the progress line.
-        waiting: measures how long updates wait for batches, for `time/data_wait_share` and a
-            warning.
+        shown: names of the logged values that are also printed with each row.
+        waiting: measures how long updates wait for batches, for the logged value
+            `time/data_wait_share` and for a warning.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ def append_row(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _keep_rows_up_to(path: Path, update: int) -> list[dict[str, Any]]:
-    """Delete the log rows after `update`, because the run repeats these updates.
+    """Delete the log rows after `update`, because the run repeats the updates of these rows.
 
     Return the rows that stay.
     """

@@ -55,7 +55,7 @@ class Stopped(Exception):
 def train(task: Task) -> Path:
     """Train, validate and export. Return the export's folder.
 
-    Another call with the same task resumes where the last call ended.
+    Another call with the same task resumes from the newest checkpoint.
 
     Raises:
         UserError: an option, a path or the data is wrong. Nothing was trained.
@@ -260,7 +260,10 @@ class _Loop:
             )
 
     def _why_skipped(self, result: UpdateResult) -> tuple[str, str]:
-        """Return what is wrong with a gradient, and why. All ranks call this method."""
+        """Return what is wrong with the gradient of a skipped update, and why.
+
+        All ranks call this method.
+        """
         norms = {name: value.item() for name, value in result.norms.items()}
         largest = self.training.config.optimizer.skip_grad_norm
         finite = all(gather_objects(all(map(math.isfinite, norms.values()))))

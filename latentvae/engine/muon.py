@@ -1,8 +1,9 @@
 """Train matrices by Muon, and all other parameters by AdamW, with one optimizer.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the averaged gradient
-of a matrix by the nearest matrix whose singular values are all about 1. So all directions of a
-matrix learn equally fast. A convolution's weight (O, I, k, k) counts as a matrix (O, I k k).
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) keeps a moving average of the
+gradients of each matrix. Among the matrices whose singular values are all about 1, the step is the
+one nearest to this average. So all directions of a matrix learn equally fast. A convolution's
+weight (O, I, k, k) counts as a matrix (O, I k k).
 
 The step is scaled by 0.2 sqrt(max(rows, columns)). The root mean square of the step is then about
 as large as in AdamW (Liu et al. 2025, arXiv:2502.16982). So AdamW's learning rates also suit Muon.
@@ -24,7 +25,7 @@ class MuonWithAdamW(optim.AdamW):
     """An optimizer that trains matrices by Muon, and all other parameters by AdamW.
 
     Each parameter group has the key `muon`. For the matrices, the key holds Muon's learning rate
-    divided by AdamW's. For all other parameters, the key holds None.
+    divided by AdamW's learning rate. For all other parameters, the key holds None.
 
     Args:
         matrices: weights of two or more dimensions.
@@ -91,11 +92,11 @@ class MuonWithAdamW(optim.AdamW):
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Return matrices (N, R, S) with singular values between about 0.7 and 1.2.
+    """Return matrices (N, R, S) with their singular values moved to between about 0.7 and 1.2.
 
-    The iteration X <- a X + b (X X') X + c (X X')^2 X uses the `COEFFICIENTS` a, b and c. Each step
-    multiplies X by a polynomial of G = X X'. So the function computes these polynomials from G
-    alone, which is cheaper if X is not square.
+    The iteration X <- a X + b (X X') X + c (X X')^2 X uses the `COEFFICIENTS` a, b and c. X' is the
+    transpose of X. Each step multiplies X by a polynomial of G = X X'. So the function computes
+    these polynomials from G alone, which is cheaper if X is not square.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

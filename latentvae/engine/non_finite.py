@@ -13,7 +13,9 @@ SHOWN = 4  # largest number of names shown for each process
 
 
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
-    """Return text that says which loss terms and items were not finite, the same on every rank.
+    """Return text, the same on every rank, that names the non-finite loss terms and their items.
+
+    The items are the training samples of the micro-steps with such a term.
 
     All ranks call this function, but only for a skipped update, because the function waits for the
     device.

@@ -32,7 +32,8 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
     The options set the precision. If no option sets it, the launcher's precision is used.
 
     Raises:
-        UserError: the launcher asks for a precision that is not supported.
+        UserError: the launcher asks for a precision that is not supported, or the ranks choose
+            different precisions.
     """
     # Without this reset, the precision of an earlier run in this process would remain.
     AcceleratorState._reset_state()
@@ -63,7 +64,7 @@ def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
 
 
 def fastest_precision() -> Literal["no", "bf16"]:
-    """Return `bf16` if the device of this process multiplies bfloat16 faster than float32."""
+    """Return `bf16` if this process's device multiplies bfloat16 faster than float32, else `no`."""
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     device = torch.device("cpu" if use_cpu else launched_device())
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -23,8 +23,8 @@ class Progress(BaseModel):
     Attributes:
         update: number of updates done.
         micro_step: number of micro-steps done, which is also the position in the data.
-        skipped: number of non-finite updates that were skipped so far.
-        skipped_in_a_row: number of skipped updates since the last finite update.
+        skipped: number of updates that were skipped so far (see `UpdateResult.finite`).
+        skipped_in_a_row: number of skipped updates since the last update that was not skipped.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -40,7 +40,7 @@ class SavedValues(BaseModel):
 
     Attributes:
         progress: counters of the updates and micro-steps done.
-        windows: for each rank, sums of logged values since the last row of the log.
+        windows: for each rank, sum and count of each logged value since the last row of the log.
         task: the values of `Task.state`.
         ranks: the values of `Task.rank_state`, for each rank.
         world_size: number of processes.

@@ -31,8 +31,8 @@ def seed_everything(stream: Stream, seed: int, *counters: int) -> None:
 def _seed_torch(seed: int, *, in_update: bool) -> None:
     """Seed torch on all devices. In an update, seed only the devices that are in use.
 
-    For each kind of device that is not in use, `torch.manual_seed` records a stack trace. Recording
-    the stack traces took about a tenth of an update of 5 ms.
+    For each kind of device that is not in use, `torch.manual_seed` records a stack trace. In
+    updates of 5 ms, recording the stack traces took about a tenth of the time.
     """
     if not in_update:
         torch.manual_seed(seed)

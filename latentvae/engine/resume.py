@@ -42,19 +42,20 @@ Config = TypeVar("Config", bound=JobConfig)
 
 
 def find_start(asked: JobConfig, folder: Path) -> Path | None:
-    """Return the checkpoint to resume from, or None for a new run. No file is changed.
+    """Return the checkpoint to resume from, or None for a new run.
 
-    Rank 0 searches, and every rank gets the same result or error.
+    Rank 0 searches, and every rank gets the same result or error. Only temporary folders that
+    killed saves and exports have left behind are deleted. Nothing else is changed.
 
     Raises:
-        UserError: the folder holds other files but no run, the options differ from those of the
-            run in the folder, or a named checkpoint cannot be used.
+        UserError: the options differ from those of the run in the folder, a named checkpoint cannot
+            be used, or `overwrite_output_dir` is set and the folder holds files but no run.
     """
     return _on_main(lambda: _find_start(asked, folder))
 
 
 def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
-    """Prepare the folder for this run, after all checks except the start of the tracker.
+    """Prepare the folder for this run. Of all checks, only the start of the tracker comes later.
 
     An earlier run is deleted if `overwrite_output_dir` is set. The run resumes from `checkpoint`,
     and all later checkpoints are renamed. The options are saved as the user gave them.
@@ -108,6 +109,10 @@ def check_same_config(now: JobConfig, then: JobConfig) -> None:
     """Raise UserError if options that change the result differ from those of the run.
 
     The error names the options.
+
+    Args:
+        now: the options of this call.
+        then: the options with which the run was started.
     """
     new, old = flat(now), flat(then)
     may_change = now.may_change(then)

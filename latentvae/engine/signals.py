@@ -2,7 +2,9 @@
 
 After the first signal, the run finishes its update and saves a checkpoint. The signals are SIGTERM,
 SIGINT (Ctrl-C), SIGHUP (a closed terminal or a lost ssh connection) and SIGUSR1 (sent by SLURM
-before a time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it.
+before a time limit). A process that ignores SIGHUP, as under `nohup`, keeps ignoring it. A signal
+within 2 seconds after the first does not count as a second signal, because launchers may repeat a
+signal. A later SIGHUP does not count either.
 """
 
 import contextlib
@@ -28,8 +30,8 @@ class Interrupt:
     launcher counts as SIGTERM too.
 
     Args:
-        next_update: returns the number of the update that the run finishes before it saves. With
-            None, as on ranks after the first, no message is printed.
+        next_update: returns the number of the update that the run finishes before it saves, for
+            the message at a signal. With None, as on ranks other than 0, no message is printed.
     """
 
     def __init__(self, next_update: Callable[[], int] | None = None) -> None:
@@ -63,7 +65,10 @@ class Interrupt:
             sys.exit(128 + number)
 
     def _acknowledge(self) -> None:
-        """Print at once that the run will stop, without `print`, which the signal may interrupt."""
+        """Print at once that the run will stop.
+
+        The method does not call `print`, because the signal may have come during another `print`.
+        """
         if self.next_update is None:
             return
         text = f"\nfinishing update {self.next_update():,}, then saving. "

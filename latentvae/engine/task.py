@@ -4,12 +4,12 @@
 
     export = train(Regression(config))  # engine.loop
 
-The task owns its modules, objective, optimizers and controllers. The engine owns the run's folder
-and lock, checkpoints and resume, log and trackers, signals and schedules. The engine also clips
-gradients, skips updates with non-finite gradients, averages weights and uploads exports. The engine
-does not depend on the kind of task.
+The task owns its modules, objective, optimizers and controllers (which adapt values such as loss
+weights). The engine owns the run's folder and lock, checkpoints and resume, log and trackers,
+signals and schedules. The engine also clips gradients, skips updates with non-finite gradients,
+averages weights and uploads exports. The engine does not depend on the kind of task.
 
-The engine calls a task in this order:
+The engine calls a task in this order (in brackets: only after a resume):
 
     check -> open -> check_processes -> build -> [load_tensors, load_state, load_rank_state]
     -> check_ready -> write_files -> batches -> plan -> begin
@@ -91,7 +91,7 @@ class Learner:
             options: settings of the optimizer.
             rate: peak learning rate, by default the learning rate of the options.
             averaged: the part of the module whose weights are averaged.
-            matrices: weights that Muon trains if the options ask for it.
+            matrices: weights that Muon trains if the options choose Muon.
             some_wait: whether some parameters get no gradient in some updates, see
                 `processes.prepare`.
         """
@@ -262,14 +262,14 @@ class Task(ABC):
     # an update
 
     def begin(self, update: int) -> None:
-        """Prepare for the first update of this process, when `update` updates are done."""
+        """Prepare for the first update of this process, after `update` updates by earlier ones."""
 
     def learning(self, update: int) -> Sequence[str]:
-        """Return the names of the modules, at least one, that learn in an update (from 0)."""
+        """Return the names of the modules (at least one) that learn in update `update`, from 0."""
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
-        """Return the range of updates (from 0) in which the module of this name does not learn.
+        """Return the range of updates, counted from 0, in which the module `name` does not learn.
 
         The warm-up of the learning rate does not count these updates.
         """
@@ -416,7 +416,7 @@ class Task(ABC):
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return the options by which exports of the same weights can differ, by log name."""
+        """Return options whose change makes exports of the same weights differ, by log name."""
         return {}
 
     def has_export(self, out: Path) -> bool:
@@ -431,17 +431,20 @@ class Task(ABC):
 
     @classmethod
     def shortened(cls, config: Any, *, updates: int) -> Any:
-        """Return the options of a short run in which all training phases start within `updates`.
+        """Return the options of a short run, whose training phases all start within its `updates`.
 
         The command `verify-resume` makes such short runs.
         """
         return config
 
     def check_repeatable(self) -> None:
-        """Raise UserError if the run would not resume exactly. Call `open` first."""
+        """Raise UserError if a resumed run would differ from an uninterrupted one.
+
+        Call `open` first.
+        """
 
     def order(self, *, rank: int, processes: int, start: int, stop: int) -> list[Any] | None:
-        """Return the items that a rank reads in micro-steps `start` to `stop`, or None if unknown.
+        """Return the items that a rank reads in micro-steps `start` to `stop` - 1, None if unknown.
 
         Call `open` first.
         """

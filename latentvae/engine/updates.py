@@ -1,5 +1,7 @@
 """Make one update: micro-steps, clipping, one host sync, optimizers, averages, controllers.
 
+Controllers are parts of the task that adapt values such as loss weights.
+
 The code that calls `Updates.make` writes the logs and checkpoints. The command `preflight` uses
 this module for its updates too.
 """
@@ -165,7 +167,10 @@ class Updates:
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
-        """Make DDP reduce gradients over ranks in the last micro-step only, within this context."""
+        """Inside this context, let DDP reduce gradients over ranks only if `last` is True.
+
+        `last` says whether the micro-step is the last one of the update.
+        """
         with contextlib.ExitStack() as stack:
             if not last:
                 for learner in self.training.task.learners.values():

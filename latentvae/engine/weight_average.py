@@ -11,10 +11,10 @@ from latentvae.compute.compilation import not_compiled
 
 
 class WeightAverage(EMAModel):
-    """diffusers' `EMAModel` with a faster step, which reads and writes every weight once.
+    """diffusers' `EMAModel` with a faster step, in which all weights pass through memory once.
 
-    The step of diffusers first computes the difference between each average and its weight. So all
-    weights pass through memory three times.
+    The step of diffusers first computes the difference between each average and its weight. So in
+    that step, all weights pass through memory three times.
     """
 
     @torch.no_grad()

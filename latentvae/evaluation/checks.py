@@ -47,7 +47,7 @@ def check_options(
 
 
 def check_names(models: Collection[str], linear: Collection[str]) -> None:
-    """Check that no model has the name of a linear code in the report.
+    """Check that no model has the name that a linear code (PCA of patches) has in the report.
 
     Raises:
         UserError: a model has the name of a linear code.
@@ -85,7 +85,7 @@ def check_sides(pictures: Pictures, strictest: Autoencoder) -> None:
     on different images.
 
     Args:
-        strictest: the model with the largest `smallest_side`.
+        strictest: the model with the largest `smallest_side` (smallest image side in pixels).
 
     Raises:
         UserError: an image is too small.

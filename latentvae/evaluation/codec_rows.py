@@ -23,8 +23,9 @@ class Files:
 
     Attributes:
         by_quality: dict from a quality setting to the bytes of the file.
-        at_rate: dict from the raw rate of a model to the lowest quality that reaches this rate. The
-            raw rate is the size of the latent in bits per pixel without entropy coding.
+        at_rate: dict from the raw rate of a model to the lowest quality that reaches this rate, or
+            to 100 if no quality does. The raw rate is the size of the latent in bits per pixel
+            without entropy coding.
     """
 
     by_quality: Mapping[int, bytes]

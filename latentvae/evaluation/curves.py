@@ -27,7 +27,7 @@ Key = tuple[str, str, float | None, str]  # kind, coder, setting, metric
 class Curves:
     """Accumulates the points of all rate curves, one image after another.
 
-    For each point and metric, the class sums the number of images, their bits per pixel and their
+    For each point and metric, the class counts the images, and sums their bits per pixel and their
     values of the metric.
     """
 
@@ -55,9 +55,10 @@ class Curves:
     ) -> list[Point]:
         """Return the points of the rate curve of a model or codec, one for each of `settings`.
 
-        A setting is the quality of a codec, or the noise PSNR of a model in dB. The means in a
-        point's field `curves` are over the images for which all models and codecs have a finite
-        value of the metric at every setting. A point's other means are over all images.
+        A setting of a codec is its quality. A setting of a model is the PSNR in dB of the noise
+        that rounding the latent adds to the image. The means in a point's field `curves` are over
+        the images for which all models and codecs have a finite value of the metric at every
+        setting. A point's other means are over all images.
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
@@ -98,7 +99,8 @@ MIN_BD_POINTS = 3  # two points only give a straight line, which may be far from
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
     """Return every curve's BD-rate: its extra bits at JPEG's quality, in percent of JPEG's bits.
 
-    The result is empty if JPEG was not measured.
+    A curve with fewer than three points has no BD-rate. The result is empty if JPEG was not
+    measured.
     """
     if not curves.get(ANCHOR):
         return {}

@@ -78,7 +78,8 @@ def evaluate(
         source: the images. Unreadable images are printed, counted and left out.
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
-        inception: the network that `metrics.inception.load_inception` returns, or None.
+        inception: the network that `metrics.inception.load_inception` returns. With None, rFID and
+            KID are not measured.
         plan: says what is measured, and with which settings.
         max_images: measure at most this many images, evenly spread over the source.
         sheet_images: number of images in sheet.png, evenly spread over the measured images.
@@ -429,7 +430,7 @@ def _shapes(plan: Plan, models: Mapping[str, Autoencoder]) -> Sequence[tuple[int
 
 @contextlib.contextmanager
 def _failing(measures: ModelMeasures, image: str = "") -> Iterator[None]:
-    """Mark a model as failed if its values overflow, so that the evaluation continues without it.
+    """Mark a model as failed if its outputs overflow, so that the evaluation continues without it.
 
     Args:
         image: name of the image, for the message.

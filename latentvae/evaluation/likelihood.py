@@ -19,7 +19,7 @@ ACTIVE = 0.01  # smallest activity of an active unit, see `Sums.activity`
 
 @dataclass
 class Sums:
-    """Sums over images. Sums of several processes may be added.
+    """Sums over images. The sums of several processes can be added by `add`.
 
     Attributes:
         images: number of images.

@@ -142,7 +142,7 @@ def baselines(
 
 
 def verdict(model: ModelReport, linear: ModelReport) -> str | None:
-    """Return a warning if the model is worse than the linear code, else None."""
+    """Return a warning if the model's mean PSNR is below that of the linear code, else None."""
     ours, theirs = model.metrics, linear.metrics
     if ours.psnr is None or theirs.psnr is None or ours.psnr.mean >= theirs.psnr.mean:
         return None

@@ -192,7 +192,7 @@ def row(
 
 
 class Means:
-    """Averages every column of `Row` over images, for each kind, setting, and model or codec."""
+    """Averages rate and metrics of `Row` over images, by kind, setting, and model or codec."""
 
     def __init__(self) -> None:
         self._means: dict[tuple[str, str, float | None, str], BootstrapMean] = {}
@@ -205,7 +205,7 @@ class Means:
                     self._means.setdefault(key, BootstrapMean()).update(value, index=position)
 
     def mean(self, kind: str, coder: str, column: str, *, setting: float | None = None) -> Any:
-        """Return a column's mean over images as a `schema.Mean`, or None if it has no values."""
+        """Return a column's mean over images as a `schema.Mean`, or None if there are no values."""
         found = self._means.get((kind, coder, setting, column))
         return None if found is None else Mean.model_validate(found.result())
 

@@ -351,7 +351,7 @@ class ModelMeasures:
     def _bitstream_row(
         self, original: Original, contents: Mapping[float | None, bytes], recons: Sequence[Tensor]
     ) -> list[Row]:
-        """Return one row for each encoded file in `contents`. `recons` are the decoded files."""
+        """Return one row for each encoded file in `contents`. `recons` are the decoded pictures."""
         compared = self.judge.compare_points(original, recons)
         return [
             row(
@@ -389,7 +389,10 @@ class ModelMeasures:
         return points
 
     def _distribution(self) -> Distribution | None:
-        """Return the distribution distances that have enough images."""
+        """Return the distribution distances that have enough images.
+
+        A Frechet distance needs 2,000 images (`MIN_FRECHET_IMAGES`), and a kernel distance needs 2.
+        """
         least = {name: 2 for _, name in DISTANCES.values()}
         least |= {name: MIN_FRECHET_IMAGES for name, _ in DISTANCES.values()}
         found = {n: part for n, part in self.distances.items() if part.num_images >= least[n]}

@@ -30,13 +30,13 @@ def passport(
 ) -> dict[str, Any]:
     """Run a network in half precision and in tiles, and return how its images change.
 
-    The results are plain Python values. Some numbers may be infinite.
+    The results are plain Python values. Some numbers may be infinite (PSNR of equal images).
 
     Args:
         net: any diffusers autoencoder, float32, in eval mode.
         images: batches (B, C, H, W) in [-1, 1], on the network's device. `f` divides the sides.
         f: pixels on a side of one latent position.
-        for_tiling: images for the tiling check, which may be larger. None uses `images`.
+        for_tiling: other (such as larger) images for the tiling check. None uses `images`.
 
     Returns:
         `precision` by dtype, `max_activation`, `layers` (the layers with the largest activations),

@@ -25,7 +25,7 @@ class Phases:
         self.say(f"[{self.number}/{self.total}] {text} ({times})")
 
     def skip(self, count: int = 1) -> None:
-        """Skip the numbers of phases that are not needed or that an earlier call has completed."""
+        """Skip the numbers of phases that are not needed or were completed before a restart."""
         self.number += count
 
     def say(self, text: str) -> None:

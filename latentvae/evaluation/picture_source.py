@@ -150,7 +150,7 @@ def to_picture(images: Tensor) -> Image.Image:
 def center_crop(images: Tensor, *, side: int | tuple[int, int], multiple: int) -> Tensor:
     """Return the centre of a picture (1, 3, H, W). `multiple` divides the sides of the result.
 
-    Pictures smaller than `multiple` are enlarged.
+    A picture whose shorter side is less than `multiple` pixels is enlarged first.
 
     Args:
         side: largest side of the result in pixels. A pair gives two limits: for the shorter side

@@ -21,7 +21,7 @@ PACKAGES = ("latentvae", "torch", "diffusers", "lpips", "pillow", "constriction"
 def protocol(
     plan: Plan, *, judge: Judge, codecs: Mapping[str, Codec], device: torch.device
 ) -> dict[str, Any]:
-    """Return all conditions of the measurement that can differ between two evaluations, as JSON."""
+    """Return all measurement conditions that can differ between two evaluations, as JSON values."""
     # conditions that the plan sets
     size = "own size, padded to a multiple of f inside the model and cropped back"
     if plan.size is not None:

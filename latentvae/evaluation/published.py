@@ -8,7 +8,7 @@ class Published:
     """A likelihood that a paper reports.
 
     Attributes:
-        value: the number.
+        value: the negative log-likelihood, or an upper bound of it.
         unit: "nats" per image or "bits" per dimension.
         source: the paper, and what exactly the paper measured.
     """

@@ -28,7 +28,8 @@ from latentvae.models.levels import join_levels
 def raw_bits(model: Autoencoder, z: Tensor) -> float:
     """Return the number of bits of one image's latent (1, d, h, w) without entropy coding.
 
-    A tokenizer needs log2(number of codes) bits per token.
+    A continuous latent needs 16 bits per element. A tokenizer needs log2(number of codes) bits per
+    token.
     """
     if model.num_codes is None:
         return LATENT_BITS * z.numel()
@@ -51,7 +52,7 @@ def decode_indices(content: bytes, codes: Codes) -> Tensor:
 
 
 class LevelBits:
-    """Measures how many bits per pixel each level (map of tokens) needs in a separate file.
+    """Measures the bits per pixel of each level (map of tokens) if each level has its own file.
 
     Args:
         codes: the model's codes, with several maps of tokens per image.
@@ -80,7 +81,10 @@ class LevelBits:
 
 
 def level_bits_of(codes: Codes | None) -> LevelBits | None:
-    """Return a `LevelBits` if each image has several maps of tokens, else None."""
+    """Return a `LevelBits` if each image has several maps of tokens, else None.
+
+    The result is also None for more than MAX_CODES codes, which the coder does not support.
+    """
     if codes is None or codes.maps == 1 or codes.number > MAX_CODES:
         return None
     return LevelBits(codes)

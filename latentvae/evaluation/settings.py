@@ -19,7 +19,8 @@ SECTIONS: tuple[Section, ...] = get_args(Section)
 class Plan:
     """What an evaluation measures (its sections), and the settings of each section.
 
-    If a setting is an empty tuple or 0, its measurement is skipped.
+    To skip a measurement, set `lpips_nets`, `qualities`, `noise_psnr` or `speed_sizes` to an empty
+    tuple, or `passport_images` to 0.
 
     Args:
         sections: names of the sections to measure. There are six sections, in this order: metrics

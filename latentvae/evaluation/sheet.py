@@ -79,8 +79,9 @@ def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
 
     Each tile shows the centre of its own picture.
 
-    Pictures larger than 320 pixels are cropped. Pictures of at most 160 pixels are enlarged by an
-    integer factor, without interpolation. All tiles of a row show the same part of the picture.
+    Pictures with a side above 320 pixels are cropped. Pictures with sides of at most 160 pixels are
+    enlarged by an integer factor, without interpolation. All tiles of a row show the same part of
+    the picture.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
     width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN

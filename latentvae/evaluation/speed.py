@@ -159,8 +159,8 @@ def measure_call(
         size: pixels on a side of the image.
         call: function to measure, whose inputs are already on `device`.
         device: device of the computation.
-        budget: seconds for the timed calls. If a call takes longer than a third of `budget`, the
-            call is timed once, else several times.
+        budget: seconds for the timed calls. If the first call takes longer than a third of
+            `budget`, only one more call is timed, else several.
     """
     with peak_memory(device) as peak:  # first call only: later calls may fragment the heap
         first = _time(call, device)

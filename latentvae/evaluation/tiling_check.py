@@ -77,7 +77,10 @@ class _Tiles:
     f: int
 
     def borders(self, pixels: int) -> list[int]:
-        """Return the pixels at which a tile starts or its blending ends, on a side of `pixels`."""
+        """Return the pixels at which a tile starts or its blending ends.
+
+        `pixels` is the length of the image side.
+        """
         stride, blend = (self.size - self.overlap) * self.f, self.overlap * self.f
         starts = range(stride, pixels, stride)
         return sorted({x for start in starts for x in (start, start + blend) if x < pixels})

@@ -39,7 +39,7 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The content of a model card that cannot be read from the exported network.
+    """Those facts in a model card that cannot be read from the exported network.
 
     Args:
         name: the model's name.
@@ -171,7 +171,8 @@ def _training(card: ModelCard) -> str:
 def public_value(value: Any) -> Any:
     """Return the value of a training option in a form that a public model card may show.
 
-    A path is shortened to its last part, because the rest may name the user or the machine.
+    A path is shortened to its last part, because its other parts can contain the name of the user
+    or of the machine.
     """
     if not isinstance(value, str | Path):
         return value

@@ -1,4 +1,4 @@
-"""Write a trained autoencoder for diffusers, load it back, and compare both networks.
+"""Write a trained autoencoder for diffusers, load it back, and check that it did not change.
 
     trained net -> temporary folder -> from_pretrained -> equal? -> folder renamed to `out`
 
@@ -116,7 +116,8 @@ def export_autoencoder(
 def _on_cpu(net: Network) -> Any:
     """Return a float32 copy of `net` that computes exactly like an export loaded by diffusers.
 
-    The copy has contiguous weights (as in a file), the layers of diffusers, and no tiling.
+    The copy has contiguous weights (as in a file), the layers of diffusers in place of the faster
+    layers of training, and no tiling.
     """
     copied: Any = copy.deepcopy(net).cpu().float().to(memory_format=torch.contiguous_format)
     restore_stock_layers(copied)

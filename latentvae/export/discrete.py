@@ -43,8 +43,9 @@ class TokenizerReport:
         reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
         num_codes, num_levels: number of codes K of each level, and number of levels (token maps) L.
-        scaling_factor: 1 / std of the tokenizer's features.
-        num_images: images that `scaling_factor` was measured on.
+        scaling_factor: 1 / std of the exported tokenizer's features. With a frozen encoder, the
+            value of the pretrained network.
+        num_images: number of images that `scaling_factor` was measured on.
         half_precision: result of the float16 check.
         equal_share: share of indices that equal the indices of the trained network, over all
             compared image sizes.
@@ -136,7 +137,8 @@ def export_tokenizer(
 ) -> TokenizerReport:
     """Export the tokenizer `net` to the folder `out`, and compare the export with `net`.
 
-    The folder appears only if the exported network gives the same tokens and images as `net`.
+    The folder appears only if the exported network gives the same tokens (except for ties) and the
+    same images as `net`.
 
     Args:
         net: the trained network. Use the averaged weights if the training averaged them. This
@@ -147,7 +149,7 @@ def export_tokenizer(
         frozen_encoder: keep the features and the `scaling_factor` of the pretrained network,
             because its encoder was not trained.
         lookup_from_codebook: export for the aMUSEd pipeline, which looks codes up by index and has
-            pixels in [0, 1].
+            pixels in [0, 1]. Tokens that differ are then counted, but are not an error.
         overwrite: replace an earlier export.
 
     Raises:
@@ -244,8 +246,8 @@ def _compare_indices(
             function does not check whether indices that differ are ties.
 
     Raises:
-        RuntimeError: indices differ, although the distances to both codes differ by more than
-            rounding.
+        RuntimeError: the two networks choose different codes for a feature, and its distances to
+            these two codes differ by more than rounding.
     """
     equal = total = 0
     for images in probes(trained, probe):
@@ -262,7 +264,7 @@ def _compare_indices(
 def _check_ties(
     trained: Network, net: Network, features: Tensor, ours: Tensor, theirs: Tensor
 ) -> None:
-    """Check that indices differ only where both codes are almost equally far from the feature."""
+    """Check that, where indices differ, both codes are almost equally far from the feature."""
     if family_of(net) is family_of(trained):  # the same arithmetic, so nothing may differ
         raise RuntimeError(
             f"{int((ours != theirs).sum())} of the export's indices differ from those of the "

@@ -70,7 +70,7 @@ def written_whole(out: Path) -> Iterator[Path]:
 def _settle(folder: Path) -> None:
     """Give every file the permissions of the umask, and sync the files to the disk.
 
-    Without this step, the files of safetensors would have the permissions 0600.
+    Without this step, the files that safetensors writes would have the permissions 0600.
     """
     mode = (folder / "README.md").stat().st_mode & 0o777
     for file in (path for path in folder.rglob("*") if path.is_file()):
@@ -112,8 +112,8 @@ def load_back(folder: Path, cls: type[Any]) -> Any:
 def probes(net: Network, probe: Tensor) -> tuple[Tensor, Tensor]:
     """Return two test images: the first image of `probe`, and this image padded to another size.
 
-    The other size is not divisible by the downsampling factor f, unless the network needs divisible
-    sizes.
+    The padded size is not divisible by the downsampling factor f, unless the network needs
+    divisible sizes.
     """
     multiple = family_of(net).side_multiple(net)
     more = (0, multiple, 0, 0) if multiple > 1 else (0, 3, 0, 1)

@@ -22,9 +22,10 @@ class ExportReport:
         profile: name of the pipelines for which the scale and the shift are written.
         num_images: number of images that scale and shift were measured on.
         old_scaling_factor, old_shift_factor: values in the network's config before the export.
-        old_is_default: whether the old scaling factor is the default of the class, which a new
-            network has.
-        measured_scaling_factor: 1 / std of the network's latents, also with a frozen encoder.
+        old_is_default: whether the old scaling factor is the default value of the class, as in a
+            new network.
+        measured_scaling_factor: 1 / std of the network's latents (1 / RMS for an AutoencoderDC).
+            This value is measured even if the encoder was frozen.
         scaling_factor, shift_factor: values in the config of the export.
         half_precision: result of the float16 check.
         has_force_upcast: whether the class has the option `force_upcast`. The export turns the

@@ -1,11 +1,11 @@
 """Check whether an autoencoder works in 16 bits, which decides diffusers' `force_upcast`.
 
 Stable Diffusion XL's autoencoder overflows in float16 and returns black pictures
-(https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but 8 bits of
-precision. float16 and bfloat16 are emulated: weights and the output of every module are rounded,
-also where the network itself computes in float32. Sums stay in float32, as on GPUs. The emulation
-takes about the time of float32 and has the same result on every machine. On most CPUs, real float16
-is a hundred times slower than the emulation.
+(https://huggingface.co/madebyollin/sdxl-vae-fp16-fix). bfloat16 has float32's range, but only 8
+bits of precision. float16 and bfloat16 are emulated: weights and the output of every module are
+rounded, also where the network itself computes in float32. Sums stay in float32, as on GPUs. The
+emulation takes about the time of float32 and has the same result on every machine. On most CPUs,
+real float16 is a hundred times slower than the emulation.
 
 `B` batch, `C` channels, `H W` space.
 """
@@ -229,7 +229,10 @@ def _psnr_cost(
 ) -> float:
     """Return the PSNR of `exact` minus the PSNR of `rounded`, in dB.
 
-    The mean squared error of `exact` or of `rounded` may be 0.
+    Both reconstructions are rounded to 8 bits and compared with `images`. If only the error of
+    `exact` is 0, the result is infinity. If only the error of `rounded` is 0, the result is minus
+    infinity. If both errors are equal, the result is 0. If `rounded` is not finite, the result is
+    NaN.
     """
     if not all(recon.isfinite().all() for recon in rounded):
         return math.nan

@@ -4,7 +4,7 @@
 |---|---|
 | folder | `cats/001.txt` beside `cats/001.jpg`, else `metadata.jsonl` of `datasets`' imagefolder |
 | tar files | the member `cats/001.txt` beside `cats/001.jpg`, as in webdataset and img2dataset |
-| table | a column of strings: `text` or `caption`, or the one that the user names |
+| table | a column of strings: `text` or `caption`, or the column that the user names |
 """
 
 import json
@@ -30,8 +30,9 @@ def find_captions(source: ImageSource, *, caption_column: str | None = None) -> 
     `caption`.
 
     Raises:
-        UserError: `caption_column` does not exist or holds no texts, or `source` is not a table.
-            The error also occurs if `metadata.jsonl` does not have the form that imagefolder reads.
+        UserError: `caption_column` does not exist or holds no texts, or is given although `source`
+            is not a table. The error also occurs if `metadata.jsonl` does not have the form that
+            imagefolder reads.
     """
     if isinstance(source, SomeItems):
         whole = find_captions(source.source, caption_column=caption_column)
@@ -92,7 +93,7 @@ def whole_text(text: str) -> str:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Return the captions in a `metadata.jsonl` by the image's path, or {} without this file."""
+    """Return the captions in a `metadata.jsonl` by the image's path, or {} if it does not exist."""
     found: dict[str, str] = {}
     if not path.is_file():
         return found

@@ -1,8 +1,8 @@
 """Decode shards (files) of tokens or latents to one PNG per image (`latentvae decode`).
 
-Pictures have 8 bits per channel and as many channels as the model. With W processes, the process of
-rank r decodes the batches r, r + W, r + 2W and so on. A batch whose pictures all exist is skipped,
-so the same command continues a decoding that was killed.
+Pictures have 8 bits per channel and as many channels as the model's images. With W processes, the
+process of rank r decodes the batches r, r + W, r + 2W and so on. A batch whose pictures all exist
+is skipped, so the same command continues a decoding that was killed.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ def decode_folder(
         The paths of the pictures that this rank decodes, in the order of the encoded images.
 
     Raises:
-        UserError: shards are damaged, indices are out of range, or `model` did not make the
+        UserError: shards are damaged, tokens are out of range, or `model` did not make the
             shards. The error also occurs if `out` holds pictures of other shards, or other files
             with the names of the pictures. These conditions are checked before the first image is
             decoded.

@@ -84,8 +84,8 @@ def encode_folder(
         model: an autoencoder, or its folder or Hub id.
         data: the images, as for `data.open_source`, or `owner/name` of a data set on the Hub. The
             training split of a table is encoded.
-        resolution: pixels on a side, or (height, width), in multiples of the downsampling factor f
-            (for FLUX.2, of 2 f).
+        resolution: pixels on a side, or (height, width). Each side must be a multiple of the
+            downsampling factor f (for FLUX.2, of 2 f).
         batch_size: images per forward pass. Another batch size may change the last digits of
             latents.
         num_workers: extra processes that decode images.
@@ -183,8 +183,8 @@ def encode_folder(
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
     """Create the folder, and remove damaged shards that it holds from an earlier call.
 
-    If the folder holds shards of another model, of other images or with other options, remove them
-    with `overwrite`, and raise UserError without it.
+    If the folder holds shards of another model, of other images or with other options, remove these
+    shards with `overwrite`, and raise UserError without `overwrite`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Raise UserError for shards of another encoding, or damaged shards without a manifest."""
+    """Raise UserError for shards of another encoding, or damaged shards if `manifest` is None."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:

@@ -142,7 +142,8 @@ def _add_bits(
 ) -> None:
     """Add the bits per pixel of an image's raw tokens and of its entropy-coded file to a report.
 
-    `tokens` is the number of tokens of an image, and `coded` lists the bits of some coded files.
+    `tokens` is the number of tokens of an image, and `coded` lists the sizes of some coded files in
+    bits.
     """
     pixels = math.prod(content.size)
     report["raw_bpp"] = tokens * math.log2(content.num_codes or 1) / pixels
@@ -183,7 +184,7 @@ def _latent_statistics(out: Path, content: Content, counts: list[int]) -> dict[s
 
 
 def _rounded(value: Any) -> Any:
-    """Round floats to nine digits, because threads may change the last digits of a sum."""
+    """Round floats to nine significant digits, because threads may change a sum's last digits."""
     if isinstance(value, torch.Tensor):
         return _rounded(value.tolist())
     if isinstance(value, dict):

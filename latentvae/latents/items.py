@@ -1,4 +1,7 @@
-"""Read the items that `encode` encodes: images in sorted order, labels, and a hash."""
+"""Read the items that `encode` encodes: images in sorted order, and their labels.
+
+`data_sha256` returns a hash of the images' names, labels and captions.
+"""
 
 import hashlib
 import os
@@ -115,7 +118,8 @@ def find_labels(source: ImageSource, *, label_column: str | None) -> Labels | No
     are fewer than two folders.
 
     Raises:
-        UserError: `label_column` does not exist or holds no classes, or `source` is not a table.
+        UserError: `label_column` does not exist or holds no classes, or is given although `source`
+            is not a table.
     """
     if isinstance(source, Subset):
         labels = find_labels(source.source, label_column=label_column)

@@ -33,7 +33,7 @@ MAX_OPEN = 64  # largest number of shards that a process keeps memory-mapped
 
 
 class ShardReader:
-    """A reader of the items in a complete folder of shards, by number.
+    """A reader of the items in a folder of shards, by number. The encoding must be complete.
 
     Each process opens a file when it first needs the file.
 
@@ -41,7 +41,7 @@ class ShardReader:
         folder: a folder that `latentvae encode` wrote.
 
     Attributes:
-        manifest, content: the folder's manifest, and the content that it describes.
+        manifest, content: the folder's manifest, and the manifest's field `content`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -277,7 +277,7 @@ class TokenDataset(_Cached):
 class LatentDataset(_Cached):
     """A data set of latents: `{"latent": float32 (d, h, w), "id": str, "label": int, ...}`.
 
-    `label` and `caption` exist if the data has classes or captions.
+    `label` exists if the data has classes, and `caption` if the data has captions.
 
     Args:
         folder: a folder that `latentvae encode` wrote for continuous latents.

@@ -142,7 +142,7 @@ def draw_interpolations(
         images: names of two or more images. Each image and the next one are a pair. If `images` is
             empty, images that are evenly spread over the data are used.
         count: number of pairs to draw, if `images` is empty.
-        steps: number of decoded images in a row.
+        steps: number of images in a row, between the two originals.
     """
     default = spread(len(encoded.names), count + 1)
     numbers = encoded.numbers(images, default=default)

@@ -29,7 +29,7 @@ def traverse(
     dimensions: Sequence[int],
     values: Sequence[float] = VALUES,
 ) -> Tensor:
-    """Return decoded images in which one dimension of a code has each of the values.
+    """Return decoded images in which one dimension of a code takes each of the values in turn.
 
     Args:
         decode: function from codes (N, D) to images (N, C, H, W) in [-1, 1].

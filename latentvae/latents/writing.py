@@ -39,7 +39,7 @@ def write_shards(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Encode the items of the given shards, and write each shard after its last batch."""
+    """Encode the items of the given shards, and write each shard once all its items are encoded."""
     # one stream of batches for all shards, so that workers never wait
     counts = {shard: -(-len(content.items_of(shard)) // batch_size) for shard in shards}
     bar = tqdm(
@@ -171,5 +171,5 @@ def _joined(encoded: Sequence[dict[str, Tensor]], content: Content) -> dict[str,
 
 
 def _printable(name: str) -> str:
-    """Replace the bytes of a file name that are not UTF-8, which JSON cannot hold."""
+    """Replace bytes that are not UTF-8 in a file name, because JSON cannot hold such bytes."""
     return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -16,8 +16,8 @@ MAX_LOG_SCALE = 7.0
 class LogitLaplace:
     """A Laplace distribution of the logit of each pixel (DALL-E, arXiv:2102.12092, appendix A.3).
 
-    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit is small. The
-    density of x on (0, 1), with location mu and scale b, is
+    A pixel in [-1, 1] is mapped to x in [eps, 1 - eps], eps = 0.1, where the logit lies in
+    [-2.2, 2.2]. The density of x on (0, 1), with location mu and scale b, is
 
         f(x; mu, b) = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)).
 
@@ -51,7 +51,7 @@ class LogitLaplace:
     def mean(self, parameters: Tensor) -> Tensor:
         """Return the distribution's median, sigmoid(mu), as images (B, C, H, W) in [-1, 1].
 
-        DALL-E does the same.
+        DALL-E uses the median too.
         """
         return self.unmap_pixels(torch.sigmoid(_location_and_log_scale(parameters)[0]))
 

@@ -1,9 +1,9 @@
 """Distributions of discrete pixel values, whose parameters a decoder returns.
 
 Each distribution gives a probability to each of the `levels` values of a pixel, and these
-probabilities sum to 1. So the likelihoods of all models are comparable, in nats per image or in
-bits per dimension. The value k, from 0 to levels - 1, stands for the pixel 2 k / (levels - 1) - 1
-in [-1, 1].
+probabilities sum to 1. So the likelihoods of all models with the same `levels` are comparable, in
+nats per image or in bits per dimension. The value k, from 0 to levels - 1, stands for the pixel
+2 k / (levels - 1) - 1 in [-1, 1].
 
 A continuous distribution is made discrete as in PixelCNN++ (arXiv:1701.05517). The probability of a
 value is the integral of the density over an interval around the value, called its bin. The bins of
@@ -246,8 +246,9 @@ class DiscretizedGaussian(LocationScale):
 class DiscretizedLogitLaplace(LocationScale):
     """A Laplace distribution of the logit of a pixel, made discrete.
 
-    DALL-E uses this distribution (arXiv:2102.12092, appendix A.3). `LogitLaplace` has its density.
-    A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before the logit.
+    DALL-E uses this distribution (arXiv:2102.12092, appendix A.3). `LogitLaplace` has the density
+    without the discrete values. A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before
+    the logit.
     """
 
     eps = 0.1

@@ -1,4 +1,7 @@
-"""List the distributions of pixels. The keys are the values of the option `likelihood`."""
+"""List the distributions of pixels.
+
+The keys of `PIXEL_DISTRIBUTIONS` are the values of the option `likelihood`.
+"""
 
 from typing import Literal
 

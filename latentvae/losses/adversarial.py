@@ -74,10 +74,10 @@ GAN_LOSSES = {
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Return 0.5 * E[|d D(x) / d x|^2] on real images (Mescheder et al. 2018, arXiv:1801.04406).
 
-    The formula is equation 9 of arXiv:1801.04406. D(x) is the mean of an image's logits, as in the
-    GAN losses. The squared gradient of this mean falls with the number of pixels, so the penalty's
-    weight should grow with the number of pixels. StyleGAN2-ADA (arXiv:2006.06676) uses the weight
-    0.0002 * H * W, divided by the number of images per update.
+    The formula is equation 9 of arXiv:1801.04406. D(x) is the mean of an image's logits, just as
+    the GAN losses are means over logits. With more pixels, the squared gradient of this mean is
+    smaller, so the penalty's weight should be larger. StyleGAN2-ADA (arXiv:2006.06676) uses the
+    weight 0.0002 * H * W, divided by the number of images per update.
 
     Args:
         discriminator: the network without DDP's wrapper. A forward pass through the wrapper would
@@ -109,8 +109,8 @@ class LeCam:
 
     LeCam pulls the logits of real images down to the average logit of reconstructions. It pulls the
     logits of reconstructions up to the average logit of real images. This object keeps moving
-    averages of the logits. Call `update` once per update, and save `state_dict` in checkpoints. The
-    averages start at 0, because an untrained discriminator has logits near 0.
+    averages of the logits. Call the method `update` once per training update, and save `state_dict`
+    in checkpoints. The averages start at 0, because an untrained discriminator has logits near 0.
 
     Args:
         decay: decay of the averages per update.
@@ -160,7 +160,7 @@ def adaptive_weight(
 
     W is the decoder's last weight, `nll` the reconstruction loss and `adversarial` the GAN loss, as
     in arXiv:2012.09841, equation 7. The gradients with respect to ``recon`` are given, so each loss
-    needs a backward pass through one convolution. The norms are of gradients averaged over ranks.
+    needs a backward pass through only one convolution. Norms are taken after averaging over ranks.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).
@@ -191,8 +191,8 @@ class Adversary:
         factor: weight of the adversarial term in the model's loss in this update, not yet
             multiplied by the adaptive weight. See `objective.adversarial_weight`.
         loss: an entry of `GAN_LOSSES`.
-        augment: names of the augmentations (see `diff_augment`) of all images that the
-            discriminator gets.
+        augment: names of the augmentations (see `diff_augment`) that are applied to all images
+            before the discriminator gets them.
         r1_weight: weight of the R1 penalty in this update. 0 leaves out the penalty.
         lecam: object with the averages for the LeCam penalty. None leaves out the LeCam penalty.
             The training loop calls `LeCam.update` once per update.

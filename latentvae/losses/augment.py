@@ -2,8 +2,8 @@
 
 All images that the discriminator gets, real images and reconstructions, are changed at random. The
 gradient to the reconstruction passes through the change. Each image has its own random numbers. The
-random numbers come from torch's global generator, which the training loop seeds for each
-micro-step.
+random numbers come from torch's global generator, which the training loop seeds for each micro-step
+(forward and backward pass).
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1]. Pixels from outside the image are 0,
 which is grey.
@@ -67,7 +67,8 @@ def translation(images: Tensor) -> Tensor:
 def cutout(images: Tensor) -> Tensor:
     """Return images in which a rectangle at a random place is 0.
 
-    The sides of the rectangle are half the sides of the image.
+    The sides of the rectangle are half the sides of the image. A part of the rectangle can lie
+    outside the image.
     """
     height, width = images.shape[2:]
     rows = _cut(images, height)[:, None, :, None]
@@ -88,7 +89,7 @@ def _uniform(images: Tensor) -> Tensor:
 
 
 def _shifted(images: Tensor, size: int) -> Tensor:
-    """Return for each row (or column) of a shifted image the original row to copy, (B, size).
+    """Return the index of the original row for each row (or column) of a shifted image, (B, size).
 
     The original is padded by one pixel, so its first row has the index 1. Each of the B images has
     its own random shift.

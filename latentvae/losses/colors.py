@@ -39,7 +39,8 @@ def random_background(images: Tensor) -> Tensor | float:
     """Return a colour (B, 3, 1, 1) for each image with alpha, uniform in [-1, 1].
 
     The colour is drawn with torch's global generator, which the training loop seeds for each
-    micro-step. For images without alpha the colour is mid-grey, and no random number is drawn.
+    micro-step (forward and backward pass). For images without alpha the colour is mid-grey, and no
+    random number is drawn.
     """
     if images.shape[1] != 4:
         return MID_GREY

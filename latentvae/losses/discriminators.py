@@ -55,13 +55,13 @@ class PatchGAN(nn.Module):
 
     Args:
         in_channels: number of image channels.
-        channels: width of the first layer. The width doubles with each layer, up to 8 times the
-            first width.
+        channels: number of channels of the first layer. This number doubles with each layer, up to
+            8 times the first number.
         num_layers: number of layers with stride 2. With 3 layers, a logit depends on a patch of
             70 x 70 pixels.
         norm: "group", "spectral" or "none". With "spectral" every convolution's weight is divided
             by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
-        norm_groups: groups of each GroupNorm.
+        norm_groups: number of groups of each GroupNorm.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class _SpectralConv2d(nn.Conv2d):
 
 @torch.no_grad()
 def _initialise(module: nn.Module) -> None:
-    """Set a convolution's weights to N(0, 0.02) and its bias to 0, as pix2pix does."""
+    """Draw a convolution's weights from N(0, 0.02^2), and set its bias to 0, as pix2pix does."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
@@ -135,7 +135,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 class StyleGANDiscriminator(nn.Module):
-    """StyleGAN2's residual discriminator: one logit per image, of any size.
+    """StyleGAN2's residual discriminator: one logit per image, for images of any size.
 
     The source is arXiv:1912.04958, section 3 and appendix B.
 
@@ -156,8 +156,8 @@ class StyleGANDiscriminator(nn.Module):
 
     Args:
         in_channels: number of image channels.
-        channels: width at full resolution. The width doubles with each block, up to 8 times the
-            first width.
+        channels: number of channels at full resolution. This number doubles with each block, up to
+            8 times the first number.
         num_layers: number of residual blocks. Each side of an image needs at least 2 ** num_layers
             pixels.
     """
@@ -210,7 +210,7 @@ class _ScaledLeakyReLU(nn.LeakyReLU):
 
 
 class _Blur(nn.Module):
-    """The filter [1, 3, 3, 1], which prevents aliasing when the next layer halves the map."""
+    """The filter [1, 3, 3, 1], which prevents aliasing when the map is halved."""
 
     def __init__(self, *, stride: int, padding: int) -> None:
         super().__init__()
@@ -301,8 +301,8 @@ def build_discriminator(
         kind: a key of `DISCRIMINATORS`.
         image_size: height and width of the smallest images in training, in pixels.
         in_channels: number of image channels.
-        channels: width of the first layer. The width doubles with each layer, up to 8 times the
-            first width.
+        channels: number of channels of the first layer. This number doubles with each layer, up to
+            8 times the first number.
         num_layers: number of layers or blocks that halve the map. The default for "patch" is 3,
             which gives patches of 70 x 70 pixels. The default for "stylegan" is the largest number
             that leaves a map of at least 4 positions on the shorter side.

@@ -29,7 +29,8 @@ class Taught:
         images: (B, C, H, W) in [-1, 1].
         recon: the teacher's reconstruction in [-1, 1], without gradient. None if the loss does not
             need it.
-        z: the teacher's latents of the images, in the student's scale, (B, d, h, w).
+        z: the teacher's latents of the images, converted to the scale of the student's latents,
+            (B, d, h, w).
     """
 
     images: Tensor
@@ -108,7 +109,7 @@ class DistillationLoss(nn.Module):
     def _lpips(
         self, perceptual: PerceptualLoss, recon: Tensor, targets: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Return the mean LPIPS between a reconstruction and each target."""
+        """Return the LPIPS between the reconstructions and each target, averaged over images."""
         dtype = self.autocast_dtype
         with torch.autocast(recon.device.type, dtype=dtype, enabled=dtype is not None):
             features = perceptual.features(to_rgb(recon))
@@ -121,7 +122,7 @@ def noisy(z: Tensor, strength: float) -> Tensor:
     """Add Gaussian noise, drawn with torch's global generator, to latents (B, d, h, w).
 
     Each image has its own standard deviation of the noise, drawn uniformly from 0 to `strength`
-    times the standard deviation of `z`.
+    times the standard deviation of all values of `z`.
     """
     if strength == 0:
         return z

@@ -1,10 +1,10 @@
 """The distance of images and reconstructions in the features of a network such as DINOv2.
 
-ViTok-v2 (arXiv:2605.05331) trains with a feature loss in place of LPIPS and a discriminator. The
-package `dino-perceptual` of ViTok-v2's authors takes the hidden states of every block, scales the
-vector at each position to unit length, and averages the squared differences over blocks, positions
-and channels. This module takes half the sum over channels, not the mean over channels. So the loss
-of this module is the mean of 1 - cosine similarity, which is C / 2 times the loss of
+ViTok-v2 (arXiv:2605.05331) trains with a feature loss, and with neither LPIPS nor a discriminator.
+The package `dino-perceptual` of ViTok-v2's authors takes the hidden states of every block, scales
+the vector at each position to unit length, and averages the squared differences over blocks,
+positions and channels. This module takes half the sum over channels, not the mean over channels. So
+the loss of this module is the mean of 1 - cosine similarity, which is C / 2 times the loss of
 `dino-perceptual`. A good weight for this feature loss does not depend on the number of channels C
 of the network.
 
@@ -33,8 +33,9 @@ _PROCESSOR = "preprocessor_config.json"
 class FeatureLoss(nn.Module):
     """The distance of each image from its reconstruction, in the features of a frozen network.
 
-    Only `recon` gets a gradient. The network runs under the caller's autocast. The distances are
-    computed in float32. The module is always in eval mode, and `.train()` has no effect.
+    Only the reconstruction gets a gradient. The network runs under the caller's autocast. The
+    distances are computed in float32. The module is always in eval mode, and `.train()` has no
+    effect.
 
         loss = load_feature_loss("path/to/dinov2-small")
         distance = loss(images, recon)  # (B,), from 0 to 2
@@ -202,7 +203,7 @@ def _distance(target: Tensor, features: Tensor) -> Tensor:
 
 
 def _patch_size(config: Any) -> int:
-    """Return the number that must divide the sides of images: 1 for convolutional networks."""
+    """Return the number by which image sides must be divisible: 1 for convolutional networks."""
     if getattr(config, "num_attention_heads", None) is None:
         return 1
     patch = getattr(config, "patch_size", None) or 1

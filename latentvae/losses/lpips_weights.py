@@ -1,7 +1,8 @@
 """Find the published weights of LPIPS, and read them without running code from a file.
 
-The linear heads of LPIPS come with the `lpips` package. The backbone is torchvision's ImageNet
-VGG16 or AlexNet. The backbone's weights are looked for in this order:
+The linear heads of LPIPS, which weight the channels of the backbone's features, come with the
+`lpips` package. The backbone is torchvision's ImageNet VGG16 or AlexNet. The backbone's weights are
+looked for in this order:
 
 1. at the path that the user gives
 2. in the torch hub cache
@@ -67,7 +68,7 @@ _ALLOWED_IN_PICKLE: dict[tuple[str, str], Any] = {
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler for containers and NumPy arrays only. It never runs other code in a file."""
+    """An unpickler for containers and NumPy arrays only. It refuses all other code in a file."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Return the callable that the file asks for, if it is in `_ALLOWED_IN_PICKLE`.

@@ -21,7 +21,7 @@ SILENT_KL = 0.01
 
 
 def silent_channels(kl_per_channel: Tensor, *, positions: int) -> Tensor:
-    """Return how many channels have a mean KL of less than `SILENT_KL` per element in a batch.
+    """Return how many channels have a mean KL below `SILENT_KL` nats per latent element in a batch.
 
     Args:
         kl_per_channel: KL of each of d channels in nats, summed over positions, (B, d).

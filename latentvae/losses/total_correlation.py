@@ -80,7 +80,7 @@ def split_kl(
         sampling: "stratified" or "weighted".
 
     Returns:
-        Three tensors (B,), float32 or the dtype of `z` if that is float64.
+        Three tensors (B,), float64 if `z` is float64, else float32.
 
     Raises:
         UserError: the shapes differ, `sampling` is unknown, or B is too large or too small.
@@ -183,9 +183,10 @@ def _parts(
 
     Args:
         z: the codes, (B, D).
-        mean, logvar: moments of the posterior from which each code was drawn, (B, D).
+        mean, logvar: mean and log-variance of the posterior from which each code was drawn, (B, D).
         posterior: mean and log-variance of the M posteriors whose weighted mean is q(z), (M, D).
-        log_weights: log-weights of the M posteriors, for each code.
+        log_weights: log-weights of the M posteriors, (B, M), or (1, M) if they are the same for all
+            codes.
     """
     own = _log_normal(z, mean, logvar).sum(1)
     prior = _log_normal(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)

@@ -238,7 +238,7 @@ class VariationalLoss:
 
     @property
     def detaches_posterior(self) -> bool:
-        """Whether the network must compute `Bound.log_ratio` with constant posterior parameters."""
+        """Whether the network must compute `Bound.log_ratio` with detached posterior parameters."""
         return self.options.bound == "dreg"
 
     def __call__(self, out: BoundParts, *, update: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -302,7 +302,10 @@ def floored(groups: Tensor, floor: float) -> Tensor:
 
 
 def distance(kl: Tensor, target: float) -> Tensor:
-    """Return |kl - target| in nats, for a scalar KL (Burgess et al., arXiv:1804.03599, eq. 8)."""
+    """Return |kl - target| in nats, for a scalar KL (Burgess et al., arXiv:1804.03599, eq. 8).
+
+    With several ranks, the mean of the results over ranks is |mean of kl over ranks - target|.
+    """
     side = torch.sign(all_reduce_mean(kl.detach()) - target)
     return side * (kl - target)
 
@@ -312,7 +315,7 @@ def balance(groups: Tensor, sizes: Sequence[int]) -> Tensor:
 
     The mean of the weights is 1. As in the code of NVAE, the KL is divided by the size of the
     group. In the paper on NVAE (arXiv:2007.03898, appendix A), the KL is multiplied by the size of
-    the group, which the author calls an error (github.com/NVlabs/NVAE/issues/26).
+    the group. The author calls this multiplication an error (github.com/NVlabs/NVAE/issues/26).
 
     Args:
         groups: mean KL of each group of latents on this rank, in nats, one value per group.
@@ -332,7 +335,7 @@ def doubly_reparameterised(out: BoundParts) -> Tensor:
 
     Args:
         out: parts of a bound with one group of latents. `out.log_ratio` must be computed with
-            constant parameters of the posterior.
+            detached parameters of the posterior.
     """
     assert out.latents is not None and len(out.latents) == 1
     weights = out.log_weights()  # (S, B)

@@ -48,7 +48,7 @@ class FrechetDistance:
         self._recon.update(_checked(recon, self._recon.num_features))
 
     def result(self) -> float:
-        """Return the distance, at least 0, and 0 for a perfect copy.
+        """Return the distance, which is at least 0, and is 0 if the reconstructions are perfect.
 
         The distance needs at least 2 images. With fewer than D images, the distance is biased
         upwards.
@@ -78,8 +78,8 @@ class KernelDistance:
     """The unbiased MMD^2 of the kernel (x . y / D + 1)^3 between originals and reconstructions.
 
     A reconstruction depends on its original, so the two sets are not independent samples. The sum
-    must therefore leave out k(x_i, y_i), the kernel of an original and its own reconstruction
-    (Gretton et al. 2012, lemma 6, equation 4).
+    of kernels k must therefore leave out k(x_i, y_i), the kernel of an original and its own
+    reconstruction (Gretton et al. 2012, lemma 6, equation 4).
     The usual kernel Inception distance (KID) includes these kernels k(x_i, y_i), so KID is negative
     if the reconstructions are almost equal to the originals.
 
@@ -112,7 +112,7 @@ class KernelDistance:
             self._recon.append(_checked(recon[:room], dim).float())
 
     def result(self) -> float:
-        """Return the distance, 0 for a perfect copy.
+        """Return the distance, which is 0 if the reconstructions are perfect.
 
         For very similar sets, the distance may be slightly below 0.
 
@@ -143,7 +143,10 @@ class KernelDistance:
 
 
 def kernel_matrix(x: Tensor, y: Tensor) -> Tensor:
-    """Return the kernel (x . y / D + 1)^3 of all pairs, (N, M), float64, of (N, D) and (M, D)."""
+    """Return the kernel (x . y / D + 1)^3 of all pairs of rows of `x` and `y`, (N, M), float64.
+
+    `x` is (N, D), and `y` is (M, D).
+    """
     return _kernel(x.double(), y.double())
 
 
@@ -169,7 +172,7 @@ def trunk_features(levels: Sequence[Tensor]) -> Tensor:
     """Return the spatial mean of relu5_3, the last level of LPIPS' VGG16, (B, 512), float32.
 
     Args:
-        levels: from `PerceptualLoss.features(images)`, each (B, C, h, w).
+        levels: features of all levels, from `PerceptualLoss.features(images)`, each (B, C, h, w).
     """
     return levels[-1].float().mean(dim=(2, 3))
 

@@ -10,7 +10,7 @@ Images are float in [-1, 1]. To measure images as they would be in an 8-bit file
   are halved by means over 2 x 2 pixels. Negative terms of MS-SSIM count as 0.
 - LPIPS is in `losses.perceptual`.
 
-`B` batch, `C` channels, `H W` space.
+`B` batch, `C` channels, `H W` height and width.
 """
 
 import torch
@@ -105,7 +105,7 @@ def _similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _window_means(maps: Tensor) -> Tensor:
-    """Return the mean of each channel in each window, (B, C, H - 10, W - 10)."""
+    """Return the weighted mean of each channel in each window, (B, C, H - 10, W - 10)."""
     offsets = torch.arange(SSIM_MIN_SIZE, device=maps.device) - SSIM_MIN_SIZE // 2
     weights = (-(offsets.float() ** 2) / (2 * SIGMA**2)).exp()
     weights = weights / weights.sum()

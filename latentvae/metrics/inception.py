@@ -5,7 +5,7 @@ https://arxiv.org/abs/1706.08500), including its resize to 299 pixels. torch-fid
 network to torch (https://github.com/toshas/torch-fidelity). Other weights give values that look
 like FID but cannot be compared with FID.
 
-`B` batch, `H W` space.
+`B` batch, `H W` height and width.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class InceptionFeatures(nn.Module):
-    """FID's Inception-v3 without its classifier, which returns 2,048 features per image.
+    """FID's Inception-v3 without its classifier. The network returns 2,048 features per image.
 
     The network is always in eval mode, and its features have no gradient.
     """

@@ -6,7 +6,7 @@ al. 2016 (https://arxiv.org/abs/1509.00519, section 5.4). In this module, a unit
 over all images and positions. A channel is dead if it carries almost no information for the
 decoder.
 
-`B` batch, `d` latent channels, `h w` latent space.
+`B` batch, `d` latent channels, `h w` height and width of a latent.
 """
 
 import math

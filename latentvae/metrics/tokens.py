@@ -86,7 +86,7 @@ class TokenUsage:
         return total
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return by name how often each code occurs."""
+        """Return a dict with the entry "counts": how often each code of each codebook occurs."""
         return {"counts": self._counts.numpy().copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:

@@ -32,7 +32,8 @@ class Bound(BaseOutput):
         kl: KL divergence from posterior to prior of each group, given the drawn latents of the
             groups before it, (G, S, B). `kl` is exact where a closed form exists. Otherwise `kl`
             equals `log_ratio`.
-        log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B).
+        log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B). The dots stand
+            for what z_g depends on: other groups and, in q, the image.
         unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units.
         latents: the drawn latents of each group, (S, B, units of the group), or None if the network
             does not return them.
@@ -61,7 +62,9 @@ class Bound(BaseOutput):
 
 
 class LikelihoodNet(Protocol):
-    """Interface of a network with a variational bound. The network is also a `ModelMixin`.
+    """Interface of a network with a variational bound.
+
+    The network is also a `ModelMixin` of diffusers.
 
     Attributes:
         pixels: the distribution of pixels, given the decoder's output.
@@ -96,8 +99,8 @@ class LikelihoodNet(Protocol):
     def posterior_means(self, images: Tensor) -> Tensor | None:
         """Return the posterior mean of each of U latent units given the image, (B, U).
 
-        If the posterior mean is unknown, return None. Without posterior means, the active units are
-        counted by the KL of each unit.
+        If the posterior mean is unknown, return None. Without posterior means, the active units
+        (units that depend on the image) are counted by the KL of each unit.
         """
         ...
 
@@ -148,6 +151,8 @@ class LikelihoodNet(Protocol):
 
     def start_at(self, mean_image: Tensor) -> None:
         """Set the last biases of a new decoder so that its output is `mean_image`, if possible.
+
+        For some distributions of the pixels, this is not possible. The biases then do not change.
 
         Args:
             mean_image: mean of the training images, (C, H, W).

@@ -78,7 +78,10 @@ def num_codes(net: Network) -> int | None:
 
 
 def num_levels(net: Network) -> int:
-    """Return the number of codes per latent position: 1, or more for a residual quantiser."""
+    """Return the number of codes per latent position.
+
+    The number is above 1 for a residual quantiser, and for a network with several maps of codes.
+    """
     found = codes(net)
     return 1 if found is None else found.levels
 

@@ -59,7 +59,7 @@ class Codes:
             with three maps of codes has 1 + 4 + 16 codes per position of the coarsest map, see
             `models.levels`.
         codebooks: number of codebooks, which is 1 if all levels share a codebook.
-        channels: code width D.
+        channels: code width D, the number of values in a code.
         maps: number of maps of codes. If there are several maps, each map has its own codebook and
             twice the height and width of the map before it.
     """
@@ -74,8 +74,8 @@ class Codes:
     def by_codebook(self, indices: Tensor) -> list[Tensor]:
         """Split indices (B, L, h, w) into one tensor (B, h_l, w_l) for each codebook l.
 
-        L is the number of codes per latent position. If there is one codebook, the indices may have
-        any shape.
+        L is the number of codes per latent position. If there is only one codebook, the indices can
+        have any shape, and are returned unchanged in a list.
         """
         if self.maps > 1:
             return split_levels(indices, self.map_sizes(indices.shape[-2], indices.shape[-1]))
@@ -110,8 +110,8 @@ class Family:
     This base class relies only on a network's config and outputs.
 
     Attributes:
-        has_posterior: whether `encode` returns a distribution. None if this is not known before a
-            call of `encode`.
+        has_posterior: whether the network's own `encode` returns a distribution. None if this is
+            not known before a call of `encode`.
         scaled_by: how pipelines define `scaling_factor`: as 1 / standard deviation ("std") or
             1 / root mean square ("rms") of the latents.
     """
@@ -274,9 +274,9 @@ class Family:
     def original_options(self, net: Network) -> dict[str, Any] | None:
         """Return options of the matching class in the original code of VQGAN and latent diffusion.
 
-        The options of the network's shape are left out. The papers on VQGAN and latent diffusion
-        are arXiv:2012.09841 and arXiv:2112.10752. The result is None if the original code has no
-        matching class.
+        Options that describe the network's shape, such as its widths, are left out. The papers on
+        VQGAN and latent diffusion are arXiv:2012.09841 and arXiv:2112.10752. The result is None if
+        the original code has no matching class.
         """
         return None
 

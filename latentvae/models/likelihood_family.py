@@ -1,4 +1,4 @@
-"""Let other code (`latentvae.load`, latent caches) use networks with a likelihood as autoencoders.
+"""Let other code, such as `latentvae.load`, use networks with a likelihood as autoencoders.
 
 In this module, the latent of an image is one vector of all its latent values, (B, d, 1, 1). The
 groups of latents of a hierarchical VAE are flattened and joined, the coarsest group first.

@@ -42,8 +42,8 @@ def load_network(
             or `owner/name/folder` on the Hugging Face Hub.
         dtype: dtype of the weights. None is float32.
         family: model family of a single file, such as "sdxl", see `load_single_file`.
-        variant: variant of the weights in a folder, such as "fp16". None loads the plain weights,
-            or the only variant that exists.
+        variant: variant of the weights in a folder, such as "fp16". None loads the weights without
+            a variant name, or the only variant that exists.
 
     Raises:
         UserError: the folder is missing, it holds no autoencoder, or its weights are damaged.
@@ -214,7 +214,10 @@ def _nearest_folder(path: Path) -> Path | None:
 
 
 def _near(path: Path) -> str:
-    """Return a hint for a mistyped path: the closest model folder, or a name like a wrong part."""
+    """Return a hint for a mistyped path, or "".
+
+    The hint is the closest model folder, or else a name like the first wrong part of the path.
+    """
     if (whole := _nearest_folder(path)) is not None:
         return f"; did you mean '{whole}'?"
     for part in [*reversed(path.parents), path]:

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) of a decoder's matrices.
 
     add_adapters(net, net.decoder, rank=8)  # only the adapters learn
-    merged(net)  # a stock network with the same outputs
-    adapter_tensors(net)  # what PEFT loads onto the base
+    merged(net)  # a network without adapters, with the same outputs
+    adapter_tensors(net)  # the adapters in the format of the library PEFT
 
 An adapter changes a layer's weight W to W + B A. For a convolution with a k x k kernel, A is
 (r, I k k) and B is (O, r). B starts at 0, so the network's outputs are unchanged at first. The LoRA

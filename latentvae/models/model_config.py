@@ -128,7 +128,10 @@ class ModelConfig(Pretrained):
 
 
 class LevelsConfig(ModelConfig):
-    """Options of a network with levels, each of which halves the height and width of the maps."""
+    """Options of a network with levels.
+
+    Each level after the first halves the height and width of the maps.
+    """
 
     block_out_channels: Widths = Field(
         default=(128, 256, 512, 512),
@@ -160,7 +163,7 @@ class LevelsConfig(ModelConfig):
 
 
 class SingleFile(Pretrained):
-    """The option `pretrained_family`, for networks whose weights may be a single file."""
+    """The option `pretrained_family`, for networks that can be loaded from a single file."""
 
     pretrained_family: Annotated[SingleFileKind | None, OfTheRun()] = Field(
         default=None,

@@ -101,8 +101,8 @@ class KLTrainingWrapper(TrainingWrapper):
         net: the autoencoder.
         output_logvar: see `TrainingWrapper`.
         learn_logvar: see `TrainingWrapper`.
-        bottleneck: samples the posterior and computes its KL. The default computes the KL to the
-            prior N(0, I).
+        bottleneck: module that samples the posterior and computes its KL. The default computes the
+            KL to the prior N(0, I).
     """
 
     def __init__(
@@ -162,10 +162,11 @@ class PosteriorFamily(TrainableFamily):
 
     @torch.no_grad()
     def write_constants(self, net: Network, options: ModelConfig) -> None:
-        """Write a fixed log-variance into the layer that computes the moments.
+        """Write a fixed log-variance into the layer that computes the mean and the log-variance.
 
         The mean that the layer computes does not change. If the variance is fixed, training ignores
-        the log-variance that the layer computes, so after training it may have any value.
+        the log-variance that the layer computes. Without this method, the trained layer could
+        therefore return any log-variance.
         """
         logvar = getattr(options, "posterior_logvar", None)
         if logvar is None:

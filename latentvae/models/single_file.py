@@ -1,7 +1,8 @@
 """Load an `AutoencoderKL` or a `VQModel` from one `.safetensors` file.
 
-The file is a complete checkpoint of the original code (CompVis, taming-transformers), or only its
-autoencoder. The tensors have CompVis' names, or diffusers' old or new names. A file that
+The file is a complete checkpoint of the original code (CompVis, taming-transformers), or holds only
+an autoencoder. A complete checkpoint holds the autoencoder and other parts of a model, such as the
+diffusion model. The tensors have CompVis' names, or diffusers' old or new names. A file that
 `latentvae convert` wrote has the network's config in its metadata. If a file has no config, the
 numbers of channels, blocks, attention layers and codes follow from its tensors. Two facts are not
 in the tensors: the number of groups in GroupNorm, and the scale of the latents. The number of
@@ -68,8 +69,9 @@ class _File:
 
     Attributes:
         path: path of the file.
-        tensors: the autoencoder's tensors by name, without the prefix of a complete checkpoint.
-        family: model family of a complete checkpoint, otherwise None.
+        tensors: the autoencoder's tensors by name, without the prefix that the names have in a
+            complete checkpoint.
+        family: model family that the other tensors of a complete checkpoint show, otherwise None.
         scale: `scale_factor` that a complete checkpoint of latent diffusion stores, otherwise None.
         config: config of the network, if the metadata has it, otherwise None.
     """
@@ -91,11 +93,12 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
     Args:
         path: the file.
         family: model family, such as "sdxl". It decides the scale of the latents if the file does
-            not store a scale. With None, the family is read from a complete checkpoint.
+            not store a scale. With None, the family is recognised if the file is a checkpoint of a
+            whole model, such as Stable Diffusion.
 
     Raises:
         UserError: the file holds no `AutoencoderKL` or `VQModel`, or `family` is None and the file
-            does not show the family.
+            shows neither the family nor the scale of the latents.
     """
     if family is not None and family not in SINGLE_FILE_KINDS:
         hint = nearest(family, SINGLE_FILE_KINDS)
@@ -280,7 +283,7 @@ def _derive(file: _File, family: SingleFileKind | None) -> tuple[Any, dict[str, 
 
 
 def _shape(file: _File) -> dict[str, Any]:
-    """Derive the options that `AutoencoderKL` and `VQModel` share from the tensors."""
+    """Derive from the tensors the options that `AutoencoderKL` and `VQModel` both have."""
     tensors, path = file.tensors, file.path
 
     # Levels and blocks

@@ -36,10 +36,11 @@ class StudentShape:
     """The size of a student network.
 
     Args:
-        channels: width of an AutoencoderTiny.
-        blocks: residual blocks in each stage of an AutoencoderTiny.
+        channels: number of channels in the layers of an AutoencoderTiny.
+        blocks: number of residual blocks in each stage of an AutoencoderTiny. The stage of the full
+            resolution always has one block.
         widths: `decoder_block_out_channels` of FLUX.2's small decoder, from the finest level to the
-            coarsest.
+            coarsest. An empty tuple means about three quarters of the teacher's widths.
     """
 
     channels: int = 64
@@ -63,7 +64,8 @@ class StudentKind(ABC):
         """Return a new student network whose latents have the same shape as the teacher's latents.
 
         Raises:
-            UserError: no student can have latents of this shape, or `shape` is not possible.
+            UserError: no student can have latents of the teacher's shape, or the argument `shape`
+                does not fit this kind of student.
         """
 
     def check_fits(self, net: Network, teacher: Network, *, name: str) -> None:
@@ -90,7 +92,7 @@ class StudentKind(ABC):
 
 
 class TinyStudent(StudentKind):
-    """Students of the class `AutoencoderTiny`. The downsampling factor is any power of two."""
+    """Students of the class `AutoencoderTiny`. Any power of two can be the downsampling factor."""
 
     network = AutoencoderTiny
     parts = ("decoder", "encoder", "both")
@@ -178,7 +180,7 @@ def learn_only(net: Network, part: Part) -> None:
 def silence(net: Network, part: Part) -> None:
     """Set the last layer of `part` (encoder or decoder) to 0, so that its output is always 0.
 
-    Zeros mark the encoder or decoder of a student that is not trained.
+    The zeros mark an encoder or decoder that is not trained.
     """
     *_, last = convolutions(net, part)
     nn.init.zeros_(last.weight)

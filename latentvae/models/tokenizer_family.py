@@ -123,7 +123,8 @@ class TokenizerFamily(DiscreteFamily):
         """Return the options of a training run, with the values that a pretrained network decides.
 
         If the run's options and the pretrained network have a quantiser of the same type, the run's
-        options decide how the quantiser learns.
+        options decide how the quantiser learns. Otherwise, the default options of the pretrained
+        quantiser's type decide.
         """
         own = self.options_of(config)
         same = options["quantizer"]["type"] == own["quantizer"]["type"]

@@ -32,7 +32,7 @@ class TrainableFamily(Family, ABC):
         wrapper: class of the module that wraps the network in training.
         profiles: groups of pipelines for which the network can be exported, see `PROFILES`.
         why_no_checkpointing: a clause that says why the network has no gradient checkpointing, or
-            "".
+            "" if the network has it.
     """
 
     network: ClassVar[type[Any]]
@@ -120,7 +120,9 @@ class TrainableFamily(Family, ABC):
     # Export.
 
     def why_not_stock(self, options: Mapping[str, Any]) -> str:
-        """Return a clause that says why no class of diffusers can replace the network, or "".
+        """Return a clause that says why no class of diffusers can replace the network.
+
+        Return "" if a class of diffusers can replace it.
 
         Args:
             options: options of the network, as in its config.
@@ -167,7 +169,9 @@ class DiscreteFamily(TrainableFamily):
         return f"diffusers has no class for a {self.network.__name__}"
 
     def to_stock(self, net: Network, *, unit_range: bool = False) -> Any:
-        """Convert a tokenizer to a class of diffusers. `why_not_stock` must return "".
+        """Convert a tokenizer to a class of diffusers.
+
+        This is possible only if `why_not_stock` returns "" for the tokenizer's config.
 
         Args:
             net: the tokenizer, in float32 on the CPU.

@@ -42,5 +42,8 @@ class VAEConfig(Section):
         """Return a new network for images of shape (C, H, W)."""
 
     def why_no_single_gaussian(self) -> str:
-        """Say what must change so that the posterior is a single Gaussian vector, or return ""."""
+        """Say what must change so that the posterior is a single Gaussian vector.
+
+        Return "" if the posterior already is a single Gaussian vector.
+        """
         return ""

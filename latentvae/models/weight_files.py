@@ -2,6 +2,8 @@
 
 diffusion_pytorch_model.safetensors, diffusion_pytorch_model-00001-of-00002.safetensors   plain
 diffusion_pytorch_model.fp16.safetensors                                                  fp16
+
+Weights are called plain if the names of their files contain no variant.
 """
 
 import re

@@ -21,7 +21,7 @@ _ADAPTER = re.compile(r"(^|\.)(lora_\w+|modules_to_save|hada_\w+|lokr_\w+|oft_\w
 
 
 def plain_names(names: Iterable[str], *, path: str | Path) -> dict[str, str]:
-    """Return the name of each tensor without the parts that training tools add to names.
+    """Map each tensor's name to the same name without the parts that training tools add.
 
     Args:
         names: names of the tensors.

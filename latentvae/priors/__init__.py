@@ -1,4 +1,4 @@
-"""Generative models that learn an autoencoder's tokens or latents, and show how easy this is."""
+"""Generative models of an autoencoder's tokens or latents, to see how easy these are to learn."""
 
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.flow_pipeline import FlowPipeline

@@ -1,6 +1,6 @@
-"""A small text encoder over bytes, which learns together with the prior.
+"""A small text encoder over bytes, which learns together with the prior that generates tokens.
 
-    UTF-8 bytes -> embedding -> blocks that look in both directions -> norm -> states
+    UTF-8 bytes -> embedding -> blocks with bidirectional attention -> norm -> states
 
 `ByteTextEncoder` needs no vocabulary and no download. The encoder learns only from the training
 captions, so use it for captions with few different words and patterns. For more varied captions,
@@ -30,7 +30,7 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         text = encoder(encoder.split(["a cat", "two dogs"]))  # states (2, 8, 192), mask (2, 8)
 
     Args:
-        channels: C, a multiple of 4 * num_heads.
+        channels: channels C of the states, a multiple of 4 * num_heads.
         depth: number of blocks.
         num_heads: number of attention heads.
         max_bytes: largest number of bytes of a text. Longer texts are cut.
@@ -63,9 +63,10 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
         nn.init.normal_(self.bytes.weight)
 
     def split(self, texts: Sequence[str]) -> Words:
-        """Return the bytes of texts, on the network's device. Short texts are padded with 0.
+        """Return the bytes of texts, on the network's device.
 
-        A file name in a text may hold bytes that are not UTF-8. These bytes are kept.
+        Shorter texts are padded with 0 to the length of the longest text. If a text contains a file
+        name with bytes that are not UTF-8, these bytes are kept.
         """
         longest = self.config["max_bytes"]
         coded = [text.encode(errors="surrogateescape")[:longest] for text in texts]

@@ -74,7 +74,7 @@ def callers_drop_labels(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 
 def _initialise(net: DiTTransformer2DModel) -> None:
-    """Initialise as the official code of DiT: Xavier, and zero for modulations and the output."""
+    """Initialise as DiT's official code does: Xavier, but zero for modulation and output layers."""
     for part in net.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -145,8 +145,8 @@ def sample_latents(
 
     Args:
         net: the DiT or PixArt network, in eval mode.
-        condition: class of each image, (B,), where `NO_CLASS` means "no class", or the text of each
-            image.
+        condition: either the class of each image, (B,), where `NO_CLASS` means "no class", or the
+            encoded text of each image.
         unconditional: the encoding of "" (one row), which guidance with texts needs.
         options: solver, steps and guidance.
         shift: shift of the noise levels, see `flow_matching.shifted`.
@@ -183,7 +183,7 @@ def _with_unconditional(condition: Condition, unconditional: Text | None) -> Con
 
 
 def for_pipeline(net: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Return a copy with 1,000 classes, which diffusers' `DiTPipeline` can use with guidance.
+    """Return a copy of the network with 1,000 classes, so that `DiTPipeline` can use guidance.
 
     In the copy, all classes after the network's last class mean "no class".
 

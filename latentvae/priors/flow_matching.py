@@ -71,12 +71,12 @@ def default_shift(values: int) -> float:
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels in [0, 1] towards 1: shift sigma / (1 + (shift - 1) sigma)."""
+    """Move noise levels in [0, 1] towards 1: return shift * sigma / (1 + (shift - 1) * sigma)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def draw_sigmas(count: int, *, shift: float, device: torch.device | str = "cpu") -> Tensor:
-    """Draw shifted logit-normal noise levels (count,) by the global random generator."""
+    """Draw shifted logit-normal noise levels (count,) from torch's global random generator."""
     return shifted(torch.randn(count, device=device).sigmoid(), shift)
 
 

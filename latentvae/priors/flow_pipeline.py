@@ -52,7 +52,8 @@ class FlowPipeline(DiffusionPipeline):
         transformer: the DiT, or for text the PixArt network.
         vae: the autoencoder.
         scheduler: the sampler of diffusers, of which `FlowPipeline` reads only `flow_shift`.
-        id2label: names of the classes by number, separated by commas if a class has several.
+        id2label: dict from class numbers to class names. If a class has several names, commas
+            separate these names.
         latents_mean, latents_scale: normalised latents are (z - mean) * scale, with one value for
             each channel or one value for all channels. With None, the autoencoder's own
             normalisation is used.
@@ -120,9 +121,10 @@ class FlowPipeline(DiffusionPipeline):
 
         Args:
             classes: names or numbers of classes, for a model with classes. None takes all classes
-                in turn.
+                in turn: picture 0 has class 0, picture 1 has class 1, and so on.
             prompt: texts, for a model with text.
-            num_images: number of pictures. A single class or prompt is used for all pictures.
+            num_images: number of pictures. A single class or prompt is used for all pictures. None
+                means the number of given classes or prompts, or 1 if none are given.
             guidance_scale, num_inference_steps, solver: see `FlowSampling`.
             seed: seed of the noise. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
@@ -169,7 +171,7 @@ class FlowPipeline(DiffusionPipeline):
         return torch.tensor(numbers) if numbers else self.all_classes(count)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Return the text encoder's states (B, S, C) of prompts, with their mask.
+        """Return the text encoder's states (B, S, C) of prompts, with their mask (see `Text`).
 
         Raises:
             UserError: the model has no text encoder.
@@ -216,7 +218,7 @@ class FlowPipeline(DiffusionPipeline):
         """Draw normalised latents (B, d, h, w), see `sample_latents`.
 
         Raises:
-            UserError: the options ask for guidance, but an image has no class.
+            UserError: the options ask for guidance, but no image has a class.
         """
         options = options or FlowSampling()
         self.check_guidance(condition, options)
@@ -235,7 +237,7 @@ class FlowPipeline(DiffusionPipeline):
         )
 
     def check_guidance(self, condition: Condition, options: FlowSampling) -> None:
-        """Raise UserError if the options ask for guidance, but an image has no condition."""
+        """Raise UserError if the options ask for guidance, but no image has a class or text."""
         if options.guidance == 1 or isinstance(condition, Text):
             return
         if int(condition.max()) == NO_CLASS:
@@ -289,8 +291,8 @@ def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
 def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     """Return diffusers' solver for the noise levels and velocities of `flow_matching`.
 
-    The solver of order 1 is the Euler method. The solver of order 2, the default, needs fewer
-    steps than the Euler method.
+    With `solver_order` 1, the solver is the Euler method. With `solver_order` 2, the default, the
+    solver needs fewer steps than the Euler method.
     """
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,

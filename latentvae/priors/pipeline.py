@@ -66,9 +66,10 @@ class TokenPipeline(DiffusionPipeline):
 
         Args:
             classes: names or numbers of classes, for a prior with classes. None takes all classes
-                in turn.
+                in turn: picture 0 has class 0, picture 1 has class 1, and so on.
             prompt: texts, for a prior with text.
-            num_images: number of pictures. A single class or prompt is used for all pictures.
+            num_images: number of pictures. A single class or prompt is used for all pictures. None
+                means the number of given classes or prompts, or 1 if none are given.
             guidance_scale, temperature, top_k, top_p: how tokens are drawn, see `Sampling`.
             seed: seed of the random numbers. The same seed gives the same pictures.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
@@ -118,7 +119,7 @@ class TokenPipeline(DiffusionPipeline):
         return class_number(label, list(config["class_names"] or number_names(count)))
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Return the text encoder's states (B, S, C) of prompts, with their mask.
+        """Return the text encoder's states (B, S, C) of prompts, with their mask (see `Text`).
 
         Raises:
             UserError: the prior has no text encoder.
@@ -132,7 +133,7 @@ class TokenPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Decode tokens (B, T) to images (B, C, H, W) in [-1, 1]."""
+        """Decode T tokens for each image, (B, T), to images (B, C, H, W) in [-1, 1]."""
         shape = self.transformer.config["item_shape"]
         images = calls.decode_indices(self.vqvae, tokens.reshape(len(tokens), *shape))
         return images.float().clamp(-1.0, 1.0)

@@ -61,7 +61,11 @@ def build_pixart(
 
 
 def _initialise(net: Any) -> None:
-    """Initialise as PixArt's official code: Xavier, and zero for cross-attention and the output."""
+    """Initialise as PixArt's official code does.
+
+    Most linear layers get Xavier weights. The output layers of cross-attention and the network's
+    output layer get zeros.
+    """
     for part in net.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)

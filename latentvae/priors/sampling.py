@@ -25,8 +25,8 @@ class Sampling:
         guidance: weight g of classifier-free guidance (arXiv:2207.12598). Let a be the logits
             without the condition and b the logits with the condition. The guided logits are
             a + g (b - a). g = 1 is no guidance, and g = 0 ignores the condition.
-        temperature: number above 0 by which logits are divided. A lower temperature gives more
-            likely tokens.
+        temperature: number above 0 by which logits are divided. With a lower temperature, likely
+            tokens are drawn more often.
         top_k: draw only from the `top_k` most likely codes. `top_k` 0 draws from all codes.
         top_p: draw only from the most likely codes whose probabilities add up to `top_p` (nucleus
             sampling, arXiv:1904.09751). `top_p` 1 draws from all codes.
@@ -128,7 +128,7 @@ class Steps:
         return net.outputs[net.level_of(place)](net.norm(hidden[:, -1])).float()
 
     def _start(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the transformer's inputs for the first token: text first, then the class."""
+        """Return the inputs (text, then class), their mask and rotations for the first token."""
         net = self.net
         hidden = net.embed_condition(len(self.classes), self.classes) + net.places.weight[:1]
         if self.text is None:
@@ -138,7 +138,7 @@ class Steps:
         return torch.cat([words, hidden], dim=1), mask, turns
 
     def _next(self, before: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the transformer's inputs for the next token, which comes after token `before`."""
+        """Return the inputs, their mask and rotations for the token that comes after `before`."""
         net, place = self.net, self._place
         hidden = net.tokens(before + net.offsets[place - 1]) + net.places.weight[place]
         mask = None

@@ -2,13 +2,15 @@
 
     condition, token 0, ..., token T - 2 -> blocks -> logits of token 0, 1, ..., T - 1
 
-Tokens of several levels form one sequence, coarsest level first, each level row by row. The
-transformer's input is a sequence of slots. Slot t reads token t - 1 and predicts token t. Slot 0
-reads the class. The slots of a text come before slot 0. The position of a slot is the position of
-the token that it predicts. The network uses the position of each slot twice: as a 2-D rotary
-embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the input.
+Tokens of several levels (token maps) form one sequence, coarsest level first, each level row by
+row. The transformer's input is a sequence of slots. Slot t reads token t - 1 and predicts token t.
+Slot 0 reads the class. The slots of a text come before slot 0. The position of a slot is the
+position of the token that it predicts. The network uses the position of each slot twice: as a 2-D
+rotary embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the
+input.
 
-`B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width.
+`B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width, `D`
+channels of an attention head.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Test a user's training: `preflight` checks its first updates, and `verify_resume` its resume."""
+"""Test a training: its first updates (`preflight`) and its resume after kills (`verify_resume`)."""

@@ -41,7 +41,7 @@ class Check:
 def wrapped(text: str, *, indent: int = 2) -> str:
     """Return a text in lines of at most 80 characters. All lines after the first are indented.
 
-    A path or an option that is longer than a line is not broken.
+    A word that is longer than a line, such as a path, is not broken.
     """
     return textwrap.fill(
         printable(text),
@@ -53,7 +53,7 @@ def wrapped(text: str, *, indent: int = 2) -> str:
 
 
 def check_json_file(path: Path | None) -> None:
-    """Check that the report can be written to `path`. None means that no report is written.
+    """Check that the JSON report can be written to `path`. With None, no report is written.
 
     Raises:
         UserError: the path is a folder, or the file's folder does not exist.
@@ -70,7 +70,7 @@ def check_json_file(path: Path | None) -> None:
 
 
 def conclude(checks: Sequence[Check], *, json_file: Path | None = None) -> int:
-    """Print how many checks passed, and write the report (the JSON file).
+    """Print how many checks passed, and write all results to `json_file`, if it is not None.
 
     Return the exit code: 0 if all checks passed, 1 if a check failed.
     """

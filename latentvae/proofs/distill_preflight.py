@@ -1,7 +1,7 @@
 """Check a distillation before it starts (`train_tiny.py --preflight`).
 
-The check makes a few updates with the user's teacher, images, precision and processes, and prints a
-line for each check. It does not read or change the run's own folder.
+The preflight makes a few updates with the user's teacher, images, precision and number of
+processes. It prints a line for each check. It does not read or change the run's own folder.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def distill_preflight(config: DistillConfig, *, json: Path | None = None) -> int
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. Every rank must run every check."""
+    """Yield the checks in the order of the printed lines. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="total loss")
     yield weights_check(rehearsal)
     yield items_check(rehearsal)
@@ -74,7 +74,7 @@ def _images(rehearsal: FirstUpdates) -> Tensor:
 
 
 def _teacher(rehearsal: FirstUpdates) -> Check:
-    """Check that the updates have not changed the teacher."""
+    """Check that the teacher is unchanged after the updates, frozen, and in eval mode."""
     task: DistillTask = rehearsal.task
     same = task.teacher.info()["weights_sha256"] == task.teacher_sha256
     learns = [p for p in task.teacher.net.parameters() if p.requires_grad or p.grad is not None]
@@ -114,7 +114,8 @@ def _parts(rehearsal: FirstUpdates) -> Check:
 def _latents(rehearsal: FirstUpdates) -> Check:
     """Check that the standard deviation of the teacher's scaled latents is about 1.
 
-    The latents are scaled as in diffusion pipelines, even if the student uses another scale.
+    The scale is that of the teacher's config, as in diffusion pipelines, even if the student uses
+    another scale.
     """
     task: DistillTask = rehearsal.task
     z = task.teacher.normalization.apply(calls.encode(task.teacher.net, _images(rehearsal)))
@@ -135,7 +136,7 @@ def _latents(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _scale(rehearsal: FirstUpdates) -> Check:
-    """Check that latents stay the same when scaled from teacher to student and back."""
+    """Check that teacher latents stay the same when scaled to the student's scale and back."""
     task: DistillTask = rehearsal.task
     teacher, student = task.teacher.net, task.net
     z = calls.encode(teacher, _images(rehearsal))

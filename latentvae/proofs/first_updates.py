@@ -1,4 +1,4 @@
-"""Make and check the first updates of a task whose loss is one number.
+"""Make and check the first updates of a task whose whole loss is one logged value.
 
     exit_code = run_checks(PriorTask, config, checks, json=None)
 
@@ -50,8 +50,9 @@ class FirstUpdates:
         training: the task's training, after the updates.
         start: metrics of a validation before the first update.
         results: result of each update.
-        before, after: hashes of all tensors that an update changes, before and after the updates.
-        items: indices of the images, latents or token maps of this rank's first micro-step.
+        before, after: hash of each group of tensors that an update changes (such as the weights),
+            before and after the updates.
+        items: indices of the images, latents or token maps in this rank's first batch.
     """
 
     task: Any
@@ -63,7 +64,7 @@ class FirstUpdates:
     items: list[int]
 
     def losses(self, name: str) -> list[float]:
-        """Return the logged value `name` of each update."""
+        """Return the logged value `name` of the first batch of each update."""
         return [result.values[0][name].item() for result in self.results]
 
 
@@ -175,7 +176,7 @@ def weights_check(rehearsal: FirstUpdates) -> Check:
 
 
 def items_check(rehearsal: FirstUpdates) -> Check:
-    """Check that no image is read by two processes in the same update."""
+    """Check that no image (or latent, or token map) is in the first batch of two processes."""
     parts: list[list[int]] = gather_objects(rehearsal.items)
     shared = sum(map(len, parts)) - len(set().union(*parts))
     return Check(
@@ -203,8 +204,8 @@ def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
 def dropped_check(dropped: Tensor, share: float) -> Check:
     """Check that the share of dropped conditions is near the requested share.
 
-    A condition is a class or a caption. The measured and the requested share may differ by four
-    standard deviations.
+    A condition is a class or a caption. The check fails if the measured share differs from the
+    requested share by more than four standard deviations of the measured share.
 
     Args:
         dropped: for each of `DRAWS` images, whether its condition was dropped.
@@ -223,7 +224,8 @@ def dropped_check(dropped: Tensor, share: float) -> Check:
 def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
     """Check that the next update has the same result before and after a checkpoint is restored.
 
-    On a GPU, only the logged value `loss` is compared.
+    On a CPU, all tensors that an update changes are compared bit by bit. On a GPU, only the logged
+    value `loss` is compared.
     """
     # save, then the next update
     task, training = rehearsal.task, rehearsal.training

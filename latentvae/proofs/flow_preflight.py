@@ -1,7 +1,7 @@
 """Check the training of a flow matching model before it starts (`train_flow.py --preflight`).
 
-The check makes a few updates with the user's latents, precision and processes, and prints a line
-for each check. It does not read or change the run's own folder.
+The preflight makes a few updates with the user's latents, precision and number of processes. It
+prints a line for each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -53,7 +53,7 @@ def flow_preflight(config: LatentFlowConfig, *, json: Path | None = None) -> int
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. Every rank must run every check."""
+    """Yield the checks in the order of the printed lines. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="squared error")
     yield weights_check(rehearsal)
     yield _scale(rehearsal)
@@ -93,8 +93,8 @@ def _scale(rehearsal: FirstUpdates) -> Check:
 def _start(rehearsal: FirstUpdates) -> Check:
     """Check that the untrained network predicts a velocity of 0.
 
-    The loss of a prediction of 0 is the mean square of the true velocity, which is 1 (from the
-    noise) plus the mean square of the latents.
+    The loss of a prediction of 0 is the mean square of the true velocity. This mean square is 1
+    (from the noise) plus the mean square of the latents.
     """
     table, norm = rehearsal.task.data.validation, rehearsal.task.data.normalization
     expected = 1 + norm.apply(table.z.float()).square().mean().item()
@@ -111,7 +111,7 @@ def _start(rehearsal: FirstUpdates) -> Check:
 def _direction(rehearsal: FirstUpdates) -> Check:
     """Check with an exact velocity that sampling runs from noise to latents.
 
-    A network that returns the velocity noise - latent must move the noise exactly to the latent.
+    A network that returns the velocity `noise - latent` must move the noise exactly to the latent.
     """
     x, _ = _example(rehearsal)
     shift, errors = rehearsal.task.shift, []
@@ -131,7 +131,10 @@ def _direction(rehearsal: FirstUpdates) -> Check:
 
 
 class _Exact(torch.nn.Module):
-    """A network that knows the latents x and returns the velocity (x_sigma - x) / sigma."""
+    """A network that knows the latents x and returns the velocity (x_sigma - x) / sigma.
+
+    x_sigma are the noisy latents that the network gets, and sigma is their noise level.
+    """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Check the training of a variational autoencoder before it starts (`train_vae.py --preflight`).
 
-The check makes a few updates with the user's images, precision and processes, and prints a line for
-each check. It does not read or change the run's own folder.
+The preflight makes a few updates with the user's images, precision and number of processes. It
+prints a line for each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -48,7 +48,7 @@ def likelihood_preflight(config: LikelihoodConfig, *, json: Path | None = None) 
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. Every rank must run every check."""
+    """Yield the checks in the order of the printed lines. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="total loss")
     yield weights_check(rehearsal)
     yield items_check(rehearsal)

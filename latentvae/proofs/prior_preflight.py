@@ -1,7 +1,7 @@
 """Check the training of a prior before it starts (`train_prior.py --preflight`).
 
-The check makes a few updates with the user's tokens, precision and processes, and prints a line for
-each check. It does not read or change the run's own folder.
+The preflight makes a few updates with the user's tokens, precision and number of processes. It
+prints a line for each check. It does not read or change the run's own folder.
 """
 
 import math
@@ -52,7 +52,7 @@ def prior_preflight(config: PriorConfig, *, json: Path | None = None) -> int:
 
 
 def _checks(rehearsal: FirstUpdates) -> Iterator[Check]:
-    """Yield the checks in order. Every rank must run every check."""
+    """Yield the checks in the order of the printed lines. Every rank must run every check."""
     yield updates_check(rehearsal, loss=LOSS, words="bits per token")
     yield weights_check(rehearsal)
     yield _start(rehearsal)
@@ -153,7 +153,7 @@ def _condition(rehearsal: FirstUpdates) -> Check:
 
 
 def _text_learns(rehearsal: FirstUpdates) -> Check:
-    """Check that the gradient of the loss reaches every weight of a trained text encoder."""
+    """Check that the gradient of the loss reaches every tensor of a text encoder that learns."""
     task, table = rehearsal.task, rehearsal.task.data.train
     numbers = list(range(min(len(table), task.config.run.train_batch_size)))
     trained = task.learners["model"].module

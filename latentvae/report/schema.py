@@ -3,9 +3,9 @@
 A part that was not measured is absent.
 
 Means are over images. `bpp` is the size of real files in bits per pixel of the source image.
-`raw_bpp` is the rate without entropy coding, with a stated number of bits for each element of the
-latent. PSNR is in dB. Equal images have an infinite PSNR, which JSON writes as the string
-"Infinity".
+`raw_bpp` is the rate without entropy coding, with the number of bits per element of the
+latent that the protocol states. PSNR is in dB. Equal images have an infinite PSNR, which JSON
+writes as the string "Infinity".
 
 `report.schema.json` in this folder is the JSON Schema of report.json. `make schema` writes it.
 """

@@ -79,7 +79,10 @@ def codecs_table(report: Report) -> Table:
 
 
 def bits_table(report: Report) -> Table:
-    """Return a table of rate and quality of encoded latents and tokens, with their BD-rates."""
+    """Return a table of rate, quality and BD-rate of encoded latents and tokens.
+
+    The table also has the BD-rates of the codecs.
+    """
     title = "Entropy-coded latents and tokens, decoded from the bytes; BD-rate relative to JPEG"
     table = Table("model", "bpp", title=title, title_justify="left")
     for heading in ("PSNR (dB)", "LPIPS alex", "BD-rate PSNR", "BD-rate LPIPS"):

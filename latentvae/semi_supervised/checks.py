@@ -59,11 +59,12 @@ def checked_labels(
     Args:
         labels: whole numbers, -1 for a row without a label, (N,).
         count: number of rows N.
-        classes: all classes that must occur, or None.
+        classes: all classes, each of which must have a labelled row. With None, the classes are
+            those in `labels`.
 
     Raises:
-        UserError: a label is not a whole number, there are fewer than two classes, or a class of
-            `classes` has no labelled row.
+        UserError: a label is not a whole number, there are fewer than two classes, a class of
+            `classes` has no labelled row, or a label is not in `classes`.
     """
     values = np.asarray(labels)
     if values.ndim != 1 or len(values) != count:

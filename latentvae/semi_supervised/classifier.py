@@ -67,7 +67,7 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability of each class, (N, K)."""
+        """Return the probability of each class for each row, (N, K)."""
         return self._by_batches(X, self._probabilities)
 
     def predict(self, X: Any) -> np.ndarray:
@@ -101,11 +101,11 @@ class SemiSupervisedClassifier(ClassifierMixin, BaseEstimator):
         return Schedule(self.epochs, self.batch_size, self.learning_rate, bf16=self.bf16)
 
     def _train(self, rows: Tensor, places: Tensor) -> None:
-        """Train on rows (N, F) and class indices (N,). torch's generator is already seeded."""
+        """Train on rows (N, F) and class indices (N,), -1 for no class. torch is already seeded."""
         raise NotImplementedError  # Each classifier defines its own method.
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        """Return the probabilities (B, K) of images."""
+        """Return the probabilities (B, K) of the classes for images (B, C, H, W)."""
         raise NotImplementedError  # Each classifier defines its own method.
 
     def _learned(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Read images and their classes as rows, from folders or tables.
 
-    digits/zero/a.png            class 0, the first folder by name
-    digits/one/b.png             class 1 ...
+    digits/one/a.png             class 0, the first folder by name
+    digits/two/b.png             class 1 ...
     digits/unlabelled/c.png      no class: -1
 
 Symbols: `N` images, `C H W` their shape.
@@ -41,8 +41,9 @@ def read_images(
     """Read all images of a folder or table. Files that cannot be read are left out.
 
     Args:
-        data: a folder with one folder per class, a tar file, a parquet file or a data set. Images
-            in the folder `unlabelled`, and table rows with a null label, have no class.
+        data: a folder with one folder per class, a tar file, a parquet file, or `owner/name` of a
+            data set on the Hub. Images in the folder `unlabelled`, and table rows with a null
+            label, have no class.
         resolution: the images are resized to this size, (H, W) or one number for both.
         channels: 1 for grey, 3 for RGB.
 

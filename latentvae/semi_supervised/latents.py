@@ -1,4 +1,4 @@
-"""Train or load the VAE whose latents are classified by M1 and M1+M2 (arXiv:1406.5298).
+"""Train or load the VAE whose latents the methods M1 and M1+M2 classify (arXiv:1406.5298).
 
 Symbols: `N` rows, `F` columns, `U` latent units.
 """
@@ -80,7 +80,7 @@ def check_columns(net: VectorVAE, columns: int) -> None:
 
 @torch.no_grad()
 def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
-    """Return the posteriors q(z|x) of rows (N, F), with moments (N, U).
+    """Return the posteriors q(z|x) of rows (N, F). Their means and log-variances are (N, U).
 
     This function encodes grey values as they are. Only training replaces grey values by random
     values 0 or 1.

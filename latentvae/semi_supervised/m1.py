@@ -90,7 +90,8 @@ class M1Classifier(LatentModel):
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
         classes: all classes, each of which must have a labelled row. With None, the classes are
             those in `y`.
-        random_state: seed of the training. The same seed gives the same result.
+        random_state: seed of the training, or None for a new seed in each `fit`. The same seed
+            gives the same result.
 
     Attributes:
         vae_: the VAE whose latents are used.

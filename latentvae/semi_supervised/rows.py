@@ -28,7 +28,7 @@ class RowImages:
         likelihood: "bernoulli" (values in [0, 1] become [-1, 1]) or "gaussian" (columns are
             standardised).
         shape: (C, H, W) with C H W = F.
-        shift, scale: each column becomes (x - shift) / scale, (F,).
+        shift, scale: (F,) each. A value x becomes (x - shift) / scale, with its column's values.
     """
 
     likelihood: str
@@ -56,7 +56,7 @@ class RowImages:
     def drawn(self, rows: Tensor) -> Tensor:
         """Return rows (B, F) as images for one update of the training.
 
-        With `bernoulli`, a value v becomes 1 with probability v, else 0.
+        With `bernoulli`, a value v is first replaced by 1 with probability v, else by 0.
         """
         return self.images(torch.bernoulli(rows) if self.likelihood == "bernoulli" else rows)
 

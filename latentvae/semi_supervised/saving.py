@@ -35,7 +35,7 @@ def save_classifier(classifier: SemiSupervisedClassifier, folder: str | Path) ->
     """Write a fitted classifier as files in a folder.
 
     Args:
-        classifier: the fitted classifier. A `random_state` that is not a number is not stored.
+        classifier: the fitted classifier. A `random_state` that is not a number is stored as None.
         folder: folder for the files, created if it does not exist.
     """
     check_is_fitted(classifier, "classes_")

@@ -79,15 +79,16 @@ def train_classes(
 
     The loss is the mean of the negative bound of ln p over all N rows, plus `alpha` times the mean
     cross entropy of the labelled rows. This loss equals the objective of arXiv:1406.5298 (equation
-    9), negated and divided by N. So in the paper, the mean cross entropy has the weight alpha N.
+    9), divided by N. So the paper's weight of the mean cross entropy is `alpha` times N.
 
     Args:
         net: the network, changed in place. The network ends in eval mode.
         draw: function that returns images (B, C, H, W) of the rows with given indices (B,).
         classes: class of each row, -1 without a label, (N,), int64.
         schedule: epochs, batch size, learning rate and precision.
-        alpha: weight of the cross entropy. The weight is 1 if all rows have a label.
-        least: for a row without a label, classes with a smaller probability are left out, see
+        alpha: weight of the cross entropy. The weight is 1 in the warm-up, and if all rows have a
+            label.
+        least: for a row without a label, classes with a probability below `least` are left out, see
             `ClassVAE.unlabelled_bound`.
         warmup: number of passes over the labelled rows alone, at the start. In the warm-up, the
             network learns the classes. Later, the network also learns from rows without a label.

@@ -51,7 +51,10 @@ class GeneratorTask(Task):
     unit = "images"
 
     def count_classes(self) -> int:
-        """Return the number of classes: by the class names, or else by the training images.
+        """Return the number of classes.
+
+        This is the number of class names. Without class names, this is the largest class number of
+        the training images plus 1.
 
         Raises:
             UserError: a validation image has a class that the training images do not have.

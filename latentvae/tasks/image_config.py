@@ -24,7 +24,7 @@ class ImageJobConfig(JobConfig):
 
     @property
     def images_read(self) -> int:
-        """Number of images that a process reads for one micro-step, to cut crops from them."""
+        """Number of images that a process reads for one batch, to cut crops from these images."""
         return self.run.train_batch_size // self.data.crops_per_image
 
     @property
@@ -39,7 +39,10 @@ class ImageJobConfig(JobConfig):
         return bucket_sizes(size, self.data.aspect_ratio_buckets, multiple=self.bucket_multiple)
 
     def check_batch(self) -> None:
-        """Raise ValueError unless crops_per_image divides train_batch_size."""
+        """Raise ValueError unless crops_per_image divides train_batch_size.
+
+        With global_batch_size, train_batch_size is only an upper limit, so it is not checked here.
+        """
         batch, crops = self.run.train_batch_size, self.data.crops_per_image
         if batch % crops and self.run.global_batch_size is None:
             near = max(round(batch / crops), 1) * crops

@@ -111,7 +111,7 @@ class ImageTask(Task):
     # between updates
 
     def name_bad_images(self) -> None:
-        """Print each unreadable file once, over all ranks.
+        """Print each unreadable training file once, even if several ranks found it.
 
         Raises:
             UserError: there are more unreadable files than max_bad_share allows.
@@ -133,7 +133,7 @@ class ImageTask(Task):
         self.bad.check(total, self.config.data.max_bad_share)
 
     def name_bad_validation_images(self, bad: BadImages) -> None:
-        """Print each unreadable validation file once, over all ranks."""
+        """Print each unreadable validation file once, even if several ranks found it."""
         for found in gather_objects(list(bad.reasons.items())):
             for name, reason in self.bad_validation.update(found):
                 self.say(f"cannot validate on {printable(name)} ({printable(reason)})")

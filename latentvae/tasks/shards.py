@@ -1,4 +1,4 @@
-"""Read folders of latents or tokens as one table in memory, and hold out some images.
+"""Read folders of latents or tokens as one table in memory, and hold out validation images.
 
 Symbols: `n` images.
 """

@@ -1,11 +1,11 @@
 """Write and read feature maps in strips (several rows), in memory or in a file.
 
     strips -> fill -> rows (H, W, C) and the statistics of every channel
-    rows top - 1 .. bottom + 1 -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
+    rows top - 1 .. bottom -> read -> (1, C, rows, W) -> norm, activation, convolution -> strip
 
-Rows are stored one after the other with channels last. So a strip is one contiguous piece of memory
-or of a file. Variances are computed from deviations from each strip's own mean, so they are precise
-even if the mean is large.
+A strip has the rows top .. bottom - 1 of its feature map. Rows are stored one after the other with
+channels last. So a strip is one contiguous piece of memory or of a file. Variances are computed
+from deviations from each strip's own mean, so they are precise even if the mean is large.
 
 `C` channels, `H W` height and width of a feature map.
 """
@@ -57,7 +57,7 @@ class Strips:
 
 
 def moments_of_rows(rows: Tensor) -> RunningMoments:
-    """Return mean and variance of each of C channels over n rows, (n, W, C).
+    """Return mean and variance of each of C channels of n rows (n, W, C), over all positions.
 
     Mean and variance are accurate even for float32 rows whose mean is thousands of times their
     standard deviation. The computation needs no copy of the rows in float64.

@@ -77,7 +77,7 @@ def _with_halo(x: FeatureMap, top: int, bottom: int, prepare: Prepare | None = N
 
 
 def resnet(block: Any, x: FeatureMap, space: Workspace) -> FeatureMap:
-    """Return the output of a `ResnetBlock2D`. The map `x` may be overwritten."""
+    """Return the output of a `ResnetBlock2D`. Without a `conv_shortcut`, `x` is overwritten."""
     h = space.make(block.conv1.out_channels, x.height, x.width)
     first = normalizer(block.norm1, x, block.nonlinearity)
     h.fill(convolved(x, block.conv1, space, prepare=first))

@@ -104,7 +104,7 @@ def decode_in_strips(
 
 
 def _quantize(net: Any, z: Tensor) -> Tensor:
-    """Return the codes of features, a few rows at a time to save memory.
+    """Return the codes of features, computed a few rows at a time to save memory.
 
     diffusers' `VQModel` itself would keep the distances of all positions to all codes in memory.
     """

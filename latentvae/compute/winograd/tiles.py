@@ -8,8 +8,8 @@ arXiv:1509.09308):
 The input tile is X, the kernel is w, and i is an input channel. A, B and G are constant matrices,
 `'` is the transpose, and `*` multiplies elements. The sums over channels are 36 matrix products.
 One more matrix product transforms rows and columns together, with the Kronecker product of A, B or
-G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula for Y, with o for an output
-channel:
+G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula for Y. M is the sum in
+square brackets, o is an output channel, and dY is the gradient of Y:
 
     dM = A' dY A,    dw = G' [sum_tiles (B X B') * dM] G,    dX = B' [sum_o (G w G') * dM] B
 
@@ -116,7 +116,7 @@ def _transform_kernel(weight: Tensor) -> Tensor:
 
 
 def _transform(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """Return T = n h w tiles after Winograd's transform, (36, T, C).
+    """Return T = n * h * w tiles after Winograd's transform, (36, T, C).
 
     Args:
         matrix: one of `A2.t()` and `B2`.
@@ -131,7 +131,7 @@ def _inverse(matrix: Tensor, products: Tensor, *, like: Tensor) -> Tensor:
 
     Args:
         matrix: one of `A2` and `B2.t()`.
-        products: transformed T = n h w tiles, (36, T, C).
+        products: transformed T = n * h * w tiles, (36, T, C).
         like: tensor whose first axes have the sizes n, h and w.
     """
     side = math.isqrt(len(matrix))
@@ -147,8 +147,8 @@ def _tiles(maps: Tensor, side: int) -> Tensor:
 def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
     """Add `added` to a view of overlapping tiles.
 
-    Each tile is divided into four parts. In each of four steps, the parts that are added do not
-    overlap each other.
+    Each tile is divided into four parts. Each of four steps adds one part of every tile, because
+    these parts do not overlap each other.
     """
     parts = (slice(0, SIDE), slice(SIDE, None))
     for rows, columns in itertools.product(parts, parts):
@@ -178,8 +178,8 @@ class Tiling:
         """Return h x w tiles of maps (N, C, H, W) padded with zeros, (N, h, w, C, side, side).
 
         Each row and column gets `before` zeros at its start, and at least one zero at its end.
-        Without the zero at the end, the distances in memory would be multiples of a memory page,
-        which makes the copy slow.
+        Without the zero at the end, the distances between channels in memory would be multiples of
+        a memory page, which makes the copy slow.
         """
         rows, columns = (SIDE * n - m + 1 for n, m in zip(self.size, self.map_size, strict=True))
         padded = F.pad(x, (before, columns, before, rows))

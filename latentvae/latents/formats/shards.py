@@ -6,14 +6,16 @@
 
 A shard has these tensors:
 
-    indices (n, h, w) or (n, L, h, w)   tokens, in the smallest of uint8, uint16, int32
-    latents (n, d, h, w)                or latents: posterior means
-    stds (n, d, h, w)                   with --moments: their standard deviations
-    labels (n)                          int64, if the data has classes
-    captions, caption_ends (n)          texts in UTF-8, as `ids`, if the data has captions. An image
-                                        without a caption has an empty text
-    sizes (n, 2)                        height and width of the image before the transform
-    ids, id_ends (n)                    names in UTF-8, one after the other, and their ends
+    indices (n, h, w) or (n, L, h, w)   tokens, in the smallest of uint8, uint16, int32 that holds
+                                        all tokens.
+    latents (n, d, h, w)                or latents: posterior means.
+    stds (n, d, h, w)                   with --moments: the posteriors' standard deviations.
+    labels (n)                          int64, if the data has classes.
+    captions, caption_ends (n)          texts, stored in the same way as names in `ids`, if the data
+                                        has captions. An image without a caption has an empty text.
+    sizes (n, 2)                        height and width of the image before the transform.
+    ids, id_ends (n)                    names in UTF-8, one after the other, and the position in
+                                        bytes at which each name ends.
 
 Some tokenizers have levels of several sizes. `Content.levels` lists the sizes, and the module
 `models.levels` describes the order of the tokens.
@@ -97,7 +99,8 @@ class Content(_Strict):
             see `data.PixelFormat`.
         resolution: side of a square, or (height, width), in pixels.
         flip: whether the images were mirrored left to right.
-        data_sha256: hash of the sorted names, labels and captions, not of the pictures.
+        data_sha256: hash of the images' names, labels and captions, in the order of the images. The
+            pixels are not hashed.
         shard_items: images of the data per shard, before unreadable images are left out.
         optimize: mode of `compute.optimization` with which the images were encoded, or None if the
             model was not optimized.
@@ -157,7 +160,7 @@ class Content(_Strict):
 
 
 class ShardHeader(_Strict):
-    """The header of a shard: its encoding, its number and its unreadable items.
+    """The header of a shard: the `Content` of its encoding, its number and its unreadable items.
 
     Attributes:
         unreadable: (name, reason) of the items that could not be read.
@@ -230,7 +233,7 @@ def read_header(path: Path) -> ShardHeader | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a complete folder.
+    """Return the manifest of a folder of shards whose encoding is complete.
 
     Raises:
         UserError: there are no shards, the encoding is not complete, or `latentvae encode` did not

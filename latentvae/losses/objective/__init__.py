@@ -7,8 +7,9 @@ The source of the loss is Rombach et al. 2022, arXiv:2112.10752, appendix G.
     nll = mean(error) / exp(output_logvar) + output_logvar
     loss = nll + weighted losses of the latents + kl_scale * factor * kl + adversarial part
 
-`rec` is the pixel error, and `kl` is the KL of the latents. Each term has a name and a weight. The
-policy of a term is the rule by which its weight changes during training:
+`rec` is the pixel error, and `kl` is the KL of the latents. `output_logvar` is the log-variance of
+the output likelihood, and `factor` changes the KL's weight during training. Each term has a name
+and a weight. The policy of a term is the rule by which its weight changes during training:
 
     term            weight                                  policy
     rec             1                                       constant

@@ -60,7 +60,7 @@ class AdversarialWeight:
         return self.scale * min(ramp, 1.0)
 
     def learns_alone(self, update: int, *, start: int) -> bool:
-        """Return whether the discriminator learns while the adversarial loss has weight 0.
+        """Return whether the update is one of those in which only the discriminator learns.
 
         Args:
             update: number of the update, from 0.

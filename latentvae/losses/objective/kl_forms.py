@@ -133,8 +133,8 @@ def kl_warmup(update: int, warmup_updates: int) -> float:
 def capacity(update: int, *, target: float, growth_updates: int) -> float:
     """Return the capacity, to which the KL is pulled, in update ``update`` (from 0).
 
-    The capacity grows linearly from 0 to ``target``, and reaches it at update ``growth_updates``
-    (Burgess et al. 2018, arXiv:1804.03599).
+    The capacity grows linearly from 0 to ``target``, and is equal to ``target`` from update
+    ``growth_updates`` on (Burgess et al. 2018, arXiv:1804.03599).
     """
     return target * kl_warmup(update, growth_updates)
 
@@ -142,8 +142,9 @@ def capacity(update: int, *, target: float, growth_updates: int) -> float:
 def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tensor:
     """Return sum_j max(lambda, E[KL_j]) over channels j (arXiv:1606.04934, eq. 15).
 
-    E[KL_j] is the mean KL of channel j over the images of one micro-step on all ranks. A channel
-    whose mean KL is below lambda has no gradient, so its KL is not reduced further.
+    E[KL_j] is the mean KL of channel j over the images of one micro-step (forward and backward
+    pass) on all ranks. A channel whose mean KL is below lambda has no gradient, so its KL is not
+    reduced further.
 
     Args:
         kl_per_channel: KL of each of d channels in nats, summed over positions, (B, d).

@@ -9,9 +9,10 @@ arXiv:2004.05988).
 The weight of the KL is `kl_scale` times a factor w, which starts at 1. After each update, the
 formula `bits` changes w if the target is a KL, and the formula `error` changes w if the target is a
 pixel loss. In these formulas, `bits` is the KL in bits per latent element, and `error` is the pixel
-loss. The values `bits` and `error` are means over micro-steps and ranks. The units of `bits` and
-`error` depend neither on the resolution nor on the number of channels. The deviation e from the
-target is relative, so the same `rate` fits all targets.
+loss. The values `bits` and `error` are means over micro-steps (the forward and backward passes of
+one update) and ranks. The units of `bits` and `error` depend neither on the resolution nor on the
+number of channels. The deviation e from the target is relative, so the same `rate` fits all
+targets.
 
 A network reacts late to the KL's weight, so the term `rate * e` alone would make the KL oscillate
 around its target. The term with `damping` reduces the oscillations of the KL. This damping term is
@@ -39,8 +40,8 @@ class KLTarget:
     Args:
         target: the value to reach, in the unit of the value that is logged as `target_name`.
         kl_scale: weight of the KL at the start.
-        rate: how much one update changes the logarithm of the weight when the value is far from the
-            target.
+        rate: how much one update changes the logarithm of the weight when the logged value is far
+            from the target.
 
     Attributes:
         target_name: name, in the log, of the value that must reach the target.
@@ -77,8 +78,8 @@ class KLTarget:
         """Return the value that must reach the target, averaged over micro-steps, (1,).
 
         Args:
-            logged: values that each micro-step logged on this rank. Without micro-steps the result
-                is empty, (0,).
+            logged: values that each micro-step (forward and backward pass) logged on this rank. If
+                the rank had no micro-steps, the result is empty, (0,).
         """
         if not logged:
             return torch.empty(0)

@@ -58,8 +58,8 @@ class Objective(nn.Module):
         kl_form: form of the KL in the loss.
         kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
         adversarial: weight of the adversarial term.
-        likelihood: likelihood that replaces the pixel loss if the decoder returns its parameters.
-            LPIPS and the discriminator get the likelihood's `mean` as the image.
+        likelihood: likelihood whose parameters the decoder returns. The likelihood replaces the
+            pixel loss. LPIPS and the discriminator get the likelihood's `mean` as the image.
         autocast_dtype: dtype in which the networks of LPIPS and of the feature loss run. The
             default is float32. The LPIPS distance and the feature loss are always float32.
 
@@ -185,8 +185,8 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the unweighted terms that depend on ``recon``: one value per image, (B,).
 
-        `rec` and `logit_laplace` are means over image elements of all channels. The result has only
-        the terms that this objective uses.
+        `rec` and `logit_laplace` are means over all pixels and channels of an image. The result has
+        only the terms that this objective uses.
         """
         if self.likelihood is not None:
             pixel = self.likelihood.nll(images, recon)
@@ -219,7 +219,7 @@ class Objective(nn.Module):
         return recon if self.likelihood is None else self.likelihood.mean(recon)
 
     def nll(self, terms: dict[str, Tensor], output_logvar: Tensor) -> Tensor:
-        """Return the negative log-likelihood per image element, up to a constant, a scalar."""
+        """Return the negative log-likelihood per image element, a scalar, up to a constant."""
         error = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(dim=0)
         return error.mean() / output_logvar.exp() + output_logvar
 
@@ -250,8 +250,8 @@ class Objective(nn.Module):
                 `AdversarialWeight.factor`.
             recon: the decoder's output with its graph.
             last_layer: weight tensor of the decoder's last layer, which the adaptive weight needs.
-            nll_grad, adversarial_grad: gradients with respect to ``recon`` of the reconstruction
-                loss and of the adversarial loss.
+            nll_grad, adversarial_grad: gradients of the reconstruction loss and of the adversarial
+                loss with respect to ``recon``.
 
         Raises:
             ValueError: the weight is adaptive, but ``last_layer`` is None.
@@ -312,7 +312,8 @@ class Objective(nn.Module):
     def only(self, *names: str) -> "Objective":
         """Return a copy of the objective in which all terms but ``names`` have the weight 0.
 
-        The copy has constant weights and the plain KL. The frozen networks are not copied.
+        The copy has constant weights and the plain KL. The copy uses the same frozen networks as
+        the original. The adversarial term is not changed.
         """
         other = copy.copy(self)
         other.weights = {name: w if name in names else 0.0 for name, w in self.weights.items()}

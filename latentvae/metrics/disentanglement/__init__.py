@@ -1,6 +1,8 @@
 """Measure how well each dimension of a code follows one true factor of the images.
 
-    codes: (N, D) floats      factors: (N, F) integers, with the images in any order
+    codes: (N, D) floats      factors: (N, F) integers      one row per image, in any order
+
+A true factor is a known property of the images, such as the size of the object that they show.
 
 `N` images, `D` dimensions of the code, `F` factors. A code is the mean of the posterior, without
 noise. All scores lie between 0 and 1, and larger is better.

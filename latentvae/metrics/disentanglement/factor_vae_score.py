@@ -2,9 +2,10 @@
 
 For a vote, L images are drawn in which one factor is fixed and all other factors are random. In the
 codes of these images, the dimension whose variance shrinks most should tell which factor was fixed.
-A vote is a pair: the dimension whose variance shrinks most, and the fixed factor. For each
-dimension, the classifier predicts the factor that occurs most often in the votes with this
-dimension. The score is the classifier's accuracy.
+Each variance is first divided by the variance of the same dimension over random images. A vote is a
+pair: the dimension whose variance shrinks most, and the fixed factor. For each dimension, the
+classifier predicts the factor that occurs most often in the votes with this dimension. The score is
+the classifier's accuracy.
 
 `N` images, `D` dimensions of the code, `F` factors, `L` images of a vote.
 """
@@ -32,7 +33,8 @@ class FactorVAEScore:
         train_accuracy: accuracy on the training votes, from which the classifier was made.
         votes: (D, F), number of training votes for each pair of dimension and factor. A pruned
             dimension has no votes.
-        active: (D,), True for each dimension that was not pruned.
+        active: (D,), True for each dimension that was not pruned. A dimension is pruned if its
+            standard deviation is 0 or below `min_std`.
     """
 
     score: float

@@ -93,9 +93,10 @@ def dci(
 def concentration(importance: np.ndarray) -> float:
     """Return how much each row of a matrix is concentrated in one column, from 0 to 1.
 
-    The value of a row is 1 - H / log(columns), where H is the entropy of the row divided by its
-    sum. Rows are weighted by their sums, so a row of zeros has no weight. A matrix of zeros gives
-    0.
+    The value of a row is 1 - H / log(columns), where `columns` is the number of columns. To compute
+    the entropy H, the numbers of the row are first divided by their sum. The result is the mean of
+    the rows' values. Rows are weighted by their sums, so a row of zeros has no weight. A matrix of
+    zeros gives 0.
     """
     sums = importance.sum(1)
     if not sums.any():

@@ -1,7 +1,7 @@
 """Compute the mutual information gap of a code (MIG, Chen et al. 2018, arXiv:1802.04942).
 
 For each factor, the two dimensions with the most information about the factor are compared. The
-difference between these two values of mutual information is divided by the factor's entropy. The
+difference between their mutual information with the factor is divided by the factor's entropy. The
 MIG is the mean of this quotient over factors.
 
 Chen et al. integrate over the posteriors. We count the means of the posteriors in 20 bins of equal

@@ -6,7 +6,8 @@ arXiv:2306.04632).
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/8, W/8) -> z (B, d, H/8, W/8) -> decoder ->
 recon (B, C, H, W)
 
-`B` batch, `C` image channels, `H W` pixels, `d` latent channels.
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels. The moments are the mean and the
+log-variance of the posterior.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ def build_asymmetric_kl(
         block_out_channels, layers_per_block: width of each level of the encoder, and number of
             residual blocks per level.
         up_block_out_channels, layers_per_up_block: width of each level of the decoder, and number
-            of residual blocks per level, minus one. The decoder's widths, from full resolution
+            of residual blocks per level minus one. The decoder's widths, from full resolution
             down, must be w, 2 w, 4 w, 4 w for some number w. diffusers' decoder requires these
             widths, because its part that reads the known picture has them. Four levels give the
             downsampling factor 8.
@@ -146,7 +147,7 @@ def random_masks(images: Tensor) -> Tensor:
 
 
 class AsymmetricFamily(PosteriorFamily):
-    """Methods for `AsymmetricAutoencoderKL`, which can start from an `AutoencoderKL`'s encoder."""
+    """Methods for `AsymmetricAutoencoderKL`. Training can start from `AutoencoderKL`'s encoder."""
 
     network = AsymmetricAutoencoderKL
     options = AsymmetricModelConfig

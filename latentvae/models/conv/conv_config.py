@@ -110,7 +110,7 @@ class AttentionConfig(ConvolutionalConfig):
 
 
 def norm_capacity(channels: int, groups: int) -> int:
-    """Return how many values x can pass a GroupNorm and a SiLU, each as two channels x and -x.
+    """Return how many values x, each as channels x and -x, a GroupNorm and a SiLU can preserve.
 
     A pair of channels keeps the value x, because silu(x) - silu(-x) = x. Each group of channels
     with such pairs also needs two constant channels, see `linear_start`.

@@ -109,10 +109,10 @@ def start_adapter(
 
     Replacing a feature by the nearest code should change the image, not the latent, as little as
     possible. So the distance between two latents `y` is measured by the change of the decoded
-    pixels. J is the decoder's Jacobian at one latent position, and M is the mean of J' J over
-    positions. The squared change of the pixels for a small change v of `y` is then about v' M v.
-    The features are the first C principal components of sqrt(M) y, for a quantiser of C channels.
-    No other C linear features of `y` reconstruct the pixels better.
+    pixels. J is the decoder's Jacobian at one latent position, J' is its transpose, and M is the
+    mean of J' J over positions. The squared change of the pixels for a small change v of `y` is
+    then about v' M v. The features are the first C principal components of sqrt(M) y, for a
+    quantiser of C channels. No other C linear features of `y` reconstruct the pixels better.
 
     - If the quantiser has more channels than the latent, a random rotation spreads the principal
       components over all channels of the quantiser. Quantisers that round each channel separately
@@ -193,9 +193,9 @@ def fit_decoder_side(net: Any, images: Tensor) -> None:
 def _measured(net: Any, images: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return latents y (N, d) at N positions, and the importance M (d, d) of the d latent channels.
 
-    M is the mean of J' J, where J is the decoder's Jacobian. J itself is never computed. If the
-    backward pass gets random values u of variance 1 as the gradient of the pixels, it returns
-    g = J' u, and the mean of g g' over random u is J' J.
+    M is the mean of J' J, where J is the decoder's Jacobian and J' is its transpose. J itself is
+    never computed. If the backward pass gets random values u of variance 1 as the gradient of the
+    pixels, it returns g = J' u, and the mean of g g' over random u is J' J.
     """
     latents = [net.encoder(part) for part in _chunks(net, images)]
     gradients = []

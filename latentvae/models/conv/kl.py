@@ -5,7 +5,8 @@ The paper on latent diffusion is arXiv:2112.10752 (Rombach et al., 2022).
 images (B, C, H, W) -> encoder -> moments (B, 2d, H/f, W/f) -> z (B, d, H/f, W/f) -> decoder ->
 recon (B, C, H, W)
 
-`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `f` downsampling factor.
+`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `f` downsampling factor. The
+moments are the mean and the log-variance of the posterior.
 """
 
 from collections.abc import Mapping, Sequence

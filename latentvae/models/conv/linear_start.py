@@ -79,7 +79,7 @@ def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool
 
     Args:
         net: a network with diffusers' `Encoder`, and with or without `quant_conv`.
-        codes: see `patch_codes`.
+        codes: the result of `patch_codes`.
         d: number of latent channels.
         whiten: give each latent channel the variance 1. Without `whiten`, all latent channels have
             the same scale factor, which gives the first channel the variance 1. With this common
@@ -143,7 +143,7 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
 
     Args:
         net: a network with diffusers' `Decoder`, and with or without `post_quant_conv`.
-        codes: see `patch_codes`.
+        codes: the result of `patch_codes`.
         z: latents of the images, as the decoder reads them, (N, d, h, w).
         images: (N, C, H, W).
 
@@ -232,12 +232,14 @@ class _Layout:
         return [pair for pairs, _ in self.groups for pair in pairs]
 
     def fill(self, conv: Any, weight: Tensor, bias: Tensor, scale: float) -> None:
-        """Set the weights of `conv` to output x and -x for each number x of a code, and constants.
+        """Set the weights of `conv` so that it outputs x and -x for each number x of a code.
+
+        `conv` also outputs the constant channels of each group.
 
         Args:
             conv: the convolution before the GroupNorm.
-            weight, bias: weights with which a convolution would output the numbers x.
-            scale: factor on x.
+            weight, bias: weight and bias with which a convolution would output the numbers x.
+            scale: factor by which each x is multiplied.
         """
         size = self.norm.num_channels // self.norm.num_groups
         _clear_rows(conv, len(self.groups) * size)
@@ -253,7 +255,7 @@ class _Layout:
         """Set the GroupNorm's weights so that it does not change the numbers of the code.
 
         Args:
-            variances: mean square of each number of the code.
+            variances: mean square of each number of the code, before the multiplication by `scale`.
             scale: factor by which the numbers are multiplied before the GroupNorm.
         """
         size = self.norm.num_channels // self.norm.num_groups
@@ -299,7 +301,7 @@ def _zero_branches(module: nn.Module) -> None:
 def _joining(
     small: LinearCode, large: LinearCode, *, kept: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a convolution that turns codes of 2 x 2 patches into one code.
+    """Return weight and bias of a convolution that turns the codes of 2 x 2 patches into one code.
 
     The weight is (count, kept, 2, 2). The resulting code describes the large patch that the 2 x 2
     small patches form. A small patch is approximated by the mean small patch plus its code times
@@ -318,9 +320,9 @@ def _joining(
 
 
 def _neighbourhoods(conv: Any, z: Tensor) -> Tensor:
-    """Set the decoder's first convolution, and return its output features (N, n, h, w).
+    """Set the weights of the decoder's first convolution, and return its output (N, n, h, w).
 
-    The n features are principal components of 3 x 3 latent positions, for N latents `z`.
+    The n output channels are principal components of 3 x 3 latent positions, for N latents `z`.
     """
     d = z.shape[1]
     count = min(9 * d, len(conv.weight), MAX_FEATURES)
@@ -344,7 +346,7 @@ def _through_shortcut(block: Any, features: Tensor) -> Tensor:
 
 
 def _least_squares(features: Tensor, code: LinearCode, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a 3 x 3 convolution that best predicts the code of images.
+    """Return weight and bias of the 3 x 3 convolution that best predicts a code from features.
 
     The fit uses only the positions in one window of each image, at a random position.
 

@@ -266,6 +266,9 @@ class ClassVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible."""
+        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
+
+        The biases do not change if the likelihood has no biases for a mean image.
+        """
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)

@@ -56,7 +56,7 @@ class Gaussian:
         return -0.5 * (square + self.logvar + math.log(2.0 * math.pi)).sum(-1)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """Return the KL divergence from this Gaussian to `other` of each unit, in nats."""
+        """Return the KL divergence from this Gaussian to `other` for each unit, in nats."""
         ratio = self.logvar - other.logvar
         distance = (self.mean - other.mean).square() * (-other.logvar).exp()
         return 0.5 * (ratio.exp() + distance - 1.0 - ratio)

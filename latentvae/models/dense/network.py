@@ -3,7 +3,7 @@
 images -> encoder -> q(z_1|x), q(z_2|z_1) ... -> p(z_1|z_2) -> decoder -> p(x|z_1)
 
 With one latent vector, the network is the VAE of Kingma and Welling (arXiv:1312.6114). With two
-latent vectors, the network is the second one in the paper on IWAE (arXiv:1509.00519). The
+latent vectors, the network is the second network of the paper on IWAE (arXiv:1509.00519). The
 posterior of a single latent vector may have a normalising flow (arXiv:1505.05770,
 arXiv:1606.04934).
 
@@ -276,7 +276,10 @@ class VectorVAE(ModelMixin, ConfigMixin):
         return self.pixels.sample(parameters, generator=generator)
 
     def start_at(self, mean_image: Tensor) -> None:
-        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible."""
+        """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
+
+        The biases do not change if the likelihood has no biases for a mean image.
+        """
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)
 
@@ -284,7 +287,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
 def _conditional(
     inputs: int, hidden: int, outputs: int, layers: int, activation: str
 ) -> nn.Sequential:
-    """Return a dense network from a latent vector to the moments of the next latent vector."""
+    """Return a dense network from a latent vector to mean and log-variance of the next one."""
     return nn.Sequential(
         *mlp([inputs, *[hidden] * layers], activation), nn.Linear(hidden, 2 * outputs)
     )

@@ -5,7 +5,7 @@ z_0 ~ N(mean(x), std(x)) -> flow (context h(x)) -> z, ln q(z|x) = ln q(z_0|x) - 
 Every flow is the identity at the start of training. RealNVP and IAF (inverse autoregressive flow)
 come from the package zuko.
 
-Symbols: `N` latents, `U` units, `C` context values.
+Symbols: `N` latents, `U` units, `C` context values (which the encoder predicts for the flow).
 """
 
 from typing import Any, Literal

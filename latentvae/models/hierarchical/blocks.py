@@ -65,7 +65,7 @@ class VdvaeStyle:
     The blocks have no normalisation. On maps of side 1 and 2, all convolutions are 1x1.
 
     Args:
-        bottleneck_multiple: channels inside a block, divided by the channels of its input.
+        bottleneck_multiple: channels inside a block, divided by the channels of the feature maps.
         activation: a key of `ACTIVATIONS`.
     """
 
@@ -112,7 +112,7 @@ def convolution(width: int, out: int, side: int, *, gain: float = 1.0) -> nn.Con
 
 
 def residual_gain(num_blocks: int) -> float:
-    """Return 1 / sqrt(number of blocks), a factor on the outputs of residual blocks.
+    """Return 1 / sqrt(number of blocks), a factor on the initial outputs of residual blocks.
 
     With this factor, the variance of the feature maps does not grow with the depth of the network.
     """

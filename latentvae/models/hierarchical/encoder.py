@@ -1,6 +1,6 @@
 """The bottom-up half of a hierarchical VAE: features of an image at every resolution.
 
-`B` batch, `C` image channels, `S` side of the images, `W` width of a resolution.
+`B` batch, `C` image channels, `S` side of the images, `W` channels of a resolution.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,7 @@ class Encoder(nn.Module):
         layers: the blocks, finest first.
         widths: number of channels of each resolution.
         style: builds the blocks, see `blocks.Style`.
+        keep_all: return all features of a resolution, not only the last ones.
     """
 
     def __init__(

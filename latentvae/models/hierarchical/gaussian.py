@@ -94,7 +94,7 @@ def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
 
 
 def _precision(own: Gaussian, prior: Gaussian) -> Gaussian:
-    """Return Ladder VAE's posterior: the means of `own` and `prior`, averaged by precision.
+    """Return Ladder VAE's posterior: its mean is the precision-weighted mean of `own` and `prior`.
 
     The precision of the posterior is the sum of the precisions of `own` and `prior`
     (arXiv:1602.02282, equation 17).

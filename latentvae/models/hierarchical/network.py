@@ -64,7 +64,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     Args:
         image_channels: number of image channels C.
         sample_size: side of the images in pixels.
-        levels: number of values of a pixel, or None for the default of the likelihood.
+        levels: number of possible values of a pixel, or None for the default of the likelihood.
         enc_blocks: blocks of the encoder, such as "32x11,32d2,16x6", see `layers`. If the first
             resolution is coarser than the images, squares of pixels are folded into channels. If
             the first resolution is a little larger than the images, black pixels are added at the
@@ -321,7 +321,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
 
         Each bias of the last layer is the same at all positions. So the output can only be the mean
-        of `mean_image` over positions.
+        of `mean_image` over positions. The biases do not change if the likelihood has no biases for
+        a mean image.
         """
         padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
         if (bias := self.pixels.start_bias(padded)) is not None:

@@ -1,9 +1,9 @@
 """Spectral regularisation of NVAE (arXiv:2007.03898, section 3.3): keep layers smooth.
 
-The penalty adds the largest singular value of each convolution and the largest absolute scale of
-each batch norm. Power iteration estimates the singular values. The power iteration starts at
-the same vectors in every call, so it has no state. A resumed training and all processes thus
-compute the same penalty.
+The penalty is the sum of the largest singular values of all convolutions and of the largest
+absolute scales of all batch norms. Power iteration estimates the singular values. The power
+iteration starts at the same vectors in every call, so it has no state. A resumed training and all
+processes thus compute the same penalty.
 """
 
 from collections import defaultdict

@@ -4,7 +4,7 @@
     x, encoder's features -> posterior head -> q(z)
     x + shift + project(z) -> residual block -> x of the next block
 
-`B` batch, `W` width of a resolution, `D` latent channels of a group.
+`B` batch, `W` channels of a resolution, `D` latent channels of a group.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -28,7 +28,7 @@ class ViTEncoder(nn.Module):
         image_channels: number of image channels.
         channels: number of channels c of a token.
         patch_size: side p of a patch in pixels.
-        num_blocks, head_channels: see `Transformer`.
+        num_blocks, head_channels: number of transformer blocks, and channels of an attention head.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ViTEncoder(nn.Module):
         self.transformer = Transformer(channels, num_blocks=num_blocks, head_channels=head_channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (B, C, H, W).
+        """Encode images (B, C, H, W) to maps (B, c, H/p, W/p), for patch size p.
 
         Raises:
             UserError: H or W is not a multiple of the patch size.
@@ -67,7 +67,7 @@ class ViTDecoder(nn.Module):
         image_channels: number of image channels C.
         channels: number of channels c of a token.
         patch_size: side p of a patch in pixels.
-        num_blocks, head_channels: see `Transformer`.
+        num_blocks, head_channels: number of transformer blocks, and channels of an attention head.
         head: the last layers. `"linear"` computes the pixels of each patch from its token alone.
             `"conv"` has two convolutions at full resolution, which also read neighbouring patches.
     """

@@ -1,11 +1,11 @@
 """Rotary position embedding in two dimensions (RoFormer, arXiv:2104.09864).
 
-Half of a head's channels are rotated by angles in proportion to the token's row. The other half of
-the channels are rotated by angles in proportion to the token's column. Attention between two tokens
-then depends on their distances in rows and in columns, not on their absolute positions. So a
-network with this embedding works on grids of tokens of any size.
+Half of an attention head's channels are rotated by angles in proportion to the token's row. The
+other half of the channels are rotated by angles in proportion to the token's column. Attention
+between two tokens then depends on their distances in rows and in columns, not on their absolute
+positions. So a network with this embedding works on grids of tokens of any size.
 
-`B` batch, `N` tokens (N = h w), `D` channels of a head.
+`B` batch, `N` tokens (N = h w), `D` channels of an attention head.
 """
 
 import torch
@@ -33,7 +33,7 @@ def rotations(places: Tensor, *, channels: int) -> Tensor:
     """Return the cosines and sines of all rotation angles, (2, N, D / 2), float32.
 
     Args:
-        places: row and column of each of N tokens, (N, 2). They may be fractions.
+        places: row and column of each of N tokens, (N, 2), which need not be whole numbers.
         channels: number of channels D of an attention head, a multiple of 4.
     """
     exponents = torch.arange(0, channels, 4, device=places.device, dtype=torch.float32) / channels

@@ -2,11 +2,11 @@
 
 tokens (B, N, c) -> [+ attention(norm) -> + feed-forward(norm)] x number of blocks -> norm
 
-A block follows ViT (arXiv:2010.11929), with three later changes. Positions are rotary
+A block follows ViT (arXiv:2010.11929), with three later changes. Position embeddings are rotary
 (`vit.rotary`). Queries and keys are normalised, which keeps attention stable (arXiv:2302.05442).
 The feed-forward layer is SwiGLU (arXiv:2002.05202).
 
-`B` batch, `N` tokens (N = h w), `c` channels, `D` channels of a head.
+`B` batch, `N` tokens (N = h w), `c` channels, `D` channels of an attention head.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, with rotary positions.
+    """Self-attention over all tokens, with rotary position embeddings.
 
     Args:
         channels: channels of a token, a multiple of `head_channels`.
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, with about as many weights as a plain feed-forward layer of 4 times the width."""
+    """SwiGLU, with about as many weights as a feed-forward layer of 4 * `channels` hidden units."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

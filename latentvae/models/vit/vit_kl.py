@@ -1,4 +1,4 @@
-"""A continuous autoencoder of vision transformers, with a Gaussian posterior.
+"""An autoencoder of vision transformers, with continuous latents and a Gaussian posterior.
 
 The encoder and decoder follow ViTok (arXiv:2501.09755, and ViTok-v2, arXiv:2605.05331). The
 Gaussian posterior is that of latent diffusion (arXiv:2112.10752). The methods and outputs are those
@@ -7,7 +7,8 @@ of diffusers' `AutoencoderKL`.
 images (B, C, H, W) -> encoder -> quant_conv -> moments (B, 2d, H/p, W/p) -> z (B, d, H/p, W/p) ->
 post_quant_conv -> decoder -> recon (B, C, H, W)
 
-`B` batch, `C` image channels, `d` latent channels, `p` patch size.
+`B` batch, `C` image channels, `d` latent channels, `p` patch size. The moments are the mean and the
+log-variance of the posterior.
 """
 
 from collections.abc import Mapping

@@ -8,10 +8,10 @@ paper), the network computes:
     bottom features + condition(top codes) -> quantize[1] -> bottom codes
     all codes -> post_quant_conv -> (B, d, H/f_b, W/f_b) -> decoder -> recon (B, C, H, W)
 
-Each level has twice the height and width of the level before it. The paper concatenates the bottom
-level's features with the decoded top codes, and projects the result to the code width. `VQVAE2`
-projects the features and the decoded codes separately and adds the results, which computes the same
-function as in the paper.
+`FoldLevels` folds the features of all levels into one tensor z. Each level has twice the height and
+width of the level before it. The paper concatenates the bottom level's features with the decoded
+top codes, and projects the result to the code width. `VQVAE2` projects the features and the decoded
+codes separately and adds the results, which computes the same function as in the paper.
 
 `B` batch, `C` image channels, `D` code width, `P` codes per position of the coarsest level, `h w`
 positions of the coarsest level, `f` downsampling factor of the coarsest level, `f_b` of the bottom
@@ -126,7 +126,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def requantize(self, quantizer: Mapping[str, Any]) -> None:
-        """Replace all quantisers, see `Tokenizer.requantize`."""
+        """Replace all quantisers by quantisers of the same shape with other training options."""
         module: Any = self.quantize
         rebuilt = nn.ModuleList([rebuilt_quantizer(old, quantizer) for old in module])
         self.quantize = rebuilt.to(self.device, self.dtype)
@@ -156,8 +156,9 @@ class VQVAE2(ModelMixin, ConfigMixin):
         """Quantise the features z that `encode` returns, coarsest level first.
 
         Returns:
-            For each level l, the features (B, D, h_l, w_l) that its quantiser reads, and for each
-            level, the quantiser's result. D is the code width.
+            Two lists with one entry for each level l. The first list has the features
+            (B, D, h_l, w_l) that the quantiser of the level reads, for code width D. The second
+            list has the results of the quantisers.
         """
         features: list[Tensor] = []
         found: list[Quantized] = []

@@ -141,7 +141,7 @@ class VQVAE2Family(DiscreteFamily):
     def merge_options(
         self, options: Mapping[str, Any], config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the options of a training run with the shape of its pretrained network.
+        """Return the options of a training run, with the network's shape from a pretrained network.
 
         The run's options, not the pretrained network, decide how the codes are trained.
         """

@@ -233,7 +233,7 @@ class LatentSubject(Subject):
 
 
 def patch_for(side: int) -> int:
-    """Return the side of a patch, so that a latent has at most 256 tokens (if `side` allows it)."""
+    """Return a patch side so that a latent of side `side` has at most 256 tokens, if possible."""
     patch = 1
     while side // patch > 16 and side % (patch * 2) == 0:
         patch *= 2

@@ -99,7 +99,7 @@ class References:
     def class_accuracy(self, found: Tensor, classes: Tensor) -> float:
         """Return the share of pictures that show the class in `classes`.
 
-        The class that a picture shows is the most common class of the nearest training pictures.
+        The class that a picture shows is the most common class of its nearest training pictures.
         """
         return class_share(found, classes, self.train, self.train_classes)
 

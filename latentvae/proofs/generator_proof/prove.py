@@ -152,7 +152,7 @@ def _check_controls(subjects: Sequence[Subject], controls: Sequence[str] | None)
 
 
 def _identity(subjects: Sequence[Subject], settings: ProofSettings) -> dict[str, Any]:
-    """Return everything that decides the results, as JSON values."""
+    """Return everything that the results depend on, as JSON values."""
     return {
         "format": FORMAT,
         "settings": settings.protocol(),

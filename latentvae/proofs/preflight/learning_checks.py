@@ -134,7 +134,8 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
     """Check that the learning rate follows the schedule that the options describe.
 
     The check fails if the learning rate is scaled by the batch size. The check also fails if the
-    schedule counts micro-steps, or updates of the discriminator, instead of updates of the run.
+    schedule counts batches (micro-steps) or updates of the discriminator instead of updates of the
+    run.
     """
     task, progress, asked = rehearsal.task, rehearsal.training.progress, rehearsal.asked
     warmup, total = asked.optimizer.lr_warmup_steps, asked.run.max_train_steps
@@ -170,7 +171,7 @@ def learning_rate(rehearsal: Rehearsal) -> Check:
 
 
 def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) -> float:
-    """Return the learning rate that the help texts of the options describe.
+    """Return the learning rate in `update` (from 0) that the help texts of the options describe.
 
     Args:
         pause: updates in which the model does not learn, because the discriminator learns alone.
@@ -190,8 +191,8 @@ def _stated_rate(update: int, peak: float, config: TrainConfig, pause: range) ->
 def precision(rehearsal: Rehearsal) -> Check:
     """Check that the convolutions run in the requested precision.
 
-    If a network is not called through its wrapper, autocast has no effect: bf16 is requested but
-    never used.
+    If a network is not called through the wrapper that Accelerate made, autocast has no effect:
+    bf16 is requested but never used.
     """
     asked = rehearsal.training.accelerator.mixed_precision
     wanted = torch.bfloat16 if asked == "bf16" else torch.float32
@@ -228,9 +229,9 @@ def average(rehearsal: Rehearsal) -> Check:
 
 
 def _off_average(seen: Seen, update: int, ema_decay: float) -> float:
-    """Return how far the average is from decay * old average + (1 - decay) * new weights.
+    """Return how far the new EMA is from `decay * old EMA + (1 - decay) * new weights`.
 
-    The distance is divided by the distance of the new weights from the old average.
+    The distance is divided by the distance of the new weights from the old EMA.
     """
     decay = min((1 + update) / (10 + update), ema_decay) if update else 0.0
     worst = 0.0
@@ -269,7 +270,8 @@ def _numbers(happened: list[bool]) -> str:
 def discriminator_ramp(rehearsal: Rehearsal) -> Check:
     """Check that the adversarial weight starts at 0 and grows to its full value.
 
-    An untrained discriminator at full weight spoils what the model has learned.
+    An untrained discriminator at full weight spoils what the model has learned. If
+    disc_warmup_steps and disc_ramp_steps are 0, the check expects the full value from the start.
     """
     task, asked = rehearsal.task, rehearsal.asked
     options, objective = asked.discriminator, task.objective
@@ -334,7 +336,7 @@ def model_untouched(rehearsal: Rehearsal) -> Check:
 
 
 def adaptive_weight(rehearsal: Rehearsal) -> Check:
-    """Check that the adaptive weight stays below its cap.
+    """Check that the adaptive weight of the adversarial loss is not above its cap.
 
     Without a cap, the weight grows without bound when the discriminator's gradient vanishes.
     """

@@ -122,7 +122,7 @@ def _heading(rehearsal: Rehearsal) -> str:
 
 
 def _checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks in order. If an update fails, yield only the check of the updates."""
+    """Make the updates and yield the checks. If an update fails, yield only the check `updates`."""
     try:
         rehearsal.rehearse()
     except torch.cuda.OutOfMemoryError as error:

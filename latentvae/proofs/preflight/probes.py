@@ -26,7 +26,7 @@ class Probe:
 
     Attributes:
         images: (B, C, H, W), on the CPU.
-        out: the training wrapper's output for the images.
+        out: what the autoencoder, wrapped for the training, returned for the images.
         logged: values for the log.
         at_recon: gradient of the loss with respect to the reconstruction.
         latent: the encoder's last output: posterior moments (B, 2 d, h, w), or features.
@@ -108,7 +108,7 @@ def _probed(rehearsal: Rehearsal, config: TrainConfig, names: tuple[str, ...]) -
 
 
 def _micro_step(rehearsal: Rehearsal, images: Tensor) -> Probe:
-    """Make a forward and backward pass. Record the gradients of latent and reconstruction."""
+    """Make a forward and backward pass. Record the gradients at latent and reconstruction."""
     task, caught = rehearsal.task, {}
 
     def at_latent(module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -17,7 +17,7 @@ def checks(rehearsal: Rehearsal) -> Iterator[Check]:
 def equal(rehearsal: Rehearsal) -> Check:
     """Check that all processes have the same weights, optimizer states and averages.
 
-    Processes differ if the model is not called through DDP, or if a codebook's counts are not
+    Processes differ if the model is not called through DDP, or if a codebook's usage counts are not
     summed over processes. Only the model of the first process is saved.
     """
     ranks = gather_objects(fingerprints(rehearsal.training))

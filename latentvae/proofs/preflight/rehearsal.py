@@ -65,13 +65,14 @@ class Rehearsal:
         updates: object that makes the updates of the run.
         seen: records of the updates that were made.
         watch: object that recorded gradients and dtypes during the updates.
-        batches: sha256, minimum and maximum of the images of each micro-step on this rank.
+        batches: sha256, minimum and maximum of the images of each batch on this rank.
         images: two images of the first batch, (2, C, H, W). If the batch has only one image, the
             second is its mirror image.
         source: iterator over the batches that were not used yet.
         peak_memory: peak memory use in bytes.
-        save_seconds, checkpoint_bytes: measured time and size of a checkpoint.
-        validation_seconds: measured time of a validation, per image.
+        save_seconds, checkpoint_bytes: measured time of saving a checkpoint in seconds, and the
+            checkpoint's size in bytes.
+        validation_seconds: measured time of a validation, in seconds per image.
     """
 
     asked: TrainConfig
@@ -135,7 +136,8 @@ class Rehearsal:
 def rehearsed(config: TrainConfig, folder: Path) -> TrainConfig:
     """Return a copy of the user's configuration, for a short run in another folder.
 
-    The short run has the full learning rate from the start, an early discriminator and no trackers.
+    The short run has the full learning rate from the start, a discriminator that starts early, and
+    no trackers (such as TensorBoard).
     """
     copy = config.model_copy(deep=True)
     copy.run.output_dir = str(folder)

@@ -185,8 +185,8 @@ def _differences(
 ) -> list[str]:
     """Return the names of values that differ between two updates.
 
-    On GPUs, and with more than two processes, only losses that differ by more than the tolerance
-    count.
+    On GPUs, and with more than two processes, only losses that differ by more than 1 %
+    (`GPU_TOLERANCE`) count.
     """
     if _to_the_bit(rehearsal):
         names = [name for name in expected if found.get(name) != expected[name]]

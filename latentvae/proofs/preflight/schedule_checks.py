@@ -95,7 +95,10 @@ def discriminator_in_run(rehearsal: Rehearsal) -> Check:
 
 
 def kl_in_run(rehearsal: Rehearsal) -> Check:
-    """Check that the KL's weight and its capacity reach their full values before the run ends."""
+    """Check that the KL's weight and its capacity reach their full values before the run ends.
+
+    The capacity (option kl_capacity) is the value that the KL should have.
+    """
     objective, last = rehearsal.asked.objective, rehearsal.asked.run.max_train_steps - 1
     held = rehearsal.task.objective.kl_target is not None
     weight = 1.0 if held else rehearsal.task.objective.kl_factor(last)

@@ -155,7 +155,7 @@ def logit_laplace(rehearsal: Rehearsal, found: Probe) -> Check:
 
 
 def kl(rehearsal: Rehearsal, found: Probe) -> Check:
-    """Check that the KL is a sum over latent elements divided by the number of image elements.
+    """Check that the KL is summed over latent elements and divided by the number of image elements.
 
     If the KL were divided by another number, the same `kl_scale` would have another effect.
     """
@@ -214,9 +214,10 @@ def _moments(rehearsal: Rehearsal, latent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference_to_flow(rehearsal: Rehearsal, found: Probe, latent: Tensor) -> Tensor:
-    """Return what the posterior's flow adds to the KL, (B,), in nats, at the sample of the probe.
+    """Return what the posterior's normalising flow adds to the KL of each image, (B,), in nats.
 
-    The sample is written as mean + standard deviation * noise, so that the result has a gradient.
+    The result is computed at the sample of the probe. The sample is written as
+    `mean + standard deviation * noise`, so that the result has a gradient.
     """
     wrapper: Any = rehearsal.task.wrapper
     mean, logvar = _moments(rehearsal, latent)

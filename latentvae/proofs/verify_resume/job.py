@@ -26,7 +26,7 @@ from latentvae.proofs.verify_resume.launch import Hung, Launch, Pace, training_c
 def shortened(task: type[Task], config: Any, *, updates: int, processes: int) -> Any:
     """Return the options of a short run with all phases in which a resume could go wrong.
 
-    The learning rate warms up, gradients accumulate, and checkpoints are written and deleted.
+    Gradients accumulate, checkpoints are saved and deleted, and any learning-rate warm-up is short.
     """
     config = config.for_processes(processes)
     early, run = updates // 4, config.run
@@ -61,7 +61,7 @@ class Job:
 
     Attributes:
         task: the task of the short run, whose method `open` has been called.
-        work: folder that holds the runs, their output and their `config.yaml`.
+        work: folder that holds the runs, their printed output and their `config.yaml`.
         processes: number of processes of each launch.
         seconds: time limit of a launch. A launch that takes longer is killed and counts as hung.
         starts: for each launch of the killed run, the number of updates done at its start.

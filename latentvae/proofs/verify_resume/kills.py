@@ -1,4 +1,4 @@
-"""Choose when a run is killed: at random moments of its updates and saves, all from one seed."""
+"""Choose when a run is killed: at moments of its updates and saves, drawn at random from a seed."""
 
 import random
 import time
@@ -18,9 +18,9 @@ class Kill:
 
     Attributes:
         update: number (from 1) of the update to interrupt, or of the update whose save is
-            interrupted. The number of updates plus 1 means the work after the last update.
+            interrupted. The run's number of updates plus 1 means the work after the last update.
         save: whether to kill while the checkpoint after the update is saved.
-        share: share of the update or the save that passes before the kill, from 0 to 1.
+        share: share of the time of the update or the save that passes before the kill, from 0 to 1.
     """
 
     update: int
@@ -29,9 +29,9 @@ class Kill:
 
 
 def draw_kills(count: int, *, updates: int, save_every: int, seed: int) -> list[Kill]:
-    """Return kills spread over a run, in order of time.
+    """Return kills at random moments of a run, in order of time.
 
-    Every second kill is during the save of a checkpoint.
+    Half of the kills (rounded down) are during the save of a checkpoint.
     """
     draw = random.Random(seed)
     kills = []

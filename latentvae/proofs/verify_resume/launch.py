@@ -38,7 +38,7 @@ def training_command(
         config: the YAML file.
         folder: the folder of the run.
         processes: number of processes.
-        precision: mixed precision of the launcher.
+        precision: value of the launcher's option `--mixed_precision`.
     """
     many = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *many]
@@ -108,7 +108,7 @@ class Launch:
         return self.process.poll() is None
 
     def updates(self) -> int | None:
-        """Return the number of updates in the log, or None as long as there is no new log file."""
+        """Return the number of updates in the log, or None if this launch has no log file yet."""
         if _inode(self._log) in (None, self._old_log):
             return None
         return max((row["update"] for row in read_rows(self._log)), default=0)

@@ -1,4 +1,4 @@
-"""Check the order of the training data after each resume, which no saved tensor shows."""
+"""Check the order of the training data after each resume. No saved tensor shows this order."""
 
 from collections.abc import Sequence
 

@@ -51,7 +51,7 @@ def verify_resume(
         processes: number of processes of each launch.
         kill_seed: seed of the random moments of the kills.
         work_dir: new folder for both runs, which is kept. The default is a temporary folder, which
-            is kept if a check failed.
+            is kept only if a check failed.
         json: file for the results of the checks. With None, no file is written.
         launch_timeout: time limit of a launch, in seconds. A longer launch counts as hung.
 
@@ -140,8 +140,8 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
 def _compared(job: Job) -> list[Check]:
     """Compare the two runs bit by bit.
 
-    If the two runs need not be equal, or are not equal, a second uninterrupted run shows which
-    differences are normal.
+    If the two runs are not equal, a second uninterrupted run shows which differences are normal. On
+    GPUs, and with more than two processes, the checks allow normal differences.
     """
     # equal to the bit
     update = job.config.run.max_train_steps

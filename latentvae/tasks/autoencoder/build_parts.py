@@ -54,8 +54,8 @@ def build_losses(
 ) -> tuple[PerceptualLoss, Objective]:
     """Return LPIPS for the validation (always in float32), and the loss of the model.
 
-    The loss may use the same LPIPS network as the validation. `features` is the network of the
-    option `feature_loss`, or None.
+    A loss with LPIPS uses the same LPIPS network as the validation. `features` is the network of
+    the option `feature_loss`, or None.
     """
     options = config.objective
     metric = PerceptualLoss(
@@ -156,6 +156,6 @@ def compute_faster(
 
 
 def _multiplies_less(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Return whether to use Winograd's convolutions: for float32 on the CPU, channels first."""
+    """Return whether to use Winograd's convolutions: only on CPUs, in float32, channels first."""
     on_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
     return config.run.winograd and on_cpu and not config.run.channels_last

@@ -12,8 +12,8 @@ def code_states(
 ) -> list[tuple[bool, str]]:
     """Return for each codebook whether it collapses, and the warning to print if it does.
 
-    A codebook collapses if its tokens use few of the codes that they could use, or many fewer codes
-    than before.
+    A codebook collapses if its tokens use few of the codes that they could use (at most one code
+    for each token), or many fewer codes than before.
 
     Args:
         values: dict from log names to the values of one validation.

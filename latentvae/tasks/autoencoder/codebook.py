@@ -130,7 +130,7 @@ class _Book:
 
 
 def _latent(place: int) -> tuple[int, ...]:
-    """Return counters that give each latent its own random numbers: none for the first latent."""
+    """Return counters that give each latent its own random numbers (empty for the first latent)."""
     return (2, place) if place else ()
 
 

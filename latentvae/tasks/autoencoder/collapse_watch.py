@@ -3,13 +3,13 @@
 The watch warns of four conditions: the posterior collapses, the codebook collapses, the
 discriminator wins (its loss is near 0), or validation LPIPS diverges.
 
-    logged values -> is the condition present? -> for long enough? -> finding (printed once)
+    logged values -> is the condition present? -> for long enough? -> warning (printed once)
 
 The logged values are already averaged over ranks, so every rank gives the same warnings. An
 observation is a row of the log, or a validation. A condition begins or ends only after `PATIENCE`
-consecutive observations over at least `LASTING` updates. So a single unusual row or a small
-`log_steps` causes no warning (finding). A value that moves around the limit of its condition does
-not cause many warnings.
+consecutive observations over at least `LASTING` updates. So neither a single unusual row nor a
+small `log_steps` (the number of updates between two rows) causes a warning. A value that moves
+around the limit of its condition does not cause many warnings.
 
 `K` codes, `d` latent channels.
 """
@@ -47,7 +47,7 @@ class Watched:
     Attributes:
         posterior_from: update from which a collapsed posterior is reported. None means that the
             posterior is not watched: there is no posterior, the encoder is frozen, or the options
-            ask for a collapse.
+            themselves make channels inactive.
         posterior_remedy: text that names options that help against a collapsed posterior.
         num_channels: number of latent channels d, or 1 with Gumbel-softmax.
         codes_from: update from which a collapsed codebook is reported. None means that there are no

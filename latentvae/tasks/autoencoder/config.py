@@ -267,7 +267,7 @@ class TrainConfig(ImageJobConfig):
 
 
 def load_preset(name_or_path: str) -> TrainConfig:
-    """Return the configuration from a YAML file, or from the preset of that name.
+    """Return the configuration from a YAML file, or from the preset of this name.
 
     Raises:
         UserError: the file or preset does not exist, the YAML cannot be read, or an option is

@@ -79,7 +79,11 @@ def trains_encoder(config: TrainConfig) -> bool:
 
 
 def waiting_parts(config: TrainConfig, net: Any) -> list[nn.Module]:
-    """Return the parts that learn only after a new quantiser's warm-up: decoder, maybe encoder."""
+    """Return the parts of the network that learn only after a new quantiser's warm-up.
+
+    These parts are the decoder and, with `train_encoder`, also the encoder. Without a warm-up, the
+    list is empty.
+    """
     if warmup_steps(config) == 0:
         return []
     return [net.decoder, net.encoder] if trains_encoder(config) else [net.decoder]

@@ -49,7 +49,8 @@ class Base:
         encoder_sha256: hash of the encoder's weights as they were loaded.
         weights_sha256: hash of all weights as they were loaded.
         whole: whether `net` has the same class as the loaded network. False if a new asymmetric
-            decoder replaced the pretrained decoder, or if a `VQModel` was converted.
+            decoder replaced the pretrained decoder, if the network got a new quantiser, or if
+            diffusers' `VQModel` was converted to latentvae's own class.
         discretised: whether `net` is a loaded KL autoencoder with a new quantiser.
         hub_id: owner/name on the Hub, or None if the network is not from the Hub.
     """

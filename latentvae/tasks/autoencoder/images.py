@@ -106,10 +106,10 @@ def eval_transform(config: ImageJobConfig) -> EvalTransform:
 def data_identity(images: ImageSource | ImageStream) -> dict[str, Any]:
     """Return the facts about the images that must stay the same on resume.
 
-    The facts are the number of images and the hash of their names, which decide the order. For a
-    stream, the facts are data set, configuration, split and column. If the images are table rows
-    without names, configuration and column belong to the facts too. The folder of a local data set
-    is not one of the facts, so the folder may move.
+    The facts are the number of images and the hash of their names, which decide the order of the
+    images. For a stream, the facts are data set, configuration, split and column. If the images are
+    table rows without names, configuration and column belong to the facts too. The folder of a
+    local data set is not one of the facts, so the folder may be moved before a resume.
     """
     # streams
     if isinstance(images, ImageStream):

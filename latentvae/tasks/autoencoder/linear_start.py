@@ -59,7 +59,9 @@ def start_linear(
 
 
 def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
-    """Return training images (N, C, H, W), cropped and augmented, of about `PIXELS` pixels in all.
+    """Return cropped and augmented training images, (N, C, H, W).
+
+    N is chosen so that all images together have about `PIXELS` pixels.
 
     All ranks call this function, and ranks other than 0 get None.
 
@@ -104,7 +106,7 @@ def _start(
 
 
 def _gather(config: TrainConfig, loader: Any) -> Tensor:
-    """Return training images of the first batch's size, of about `PIXELS` pixels in all."""
+    """Return images of the first batch's size. All images together have about `PIXELS` pixels."""
     found: list[Tensor] = []
     wanted = FEWEST
     for batch in loader:

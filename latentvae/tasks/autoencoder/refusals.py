@@ -77,7 +77,7 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next larger resolution of similar shape whose image sides all reach `side`."""
+    """Return the next larger resolution of similar aspect ratio without a side below `side`."""
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f
@@ -87,7 +87,9 @@ def _least(config: TrainConfig, side: int) -> str:
 
 
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
-    """Check that torch_compile is used with one process only. Otherwise the compiler fails.
+    """Check that torch_compile is used with one process only.
+
+    With several processes, the compiler would fail.
 
     Raises:
         UserError: torch_compile is used with several processes.

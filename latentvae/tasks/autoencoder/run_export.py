@@ -1,4 +1,4 @@
-"""Export a trained autoencoder: measure latents, write a model card, and load it with diffusers."""
+"""Export a trained autoencoder: measure latents, write a model card, and load the export."""
 
 import json
 from dataclasses import replace
@@ -149,7 +149,7 @@ def checkpoint_network(config: TrainConfig, checkpoint: Path, *, base: Base | No
 
 
 def _weights(checkpoint: Path, *, averaged: bool) -> dict[str, torch.Tensor]:
-    """Return the network's weights of a checkpoint, or with `averaged` their moving averages."""
+    """Return the network's weights in a checkpoint, or with `averaged` their moving averages."""
     tensors, prefix = load_checkpoint(checkpoint).tensors, "net."
     if averaged and "model_average" not in tensors:
         raise UserError(
@@ -261,7 +261,7 @@ def _sample_size(config: TrainConfig, base: Base | None) -> int:
 
 
 def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) -> ModelCard:
-    """Add the pretrained network to the model card. Check that a frozen encoder is unchanged.
+    """Name the pretrained network in the model card. Check that a frozen encoder is unchanged.
 
     Raises:
         RuntimeError: the encoder was frozen, but its weights have changed.
@@ -316,7 +316,7 @@ def compared_with_base(folder: Path, update: int) -> str:
 
 
 def _card(config: TrainConfig, folder: Path, update: int) -> ModelCard:
-    """Return the model card of a run after an update."""
+    """Return the model card of a run after `update` updates."""
     # metrics
     rows = read_rows(folder / "log.jsonl")
     row = next((r for r in rows if r["update"] == update and "validation/psnr" in r), {})

@@ -48,7 +48,7 @@ class AutoencoderState(State):
 
     Attributes:
         discriminator_start: the first update (counted from 0) in which the discriminator learns.
-            The value stays the same if the run is extended after that update.
+            The value stays the same if the run is extended after the discriminator has started.
         discriminator_stopped: number of updates done when the collapse watch switched the
             discriminator off. None while the discriminator is on.
         kl_target: state of the controller of the KL's weight.

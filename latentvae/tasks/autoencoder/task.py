@@ -155,7 +155,8 @@ class AutoencoderTask(ImageTask, LearningAutoencoder):
     def _tell(self, findings: list[Finding], update: int) -> None:
         """Print new warnings.
 
-        With `--disc_watch disable`, switch off the discriminator if it may cause a current problem.
+        With `--disc_watch disable`, switch the discriminator off if it is a possible cause of a
+        problem that is present now.
         """
         for found in findings:
             self.say(f"watch, update {update:,}: {found.sentence}")

@@ -181,7 +181,7 @@ class LearningAutoencoder(Task):
         return range(start, max(start, stop))
 
     def _choose_parts(self, update: int) -> None:
-        """Freeze the decoder, and a learning encoder, until a new quantiser's warm-up ends.
+        """Freeze the decoder, and the encoder if it learns later, during a new quantiser's warm-up.
 
         The optimizer, including its weight decay, does not change a weight without a gradient.
         """
@@ -235,8 +235,8 @@ class LearningAutoencoder(Task):
     def adversary(self, update: int) -> Adversary | None:
         """Return the discriminator and its options for an update.
 
-        The result is None before the discriminator starts, and after the collapse watch has
-        switched it off.
+        The result is None without a discriminator, before the discriminator starts, and after the
+        collapse watch has switched it off.
         """
         options = self.config.discriminator
         factor = self.objective.adversarial.factor(update, start=self.progress.discriminator_start)

@@ -46,7 +46,8 @@ def validate(
 ) -> dict[str, float]:
     """Return mean metrics over at most `limit` images, evenly spread over the source.
 
-    Exactly one rank measures each image. Images are reconstructed from the posterior's mode.
+    Exactly one rank measures each image. Images are reconstructed from the posterior's mode, or
+    from a tokenizer's codes.
     Reconstructions are rounded to 8 bits if the image has 8 bits (`metrics.round_alike`).
 
     Args:
@@ -65,9 +66,10 @@ def validate(
         the codes that are used), `validation/perplexity`, `validation/entropy_bits` (per token) and
         `validation/tokens` (number of tokens of all images). The number of used codes is at most
         the number of tokens. A tokenizer can have several levels (token maps). If each level has
-        its own codes, usage, perplexity and entropy are means over the levels, and
-        `validation/tokens` counts the tokens of the first level. The values of the first level are
-        `validation/usage_level0`, `validation/perplexity_level0` and `validation/tokens_level0`.
+        its own codebook, then usage, perplexity and entropy are means over the levels, and
+        `validation/tokens` counts the tokens of the first level. In this case, the values of the
+        first level are also given: `validation/usage_level0`, `validation/perplexity_level0` and
+        `validation/tokens_level0`. The names for the next levels end in `_level1` and so on.
     """
     # what to measure
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -236,5 +238,5 @@ def _labelled(picture: Image.Image, labels: list[str], *, factor: int) -> Image.
 
 
 def visible(images: Tensor) -> Tensor:
-    """Return images for display: alpha is composited away, and grey images keep one channel."""
+    """Return images for display: RGBA is composited over mid-grey, and grey keeps one channel."""
     return to_rgb(images) if images.shape[1] == 4 else images

@@ -1,4 +1,4 @@
-"""Export a student as a diffusers folder: check it, measure its cost, and write a model card."""
+"""Export a student: check the diffusers folder, measure the student's cost, write a model card."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def is_whole(out: Path) -> bool:
 def export_student(
     task: "DistillTask", out: Path, *, update: int, folder: Path
 ) -> dict[str, float]:
-    """Write the student's folder, check that diffusers loads the same network, and measure it.
+    """Write the student's folder, measure costs, and check that diffusers loads the same network.
 
     Args:
         task: a task whose student has the weights to export, in eval mode.

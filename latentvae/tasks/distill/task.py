@@ -1,4 +1,4 @@
-"""Define the task "distill": train a small autoencoder (the student) from a given one.
+"""Define the task "distill": train a small autoencoder (student) from a given one (teacher).
 
 export = engine.loop.train(DistillTask(config))
 """
@@ -47,7 +47,7 @@ class DistillTask(ImageTask):
 
     Attributes:
         teacher: the opened teacher, frozen.
-        kind: the kind of the student.
+        kind: the kind of student that fits the teacher, see `StudentKind`.
         net: the student, not wrapped by DDP.
         pair: the teacher and the student, which encode and decode without gradients.
         objective: the student's loss.

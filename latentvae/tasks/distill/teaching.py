@@ -151,7 +151,7 @@ class Pair:
     def teach(
         self, images: Tensor, *, decode: bool, autocast_dtype: torch.dtype | None = None
     ) -> Taught:
-        """Return the teacher's latents of images, and with `decode` also its reconstructions.
+        """Return the teacher's latents of images, and with `decode` the teacher's reconstructions.
 
         Args:
             images: (B, C, H, W) in [-1, 1].

@@ -28,7 +28,9 @@ def validate(
     device: torch.device,
     bad: BadImages,
 ) -> dict[str, float]:
-    """Return mean metrics over at most `limit` evenly spread images. Ranks share the images.
+    """Return mean metrics over at most `limit` evenly spread images.
+
+    The images are divided among the ranks.
 
     Args:
         pair: teacher and student, in eval mode.
@@ -42,9 +44,10 @@ def validate(
 
     Returns:
         `validation/psnr` (dB) and `validation/lpips` compare the student's reconstructions with the
-        images. With the suffix `_to_teacher`, they compare the student's with the teacher's
-        reconstructions. With the suffix `_teacher`, they compare the teacher's reconstructions with
-        the images. `validation/images` is the number of images. If the encoder learns,
+        images. With the suffix `_to_teacher`, the metrics compare the student's reconstructions
+        with the teacher's reconstructions. With the suffix `_teacher`, the metrics compare the
+        teacher's reconstructions with the images. `validation/images` is the number of images. If
+        the encoder learns,
         `validation/latent_error` is the root mean square error between the student's and the
         teacher's latents, divided by the standard deviation of the teacher's latents.
     """

@@ -33,7 +33,8 @@ class Batch(NamedTuple):
 
     Attributes:
         z: latents as stored, (B, d, h, w), float32.
-        stds: posterior standard deviations of the latents, (B, d, h, w), or None.
+        stds: posterior standard deviations of the latents, (B, d, h, w). None if the folders hold
+            no standard deviations.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
         captions: caption of each image, "" for an image without a caption.
         numbers: index of each image in the table of all latents.
@@ -52,7 +53,7 @@ class LatentTable(ItemTable):
 
     Attributes:
         z: latents (n, d, h, w), in the data type that the shards have.
-        stds: posterior standard deviations, like `z`, or None.
+        stds: posterior standard deviations, with the shape of `z`. None if the shards hold none.
     """
 
     z: Tensor
@@ -99,7 +100,8 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
 
     Raises:
         UserError: a folder holds no latents or damaged latents, two folders differ in autoencoder,
-            shape, classes or moments, or the validation images are also training images.
+            shape or classes, only some folders hold standard deviations (moments), or the
+            validation images are also training images.
     """
     first, train, validation = open_split(
         LatentDataset,
@@ -132,7 +134,7 @@ def _normalization(
     """Return the normalisation that the option `normalization` chooses.
 
     `model` takes the normalisation of the autoencoder's diffusers pipelines. `channel` measures
-    the latents.
+    the mean and the standard deviation of each channel of the latents.
     """
     norm = content.normalization
     assert norm is not None  # every folder of latents has a normalisation

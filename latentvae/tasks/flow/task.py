@@ -255,7 +255,7 @@ class FlowTask(GeneratorTask):
         Args:
             batch: rows of a `LatentTable`.
             sample: whether to draw latents from the posterior, if the table has standard
-                deviations. If not, the latents are the posterior means.
+                deviations. If `sample` is false, the latents are the posterior means.
         """
         z = batch.z
         if sample and batch.stds is not None:
@@ -336,9 +336,10 @@ class FlowTask(GeneratorTask):
         return losses
 
     def _wrong(self, known: Tensor | list[str]) -> dict[str, Condition]:
-        """Return a wrong class or caption for each image.
+        """Return a dict with a wrong class or a wrong caption for each image.
 
-        The result is {} if there are fewer than two classes or captions.
+        The key is `wrong_class` or `wrong_text`. The result is {} if there are fewer than two
+        classes or captions.
         """
         if isinstance(known, Tensor):
             wrong = (known + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)

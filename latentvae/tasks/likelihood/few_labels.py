@@ -164,6 +164,8 @@ class ClassLoss:
     def draw(self, batch: Tensor) -> Tensor:
         """Draw images with a label by torch's global generator, and return their indices.
 
+        At most `LABELLED_IMAGES` images are drawn.
+
         Args:
             batch: indices of the images of the batch. If all images have a label, `draw` returns
                 `batch`.

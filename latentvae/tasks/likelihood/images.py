@@ -28,7 +28,7 @@ def read_all(
         source: the images.
         transform: transform that gives every image the same size.
         bad: object that collects the unreadable files, which are left out.
-        progress: label of a progress bar. None shows none.
+        progress: label of a progress bar. None shows no bar.
 
     Raises:
         UserError: no image can be read.
@@ -89,11 +89,11 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
 
 
 def perturbed(images: Tensor, *, rate: float) -> Tensor:
-    """Return images with random values replaced, to train the background model of anomaly scores.
+    """Return images with some values replaced, to train the background model of anomaly scores.
 
     The score is the ratio of an image's likelihoods under the model and under the background model
-    (arXiv:1906.02845, with rates of 0.1 to 0.3). Each value is replaced with probability `rate` by
-    a uniform 8-bit value. torch's global generator draws the values.
+    (arXiv:1906.02845, with rates of 0.1 to 0.3). With probability `rate`, each value is replaced by
+    a uniformly drawn 8-bit value. torch's global generator draws the values.
 
     Args:
         images: (B, C, H, W) in [-1, 1].

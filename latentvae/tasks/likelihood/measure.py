@@ -42,7 +42,7 @@ def measure_folder(
     json: Path | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Measure images, print the results, and write them as JSON.
+    """Measure the likelihood of images, print the results, and write the results as JSON.
 
     Args:
         model: folder of an exported network or of a finished run.
@@ -53,11 +53,11 @@ def measure_folder(
         binarize: how to make images binary, "static" or "threshold". None takes the value
             that is stored with the network.
         seed: seed of the latent samples and of the random binary pixels.
-        json: file for the results.
+        json: file for the results. None writes no file.
         device: device of the computation. None takes the GPU if there is one.
 
     Returns:
-        The content of the JSON file.
+        The results, as the JSON file holds them.
 
     Raises:
         UserError: an option is wrong, or the model or the images cannot be read.

@@ -353,7 +353,7 @@ class LikelihoodTask(ImageTask):
         return {"data/bad_images": len(self.bad)}
 
     def validation_batch(self, numbers: range) -> Tensor:
-        """Return validation images on the device."""
+        """Return the validation images with the indices `numbers`, on the device."""
         batch = Batch(
             self.validation_pixels[numbers.start : numbers.stop : numbers.step], Tensor(), []
         )

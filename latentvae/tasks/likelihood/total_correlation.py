@@ -1,5 +1,8 @@
 """Estimate the total correlation of latents, from the posteriors of a batch or by a discriminator.
 
+The total correlation is KL(q(z) || product of q(z_j)), where z_j are the units of the latents z.
+The total correlation is 0 if the units are independent.
+
 Symbols: `B` batch, `U` latent units.
 """
 

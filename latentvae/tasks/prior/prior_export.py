@@ -104,7 +104,7 @@ def export_prior(
     """Write the pipeline as a folder, and check that it loads with the same weights.
 
     Returns:
-        The validation bits per token at `update`, or None if there was no validation then.
+        The validation bits per token at `update`, or None without a validation at this update.
 
     Raises:
         RuntimeError: the loaded prior differs from the trained one.

@@ -273,7 +273,10 @@ class PriorTask(GeneratorTask):
         }
 
     def _bits(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the bits (B, T) of each token, given the right condition and a wrong one."""
+        """Return the bits (B, T) of the tokens, with the right condition and with a wrong one.
+
+        The bits of a token are -log2 of its predicted probability.
+        """
         indices, classes, text = self.moved(batch, self.data.validation)
         bits = {"right": token_bits(self.net, indices, classes, text)}
         if classes is not None and (count := self.net.config["num_classes"]) > 1:
