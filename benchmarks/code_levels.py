@@ -230,9 +230,9 @@ def measured(net: VQVAE2, photos: Tensor, maps: list[Tensor], *, codes: int) -> 
 class Predictor(nn.Module):
     """Predicts a code of the fine (bottom) level from its position and from other codes.
 
-    One input is the position within the 2 x 2 bottom codes of a top code. The arguments `top` and
-    `context` add codes of the coarse (top) level, and codes of the bottom level to the left and
-    above.
+    Each code of the coarse (top) level covers 2 x 2 bottom codes. One input is the position of the
+    predicted code among these 2 x 2 codes. The arguments `top` and `context` add top codes, and
+    bottom codes to the left and above.
 
     Args:
         codes: number of codes K.

@@ -69,7 +69,7 @@ class Options:
     """Which images to read, how to measure, and where to write the results."""
 
     data: str = "samples"
-    """Folder of photos to make the JPEGs from. `samples` means 16 photos that come with
+    """Folder of photos to make the JPEGs from. `samples` means 12 photos that come with
     scikit-image, scikit-learn and matplotlib."""
 
     json: Path | None = None

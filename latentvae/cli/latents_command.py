@@ -36,7 +36,7 @@ class Latents:
 
     data: str
     """Your images: a folder of images, of tar files or of tables (parquet, arrow), or a single tar
-    file or table. You may also give `samples` (16 photos of scikit-image, scikit-learn and
+    file or table. You may also give `samples` (12 photos of scikit-image, scikit-learn and
     matplotlib), or owner/name of a data set on the Hub."""
 
     out: Path

