@@ -410,7 +410,7 @@ def kinds(schema: Any) -> dict[str, type[Section]]:
 
 
 def option_names(schema: Any) -> list[str]:
-    """Return the names, without section, of all options of all classes that a preset can choose."""
+    """Return the names, without section, of all options, also of those that few presets have."""
     names: dict[str, None] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         for name, info in schema.model_fields.items():

@@ -406,7 +406,7 @@ def table_folder(name: str) -> Path | None:
 def _check_place(path: str, name: str) -> None:
     """Check that a cell names a file on this machine, the web or the Hub, perhaps in a zip file.
 
-    Other file systems of fsspec could start programs, log in to servers or fill in templates.
+    fsspec also knows file systems that start programs or log in to servers. They are refused.
 
     Raises:
         UnreadableImage: the cell names a file on another file system, or a pipe. Reading a pipe

@@ -47,8 +47,8 @@ class LatentsConfig(Section):
         default=None,
         description=(
             "Autoencoder that made the latents. Training needs this autoencoder to decode sample "
-            "pictures, and the exported model contains it. By default, training uses the "
-            "autoencoder that the file manifest.json in the latents' folder names."
+            "pictures, and the exported model contains it. By default, this is the "
+            "autoencoder whose name is in the file manifest.json of the latents."
         ),
     )
     normalization: Literal["model", "channel"] = Field(
