@@ -51,7 +51,8 @@ SLOW_TEST_ROWS = 20_000  # test rows of KDDCUP for these detectors, and for `pyo
 class Data:
     """A labelled table: its file, and the share of rows to flag as anomalies.
 
-    If the share is None, it is the share of anomalies in the table.
+    With None, the share of anomalies in the table is used. `components` is the number of components
+    of the detector `plain_gmm`.
     """
 
     file: str
@@ -110,9 +111,10 @@ class Options:
 
 
 def dagmm(name: str, seed: int, full: bool = False, **changes: Any) -> DAGMM:
-    """Return a DAGMM of several networks, with the paper's options for the table `name`.
+    """Return a DAGMM of several networks, with the `PAPER_OPTIONS` for the table `name`.
 
-    Unless `full` is true, the training is shorter than in the paper.
+    Tables that are not in the paper get the options of Thyroid. Unless `full` is true, the training
+    is shorter than in the paper.
     """
     options = PAPER_OPTIONS[LIKE.get(name, name)] | ({} if full else SHORTER[name]) | changes
     return DAGMM(**options, num_networks=NETWORKS, constant_columns="keep", random_state=seed)
@@ -140,7 +142,7 @@ def density(kind: str) -> Callable[..., Any]:
 
 
 class Plain:
-    """A detector of another package. Rows are standardised or, as for DAGMM, scaled to [0, 1]."""
+    """A detector of another package. Its rows are standardised, or scaled to [0, 1]."""
 
     def __init__(self, detector: Any, scaler: Any) -> None:
         self.detector, self.scaler = detector, scaler

@@ -2,10 +2,11 @@
 
     python benchmarks/code_levels.py --data photos --validation_data unseen --json out.json
 
-For each seed, the script trains `vqvae2_small` with two levels and with one level, with several
-numbers of codes. Each of these trainings is called an arm. All arms have the same channel widths,
-images, order of images and number of updates, and L2 as their only pixel loss. The networks learn
-from random crops of photos. The script measures, on complete unseen photos:
+For each seed, the script trains `vqvae2_small` with two levels and with one level, once for each
+number of codes in the options. Each of these trainings is called an arm. All arms have the same
+channel widths (at equal resolution), images, order of images and number of updates, and L2 as their
+only pixel loss. The networks learn from random crops of photos. The script measures, on complete
+unseen photos:
 
 - the mean squared error of 8-bit reconstructions, for pixels in [-1, 1]
 - true bits per image: the size of real files (`coding.token_codec`)

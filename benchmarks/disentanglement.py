@@ -2,9 +2,9 @@
 
     python benchmarks/disentanglement.py --out runs --updates 5000 --json out.json
 
-For each seed, the script trains the preset `beta_sprites` with several weights of the KL, and the
-preset `factor_sprites` with several weights of the total correlation. The script measures these
-values on sprites whose factors are chosen at random:
+For each seed, the script trains the preset `beta_sprites` with each weight of the KL in `--betas`,
+and the preset `factor_sprites` with each weight of the total correlation in `--gammas`. The script
+measures these values on sprites whose factors are chosen at random:
 
 - the reconstruction error (negative log-likelihood in nats) and the KL
 - the total correlation, estimated from 400 codes and 100,000 posteriors (see

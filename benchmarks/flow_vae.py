@@ -8,11 +8,13 @@ models (arms) are:
 - "plain": the standard normal prior
 - "flow": a learned prior (a normalising flow), as with the option `--posterior_flow`
 - "flow, fixed variance": a learned prior, and a fixed variance of the posterior, as with
-  `--posterior_logvar`
+  `--posterior_logvar`. This arm is not trained by default.
 
-All compared models have the same initial weights, images, order of images, noise and number of
-updates. The loss is the mean squared error plus the weighted KL, as in
-`latentvae.losses.objective`. The script measures these values on unseen photos:
+All compared models have the same images, order of images, noise and number of updates. "plain" and
+"flow" also have the same initial weights. "flow, fixed variance" has other initial weights of the
+decoder, because the decoder is first fitted to latents with this variance. The loss is the mean
+squared error plus the weighted KL, as in `latentvae.losses.objective`. The script measures these
+values on unseen photos:
 
 - the PSNR of 8-bit reconstructions, from posterior samples and from the posterior's mean. The PSNR
   is computed from the mean squared error over all photos.
@@ -147,7 +149,7 @@ class Options:
 
 
 def train(images: Tensor, options: Options, *, arm: str, kl_weight: float, seed: int) -> Any:
-    """Train a network. Return its wrapper, which also computes the KL, in eval mode."""
+    """Train a network. Return its wrapper in eval mode. The wrapper also computes the KL."""
     # network, and its linear start
     torch.manual_seed(seed)
     model = options.model(arm)
@@ -214,7 +216,10 @@ def measured(wrapper: Any, images: Tensor, *, samples: int) -> dict[str, float]:
 def run_arm(
     images: Tensor, unseen: Tensor, options: Options, *, arm: str, kl_weight: float, seed: int
 ) -> dict[str, Any]:
-    """Train one model at one weight of the KL, and return its measurements on unseen photos."""
+    """Train one model at one weight of the KL, and return its measurements on unseen photos.
+
+    The result also has the KL on training photos and the CPU seconds of the training.
+    """
     start = time.process_time()
     wrapper = train(images, options, arm=arm, kl_weight=kl_weight, seed=seed)
     seconds = time.process_time() - start

@@ -161,7 +161,7 @@ class Classes:
     def _trained(self, label: int, perturb_rate: float) -> Path:
         """Train a VAE without the images of one class. Return the folder of the run.
 
-        A run that exists is not repeated.
+        A finished run is not repeated.
         """
         folder = self.out / f"without-{label}{'-perturbed' if perturb_rate else ''}"
         if find_likelihood_export(folder) is not None:
@@ -214,7 +214,7 @@ def scores_of(
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """Return anomaly scores (N,) in nats for each likelihood correction, and the images' indices.
 
-    Unreadable images have no score and no index.
+    An index is a position among the chosen images. Unreadable images have no score and no index.
     """
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f

@@ -4,15 +4,16 @@
         --validation_data unseen --minutes 15 --seeds 0 1 --json learning.json
 
 A recipe is a preset, your own YAML file, a file in benchmarks/recipes, or `reference` (the plain
-script, reference.py). A YAML file may name the preset that it changes: `preset: kl_small`.
+script, reference.py). If a YAML file has a line such as `preset: kl_small`, the file's values
+replace those of this preset.
 
 First, the script measures each recipe's start (the seconds before the first update) and its seconds
 per update, before and after the start of the discriminator. The machine should be idle during this
 phase. From these times, the script computes how many updates fit into the given time. The script
 then trains every recipe with every seed, for this number of updates. The number of updates is
-fixed, so the machine may do other work during the trainings. The script measures the weights at
-several points of each training, on unseen images. If the recipe uses EMA, the averaged weights are
-measured.
+fixed, so other work on the machine does not shorten these trainings. The script measures the
+weights at several points of each training, on unseen images. If the recipe uses EMA, the averaged
+weights are measured.
 
 The script writes the JSON file and, in the same folder, a plot (learning.png). If you run the same
 command again, the script keeps finished measurements and trainings. The script continues
@@ -131,7 +132,7 @@ class Speed:
         )
 
     def minutes_of(self, updates: int, recipe: "Recipe", *, total: int) -> float:
-        """Return the minutes that the first `updates` of `total` updates of a training take."""
+        """Return the minutes that the start and the first `updates` of `total` updates take."""
         later = max(updates - recipe.discriminator_start(total), 0)
         cost = self.update if self.with_discriminator is None else self.with_discriminator
         return (self.start + (updates - later) * self.update + later * cost) / 60
@@ -160,7 +161,10 @@ class Recipe:
         return parse(self.values | {"run": run}, source=f"recipe {self.name}")
 
     def discriminator_start(self, updates: int) -> int:
-        """Return the first update in which the discriminator learns, at most `updates`."""
+        """Return the first update in which the discriminator learns.
+
+        If the discriminator never learns, return `updates`.
+        """
         if self.values is None:
             return updates
         config = self.config(updates)
@@ -289,7 +293,7 @@ class Trainings:
         return folder
 
     def points(self, updates: int) -> list[int]:
-        """Return the updates at which the weights are saved, for a run of `updates` updates."""
+        """Return the updates whose weights are measured, for a run of `updates` updates."""
         step = max(1, updates // self.options.points)
         return [*range(step, updates - step // 2, step), updates]
 
@@ -344,7 +348,7 @@ def _check(process: Any, log: Path) -> None:
 
 
 class Measurements:
-    """Measures networks on the unseen images: PSNR, SSIM and LPIPS (alex) of reconstructions."""
+    """Measures networks on unseen images: PSNR, SSIM and LPIPS (alex, vgg) of reconstructions."""
 
     def __init__(self, options: Options, trainings: Trainings) -> None:
         self.options, self.trainings = options, trainings
@@ -353,9 +357,9 @@ class Measurements:
     def curve(
         self, recipe: Recipe, folder: Path, updates: int, *, seed: int
     ) -> list[dict[str, float]]:
-        """Return the metrics of a run's weights at each saved update.
+        """Return the metrics of a run's weights at each update of `Trainings.points`.
 
-        Keep the metrics in a file.
+        The file curve.json keeps the metrics, so that a later command does not measure them again.
         """
         path = folder / "curve.json"
         saved = json.loads(path.read_text()) if path.exists() else {}

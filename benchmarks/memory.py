@@ -93,8 +93,7 @@ class Peak:
     Attributes:
         batch_size: number of images per process in one forward pass.
         gib: peak memory in GiB.
-        fixed_gib: GiB in use before the forward pass: weights, their average and the optimizers'
-            state.
+        fixed_gib: GiB in use between updates: weights, their average and the optimizers' state.
     """
 
     preset: str

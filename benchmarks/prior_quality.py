@@ -101,6 +101,7 @@ class Images:
 
     Attributes:
         vgg, codes, classes: VGG16 features (N, 512), tokenizer's features (N, D h w), classes (N,).
+            A latent of the tokenizer has D channels and h w positions.
     """
 
     vgg: Tensor

@@ -37,7 +37,7 @@ class Kind:
             update choose this code.
         start_alike: function that copies the initial codes of our quantiser to that of
             vector-quantize-pytorch. The default function does nothing, because k-means sets the
-            initial codes.
+            initial codes, or the codes are fixed.
     """
 
     ours: dict[str, Any]
@@ -108,7 +108,7 @@ KINDS: dict[Name, Kind] = {
 class Theirs(Quantizer):
     """Wraps a quantiser of vector-quantize-pytorch in the interface of our quantisers.
 
-    The forward pass of the wrapped quantiser also updates its codes.
+    In training mode, the forward pass of the wrapped quantiser also updates its codes.
     """
 
     def __init__(self, module: nn.Module, like: Quantizer) -> None:

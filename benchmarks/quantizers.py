@@ -12,9 +12,9 @@ compared:
 - the formulas of taming-transformers' VectorQuantizer2, which expand the squared distance
 - vector-quantize-pytorch's `VectorQuantize`
 
-First, the script counts the vectors for which this package and another choose the same code. If the
-two chosen codes of a vector differ, the script checks that they are almost equally near to the
-vector: their squared distances in float64 differ by at most a factor of 1 + 1e-5. Then the
+The script counts the vectors for which this package and another package choose the same code. If
+the two chosen codes of a vector differ, the script checks whether they are almost equally near to
+the vector: their squared distances in float64 differ by at most a factor of 1 + 1e-5. The
 quantisers are timed alternately. Peak memory is the rise of the resident memory of a new process
 during one call of a quantiser.
 """
@@ -157,7 +157,7 @@ def peak_in_a_fresh_process(size: str, name: str, *, threads: int) -> int:
 
 
 def times(quantisers: dict[str, Quantise], features: Tensor, runs: int) -> dict[str, list[float]]:
-    """Return for each quantiser the seconds of all its runs. The quantisers run alternately."""
+    """Return for each quantiser the seconds of its timed runs. The quantisers run alternately."""
     seconds: dict[str, list[float]] = {name: [] for name in quantisers}
     for run in range(runs + 1):
         for name, quantise in quantisers.items():
@@ -182,7 +182,10 @@ def agreement(found: Tensor, reference: Tensor, size: str) -> tuple[float, bool]
 
 
 def measure(size: str, options: Options) -> Iterator[dict[str, Any]]:
-    """Yield two rows for each quantiser of another package: one of time, one of peak memory."""
+    """Yield two rows for each quantiser of another package: one of time, one of peak memory.
+
+    Quantisers that need more memory than is free are left out.
+    """
     # quantisers that fit into memory
     features, codebook, l2 = inputs(size)
     full = 4 * VECTORS * len(codebook)

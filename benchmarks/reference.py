@@ -1,13 +1,16 @@
 """Train a KL autoencoder as a widely copied script does, but without the script's faults.
 
 The script is examples/research_projects/autoencoderkl/train_autoencoderkl.py of
-huggingface/diffusers at 58eb52c. This benchmark has the same losses, defaults and order of
-computation as that script:
+huggingface/diffusers at 58eb52c. This benchmark has the same losses and order of computation as
+that script:
 
 - The loss is (squared error + 0.5 LPIPS (VGG)), summed over pixels, plus 1e-6 times the KL.
 - Gradients are clipped to norm 1. AdamW has weight decay 0.01. All computation is in float32.
 - Images are centre-cropped, without augmentation.
 - In every update, the losses for the progress bar are copied from the device to the CPU.
+
+The network, the resolution and the batch size are those of the preset `kl_small`. The learning rate
+and its schedule are not the defaults of diffusers' script.
 
 The discriminator of diffusers' script starts at update 50,001. This benchmark has no discriminator.
 The benchmark corrects these faults of diffusers' script:
@@ -121,7 +124,8 @@ def train_reference(
 ) -> Iterator[float]:
     """Train ``net`` in place. After each update, yield the seconds that this update took.
 
-    The learning rate follows a cosine schedule over ``updates`` updates.
+    The learning rate rises for ``warmup`` updates. Then the learning rate falls along a cosine
+    until update ``updates``.
     """
     # data, optimiser and schedule
     torch.manual_seed(seed)

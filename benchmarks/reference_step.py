@@ -31,7 +31,8 @@ so that all references compute the same gradient. All references have the follow
 
 - LPIPS, computed by the forward pass of the package `lpips`
 - the same discriminator (with GroupNorm instead of BatchNorm), and no dropout
-- torch's default AdamW, diffusers' default `EMAModel`, clipping to norm 1, and float32
+- torch's default AdamW, diffusers' default `EMAModel`, clipping to norm 1, and float32 (bfloat16
+  autocast only with the argument `autocast`)
 
 Each reference copies as many logged values to the CPU as its script. Losses are sums over pixels in
 diffusers' script, and means over pixels in taming's script. `ReferenceStep.scale` is the ratio of a
@@ -165,7 +166,8 @@ class ReferenceStep:
         The added gradient is `scale` times the gradient of this project's update.
 
         Returns:
-            The losses that the script logs, divided by `scale`.
+            The losses and the adaptive weight that the script logs, at the scale of this project's
+            losses.
         """
         scale = self.scale(images)
         with (

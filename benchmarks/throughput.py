@@ -87,7 +87,7 @@ class Options:
 
 
 def checked(options: Options) -> Options:
-    """Return the options, with the defaults of `quick` and `ways` filled in.
+    """Return the options with the changes that `quick` makes, and with the default of `ways`.
 
     Raises:
         UserError: `ways` contains an unknown name.

@@ -284,7 +284,7 @@ class Comparison:
         self.unseen = _loaded(options.validation_data, "validation", options.resolution)
 
     def run(self) -> None:
-        """Measure the speed of all trainings, and run those without results in the JSON file."""
+        """Measure all speeds and make all trainings that have no results in the JSON file yet."""
         for name in self.options.quantizers:
             self._measure_speed(name)
             for seed in self.options.seeds:

@@ -9,10 +9,13 @@ project.
 
 First, the losses and gradients of this project and of each reference are compared, to show that
 they are equal. This project and the references start with equal weights and equal posterior noise,
-and compute the discriminator's gradients from the same reconstruction. `equal_within` is the
-largest relative difference of all losses and gradients. The relative difference of gradients is the
-norm of (our gradient - reference's gradient), divided by the norm of the reference's gradient. The
-difference of the adversarial loss is absolute, because this loss is a mean of logits near 0.
+and compute the discriminator's gradients from the same reconstruction. For this comparison, the
+references have this project's layers. A second comparison shows how much these layers differ from
+those of torch and diffusers (`layers_difference`). `equal_within` is the largest relative
+difference of all losses, of all gradients, and of the second comparison. The relative difference of
+gradients is the norm of (our gradient - reference's gradient), divided by the norm of the
+reference's gradient. The difference of the adversarial loss is absolute, because this loss is a
+mean of logits near 0.
 
 Then this project and a reference make updates alternately, each in its own process, as in real
 training. This project's updates are the functions that `train` calls, with all logging and with the

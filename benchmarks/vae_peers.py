@@ -8,8 +8,9 @@ on the same images.
 
 - The script copies our weights into pythae's network, and compares the mean likelihood bounds of
   both packages for the same images. Each mean has a standard error, because the two packages draw
-  different latents. For the IWAE, the compared value is the weighted mean of ln w (w: importance
-  weight), which pythae reports. This weighted mean is above the importance-weighted bound.
+  different latents. For the IWAE, pythae reports the mean of ln w weighted by w, where w is the
+  importance weight of a sample. The script compares this weighted mean, which is above the
+  importance-weighted bound.
 - The script times updates of both packages alternately, in rounds. The script reports the median,
   minimum and maximum ratio of pythae's time to our time. An update is a forward pass, a backward
   pass and a step of Adam. The time to make the batch does not count.

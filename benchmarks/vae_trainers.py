@@ -259,7 +259,8 @@ def ours_of(model: Any) -> VectorVAE:
 def seconds_to(curve: Sequence[tuple[float, float]], bound: float) -> float | None:
     """Return the CPU seconds until the bound is reached, or None if it is never reached.
 
-    The seconds are interpolated between two epochs.
+    The seconds are interpolated between two epochs. If the first epoch reaches the bound, the
+    function returns the seconds of this epoch.
     """
     for (early, above), (late, nats) in pairwise([(0.0, math.inf), *curve]):
         if nats <= bound:

@@ -1,6 +1,6 @@
-"""Detect anomalies in tables and images, with the outlier interface of scikit-learn.
+"""Detect anomalies in tables, with the outlier interface of scikit-learn, and in images.
 
-detector = DAGMM().fit(clean)
+detector = DAGMM().fit(clean)  # clean: rows without anomalies
 detector.score_samples(new)  # larger means more normal
 detector.predict(new)  # 1 for normal rows, -1 for anomalies
 """

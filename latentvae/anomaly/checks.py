@@ -1,4 +1,4 @@
-"""Check the rows and the options of a detector. Each error is one sentence."""
+"""Check the rows and the options of a detector."""
 
 import warnings
 from typing import Any
@@ -20,8 +20,8 @@ def checked_rows(detector: Any, rows: Any, *, reset: bool, minimum: int = 1) -> 
         minimum: smallest number of rows.
 
     Raises:
-        ValueError: a value is text, NaN or infinite, the number of columns is wrong, or there are
-            too few rows.
+        ValueError: a value is text, NaN or infinite, the number or the names of the columns are
+            wrong, or there are too few rows.
     """
     try:
         checked: Any = validate_data(

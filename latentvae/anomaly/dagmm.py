@@ -81,14 +81,14 @@ class DAGMM(Detector):
         dropout: share of the hidden units of the estimation network that training drops.
         energy_weight: weight of the mean energy in the loss (lambda 1 of the paper). The energy is
             the -log of the joint density of a row's latent and two features of its reconstruction.
-        diagonal_weight: weight in the loss of the sum of the mixture's inverse variances (lambda 2
+        diagonal_weight: weight of the sum of the mixture's inverse variances in the loss (lambda 2
             of the paper).
         variance_floor: variance added to each diagonal element of the mixture's covariances.
         epochs: number of passes over the training rows.
         batch_size: largest number of rows in an update.
         learning_rate: learning rate of Adam.
-        schedule: "constant" (the paper) or "cosine". With "cosine", the learning rate falls to 0,
-            and the result depends less on the seed.
+        schedule: "constant" (as in the paper) or "cosine". With "cosine", the learning rate falls
+            to 0, and the result depends less on the seed.
         num_networks: number of networks that are trained from different random weights. The
             anomaly score of a row is the mean of its energies under all networks. The paper's DAGMM
             has 1 network. With 8 networks, the result depends less on the seed, and training takes
@@ -97,7 +97,7 @@ class DAGMM(Detector):
             "minmax" ([0, 1]) or "none".
         constant_columns: "error" rejects columns with only one value in the training rows, and
             "keep" allows them.
-        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        false_alarm_rate: allowed share of clean (normal) rows that are flagged as anomalies.
         random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:

@@ -74,8 +74,8 @@ class Detector(OutlierMixin, BaseEstimator):
 
         Args:
             X: rows without anomalies that were not used in `fit`, (N, F).
-            false_alarm_rate: share of clean rows that may be flagged as anomalies. With None, the
-                detector's option `false_alarm_rate` is used.
+            false_alarm_rate: allowed share of clean rows that are flagged as anomalies. With None,
+                the detector's option `false_alarm_rate` is used.
         """
         rate = self.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         check_range("false_alarm_rate", rate, low=0, high=0.5, open_low=True)
@@ -89,7 +89,7 @@ class Detector(OutlierMixin, BaseEstimator):
         return -self._anomaly_scores(self._checked(X))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Return `score_samples` minus the threshold, (N,). Negative rows are anomalies."""
+        """Return `score_samples` minus the threshold, (N,). Negative values mean anomalies."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:

@@ -180,9 +180,9 @@ class Positions:
 
     Clean latents are those of images without anomalies.
 
-    The latent of a position is concatenated with the latents of its eight neighbours. The score of
-    an image is its largest distance, after each distance is averaged with those of the neighbouring
-    positions.
+    The latent of a position is concatenated with the latents of its eight neighbours. The distance
+    of such a vector is divided by the square root of its length 9 d. The score of an image is its
+    largest distance, after each distance is averaged with those of the neighbouring positions.
 
     Args:
         floor: number added to each variance of the latents, as a share of the mean variance.
@@ -203,7 +203,7 @@ class Positions:
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return each image's largest distance as its score, and the map of all distances."""
+        """Return each image's largest averaged distance (the score), and a map of the distances."""
         vectors = neighbourhoods(model.encode(images).float().cpu()).double()
         if vectors.shape[1:] != self.means.shape:
             raise UserError(
@@ -335,7 +335,11 @@ class Likelihood:
 
 
 def images_of(model: Autoencoder) -> ImagesOfModel:
-    """Return the format of images that a model with a likelihood expects, such as binary pixels."""
+    """Return the format of images that a model expects, such as binary pixels.
+
+    Only exported models with a likelihood say their format. For all other models, the format has
+    the defaults of `ImagesOfModel`.
+    """
     folder = find_likelihood_export(Path(model.path)) if model.path else None
     return ImagesOfModel() if folder is None else read_images_file(folder)
 

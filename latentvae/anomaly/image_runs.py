@@ -88,15 +88,15 @@ def fit_images(
     Args:
         data: folder of clean images (images without anomalies).
         out: folder for the detector.
-        model: folder or Hub id of an autoencoder. The detector stores only the name of the
-            autoencoder, not the weights.
+        model: folder or Hub id of an autoencoder. The detector stores this name and a hash of the
+            weights, but not the weights.
         method: name of the scoring method, a key of `image_methods.METHODS`.
         resolution: side in pixels. By default, the side is the model's image size if the model
             supports only one size, else 128.
         options: options of the method. The option `seed` also decides which images are held out.
         held_out_share: share of the clean images that are used only for the threshold. A method
             that learns nothing uses all clean images for the threshold.
-        false_alarm_rate: share of clean images that may be flagged as anomalies.
+        false_alarm_rate: allowed share of clean images that are flagged as anomalies.
 
     Raises:
         UserError: the images, the model or an option is wrong.
@@ -164,8 +164,8 @@ def score_images(
         folder: folder that `fit_images` wrote.
         data: folder of images.
         out: folder for the pictures.
-        normal_folder: name of the folder directly in `data` that holds the normal images. The
-            images of all other folders are anomalies. Give None if you do not know which images are
+        normal_folder: name of the folder directly in `data` that holds the normal images. All
+            other images in `data` are anomalies. Give None if you do not know which images are
             normal.
         num_pictures: number of images in the picture of the most anomalous images.
         heat_maps: whether to write the heat map of every image too.

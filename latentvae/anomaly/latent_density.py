@@ -56,7 +56,7 @@ class MixtureDensity:
 
 
 class NeighbourDensity:
-    """Scores rows by their mean distance to the nearest training rows."""
+    """Scores rows by their mean distance to the `num_neighbours` nearest training rows."""
 
     def __init__(self, rows: np.ndarray, num_neighbours: int) -> None:
         self.rows, self.num_neighbours = rows, num_neighbours
@@ -103,13 +103,13 @@ class LatentDensity(Detector):
             "knn" scores rows by their mean distance to the nearest training rows.
         num_components: number of components of "gmm".
         variance_floor: variance added to each diagonal element of the covariances of "gmm", in
-            units of the scaled columns.
+            squared units of the scaled columns.
         num_neighbours: number of neighbours of "knn".
         scaling: how columns are scaled, by the training rows: "standard" (mean 0, variance 1),
             "minmax" ([0, 1]) or "none".
         constant_columns: "error" rejects columns with only one value in the training rows, and
             "keep" allows them.
-        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        false_alarm_rate: allowed share of clean (normal) rows that are flagged as anomalies.
         random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:

@@ -37,8 +37,8 @@ class Results:
     def summary(self) -> dict[str, int | float]:
         """Return the numbers of all items and of flagged items, the threshold, and measures.
 
-        The measures `auroc`, `average_precision` and `f1` need labels. `auroc` and
-        `average_precision` do not depend on the threshold, but `f1` does.
+        The measures `auroc`, `average_precision` and `f1` are returned only with labels. `auroc`
+        and `average_precision` do not depend on the threshold, but `f1` does.
         """
         found: dict[str, int | float] = {
             "items": len(self.scores),

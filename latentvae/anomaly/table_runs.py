@@ -46,11 +46,12 @@ def fit_table(
         data: file with a table of clean rows.
         out: folder for the detector.
         method: "dagmm", "vae" or "latent_density".
-        options: options of the detector's class.
+        options: options of the detector's class, except `constant_columns`, `false_alarm_rate` and
+            `random_state`, which this function sets.
         labels: name of the column with 0 (normal) and 1 (anomaly). Rows with 1 are left out.
         drop: columns that are not used.
         held_out_share: share of the clean rows that are used only for the threshold.
-        false_alarm_rate: share of clean rows that may be flagged as anomalies.
+        false_alarm_rate: allowed share of clean rows that are flagged as anomalies.
         seed: seed of the choice of held-out rows and of the training.
 
     Raises:

@@ -32,14 +32,17 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Return the table in a file.
 
     Columns of .npy and .npz files are named x0, x1 and so on. In an .npz file, the rows are the
-    array `X`, or the only array with two axes. Each array with one axis and one value per row
-    becomes one more column, with the array's name, such as `y`.
+    array `X` with two axes. Without such an array, the rows are the only array with two axes. Each
+    array with one axis and one value per row becomes one more column, with the array's name, such
+    as `y`.
 
     Args:
         path: a .csv, .parquet, .npz or .npy file.
 
     Raises:
-        UserError: there is no such file, it holds no table, or two columns have the same name.
+        UserError: there is no such file, it holds no table or no rows, or two columns have the same
+            name. In a .csv file, equal names are no error: pandas renames the second column `a` to
+            `a.1`.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in SUFFIXES:
@@ -104,7 +107,7 @@ def without(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """Return a table without the given columns.
 
     Raises:
-        UserError: the table has no column with such a name.
+        UserError: one of the given columns is not in the table.
     """
     columns = list(columns)
     for name in columns:
@@ -134,11 +137,11 @@ def labels_of(table: pd.DataFrame, column: str) -> np.ndarray:
 
 
 class TableEncoder(TransformerMixin, BaseEstimator):
-    """Turn a table into rows of numbers, with one-hot columns for text and categories.
+    """Turn a table into rows of numbers. A column without numbers becomes one-hot columns.
 
     Args:
         max_categories: largest number of different values of a column of text. A column with more
-            values is an error, because such a column probably holds names or dates.
+            different values is an error, because such a column probably holds names or dates.
 
     Attributes:
         numbers_: names of the columns of numbers.
@@ -151,14 +154,14 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         self.max_categories = max_categories
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Store the columns of a table and the values of its text columns.
+        """Store the names of a table's columns, and the values of the columns without numbers.
 
         Args:
             X: pandas table, or an array of numbers (N, F).
             y: ignored.
 
         Raises:
-            UserError: a column has too many different values, or missing values.
+            UserError: a column has too many different values, or missing or infinite values.
         """
         table = _as_table(X)
         _check_complete(table)
@@ -199,7 +202,7 @@ class TableEncoder(TransformerMixin, BaseEstimator):
         """Return rows of numbers, float64 (N, F).
 
         Raises:
-            UserError: a column is missing, or a value is missing or of the wrong type.
+            UserError: a column is missing, or a value is missing, infinite or of the wrong type.
         """
         check_is_fitted(self, "names_")
         table = _as_table(X)

@@ -61,7 +61,8 @@ class VAEDetector(Detector):
             deviations for each row, as An and Cho do. Unusual rows may then get large standard
             deviations, so that their scores look normal.
         criterion: the score, "reconstruction_probability", "elbo" or "importance". You can change
-            this option after `fit`.
+            this option after `fit`. Then call `calibrate`, because the threshold is still that of
+            the earlier score.
         num_samples: number L of samples of z for the score of a row.
         epochs: number of passes over the training rows.
         batch_size: largest number of rows in an update.
@@ -70,7 +71,7 @@ class VAEDetector(Detector):
             "minmax" ([0, 1]) or "none".
         constant_columns: "error" rejects columns with only one value in the training rows, and
             "keep" allows them.
-        false_alarm_rate: share of clean (normal) rows that the threshold may flag as anomalies.
+        false_alarm_rate: allowed share of clean (normal) rows that are flagged as anomalies.
         random_state: seed, NumPy RandomState, or None for a new seed in each `fit`.
 
     Attributes:

@@ -24,7 +24,7 @@ def pack(magic: bytes, numbers: Sequence[int], coder: Any) -> bytes:
 
     Args:
         magic: the first 4 bytes of the file. The 4th byte is the version of the format.
-        numbers: the header numbers: at most 255 whole numbers, each at least 0.
+        numbers: the header numbers: at most 255 whole numbers, each from 0 to 2**35 - 1.
         coder: the range encoder.
     """
     head = bytes([len(numbers)]) + b"".join(map(_varint, numbers))

@@ -9,8 +9,9 @@
 Each channel of a latent has its own quantiser with a constant step. The quantiser is centred at the
 median or mean of the prior (the channel's location). A range coder codes the resulting integers,
 called symbols, with a Laplace or Gaussian distribution of the prior's scale (constriction, Bamler
-2022, https://arxiv.org/abs/2201.01741). The steps divide the error among the channels as reverse
-water-filling does (Cover and Thomas 2006, section 10.3.3), weighted by the decoder's Jacobian.
+2022, https://arxiv.org/abs/2201.01741). The steps are chosen so that the rounding of each channel
+causes the same squared error in the image, as in reverse water-filling (Cover and Thomas 2006,
+section 10.3.3). The decoder's Jacobian gives the error in the image.
 
     file = magic and version (4 bytes) | crc32 (4) | count (1) | varints: d, h, w, smallest step,
            and lowest value and span of six fields of integers | words of the range coder:
@@ -123,10 +124,10 @@ def channel_gains(
 ) -> Tensor:
     """Return the squared image error per squared latent error, for each of d channels, (d,).
 
-    The result is the diagonal of J^T J, averaged over positions, where J is the decoder's Jacobian
-    at `z`. The diagonal is estimated with vectors v of random signs, because the mean of
-    (J^T v)_i^2 is the sum over outputs j of J_ji^2 (Hutchinson 1989). The result is float64 on the
-    CPU.
+    The result is the diagonal of J^T J, averaged over latents and positions, where J is the
+    decoder's Jacobian at `z`. The diagonal is estimated with vectors v of random signs, because the
+    mean of (J^T v)_i^2 is the sum over outputs j of J_ji^2 (Hutchinson 1989). The result is float64
+    on the CPU.
 
     Args:
         decode: a differentiable decoder, (B, d, h, w) -> (B, 3, H, W) in [-1, 1]. Its weights may
@@ -187,7 +188,8 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
 
     Raises:
         ValueError: the latents are not finite, or the shapes or quantisation steps are wrong.
-        UserError: the latent is too large, or a step is so small that symbols exceed 2**19.
+        UserError: the latent is too large, or a step is so small that symbols exceed 2**19 or the
+            integer of a location exceeds 2**22.
     """
     _check_latent(z, prior, steps)
 
@@ -381,7 +383,7 @@ def _require_finite(z: Tensor) -> None:
 
 
 def _require_coarse(codes: Floats, limit: int) -> None:
-    """Raise UserError if a quantiser step is so small that its integers exceed the limit."""
+    """Raise UserError if a channel's step is so small that one of its `codes` exceeds `limit`."""
     peaks = np.abs(codes).reshape(len(codes), -1).max(axis=1)
     if peaks.max() > limit:
         channel = int(peaks.argmax())

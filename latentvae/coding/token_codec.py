@@ -12,8 +12,8 @@ under a symmetric Dirichlet prior (Krichevsky and Trofimov 1981 for a = 1/2,
 https://doi.org/10.1109/TIT.1981.1056331). The encoder tries each value of a from a short list, and
 also a uniform distribution, and takes the choice with the fewest bits for this image. A uniform
 distribution may be best for few tokens and many codes. Counts are updated after each block of
-tokens. The length of a block is an eighth of the number of tokens before the block. So the time for
-n tokens and K codes grows as K log n, not as K n.
+tokens. The length of a block is an eighth of the number of tokens before the block. So the time to
+compute probabilities for all n tokens of an image grows as K log n, not as K n.
 
 `K` codes, `n` tokens.
 """
@@ -47,7 +47,7 @@ def encode_tokens(indices: NDArray[np.integer], *, num_codes: int) -> bytes:
 
     Raises:
         ValueError: the indices have a wrong shape or type, or are out of range.
-        UserError: there are too many codes or tokens.
+        UserError: `num_codes` is not 1 to 2**20, or there are more than 2**24 tokens.
     """
     _check_tokens(indices, num_codes)
     tokens = indices.reshape(-1).astype(np.int64)
@@ -86,7 +86,8 @@ def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> b
         num_codes: number of codes of each level, at most 2**20.
 
     Raises:
-        ValueError, UserError: see `encode_tokens`.
+        ValueError: there are not 1 to 8 levels, or the indices of a level are wrong.
+        UserError: see `encode_tokens`.
     """
     if not 1 <= len(levels) <= MAX_LEVELS or any(level.ndim != 2 for level in levels):
         shapes = [level.shape for level in levels]
@@ -166,7 +167,7 @@ def _check_tokens(indices: NDArray[np.integer], num_codes: int) -> None:
 
 
 class _Model:
-    """Counts the codes seen so far, and gives their probabilities for the next block."""
+    """Counts the codes seen so far, and gives the probabilities of all codes for the next block."""
 
     def __init__(self, num_codes: int, choice: int) -> None:
         self._concentration = CONCENTRATIONS[choice - 1] if choice else None

@@ -63,8 +63,8 @@ def checked_labels(
             those in `labels`.
 
     Raises:
-        UserError: a label is not a whole number, there are fewer than two classes, a class of
-            `classes` has no labelled row, or a label is not in `classes`.
+        UserError: there are not N labels, a label is not a whole number, there are fewer than two
+            classes, a class of `classes` has no labelled row, or a label is not in `classes`.
     """
     values = np.asarray(labels)
     if values.ndim != 1 or len(values) != count:
@@ -136,7 +136,7 @@ def check_counts(**values: Any) -> None:
 
 
 def seed_of(random_state: Any) -> int:
-    """Return a seed from an int, a NumPy RandomState, or None (a new seed each time)."""
+    """Return a seed from an int (at least 0), a NumPy RandomState, or None (a random seed)."""
     if random_state is None:
         return int(np.random.default_rng().integers(2**31))
     if isinstance(random_state, np.random.RandomState):

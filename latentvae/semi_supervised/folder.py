@@ -44,7 +44,7 @@ def read_images(
         data: a folder with one folder per class, a tar file, a parquet file, or `owner/name` of a
             data set on the Hub. Images in the folder `unlabelled`, and table rows with a null
             label, have no class.
-        resolution: the images are resized to this size, (H, W) or one number for both.
+        resolution: the images are resized and cropped to this size, (H, W) or one number for both.
         channels: 1 for grey, 3 for RGB.
 
     Raises:

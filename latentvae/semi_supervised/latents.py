@@ -47,8 +47,8 @@ def given_vae(path: str | Path, *, likelihood: str) -> VectorVAE:
     """Load a VAE that `latentvae train-vae` exported, for rows in [0, 1].
 
     Raises:
-        UserError: the VAE's posterior is not a single Gaussian vector, or `likelihood` is not
-            "bernoulli".
+        UserError: there is no such VAE, the VAE's posterior is not a single Gaussian vector, or
+            `likelihood` is not "bernoulli".
     """
     if likelihood != "bernoulli":
         raise UserError(
@@ -92,7 +92,9 @@ def posteriors(net: VectorVAE, images: RowImages, rows: Tensor) -> Gaussian:
 def active_units(posterior: Gaussian) -> Tensor:
     """Return the indices of the active latent units, whose posterior mean differs between rows.
 
-    The result has at least one index.
+    A unit is active if the standard deviation of its posterior mean over rows is above 0.1, or
+    above half of the largest such deviation. The result has at least one index, unless the
+    posterior mean is the same for all rows.
     """
     deviation = posterior.mean.std(0, correction=0)
     return (deviation > min(ACTIVE, deviation.max().item() / 2)).nonzero().squeeze(1)

@@ -25,8 +25,8 @@ class M1M2Classifier(ClassModel, LatentModel):
 
     Args:
         likelihood: "bernoulli" for values in [0, 1], or "gaussian" for real values. With
-            "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
-            value v by 1 with probability v, else by 0.
+            "gaussian", columns are standardised. With "bernoulli", each update of the first VAE
+            replaces a grey value v by 1 with probability v, else by 0.
         vae: folder of a VAE that `latentvae train-vae` exported. With None, a new VAE is trained.
         vae_epochs: number of passes of the VAE's training over all rows.
         vae_layers: number of dense layers of the VAE's encoder and decoder.
@@ -35,10 +35,11 @@ class M1M2Classifier(ClassModel, LatentModel):
         latent_units: size of M2's latent vector.
         hidden_units: width of the dense layers, in the VAE and in M2.
         hidden_layers: number of dense layers in each network of M2.
-        epochs: number of passes of M2's training over the rows without a label.
-        batch_size: number of rows in an update, for the VAE and for M2.
+        epochs: number of passes of M2's training over the rows without a label, or over all rows if
+            all have a label.
+        batch_size: number of rows in an update of the VAE. For M2, see `M2Classifier`.
         learning_rate: first learning rate of Adam, for the VAE and for M2. The rate falls to 0
-            along half a cosine.
+            along half a cosine (for M2, see `M2Classifier`).
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
         classes: all classes, each of which must have a labelled row. With None, the classes are
             those in `y`.

@@ -67,7 +67,8 @@ class M2Classifier(ClassModel):
             "gaussian", columns are standardised. With "bernoulli", each update replaces a grey
             value v by 1 with probability v, else by 0.
         alpha: weight of the mean cross entropy of the labelled rows. The other loss term, the mean
-            negative bound of ln p over all rows, has weight 1. The paper uses `alpha` 0.1.
+            negative ELBO over all rows, has weight 1. The paper uses `alpha` 0.1. In the warm-up,
+            and if all rows have a label, both weights are 1.
         skip_below: for a row without a label, an update leaves out each class whose probability is
             below skip_below / K, where K is the number of classes. With 0, updates use all classes,
             as in the paper, and take much longer.
@@ -75,9 +76,12 @@ class M2Classifier(ClassModel):
             used too. 0 means no warm-up.
         latent_units: size of the latent vector.
         hidden_units, hidden_layers: width and number of dense layers of each network.
-        epochs: number of passes over the rows without a label.
-        batch_size: number of rows in an update.
-        learning_rate: first learning rate of Adam, which falls to 0 along half a cosine.
+        epochs: number of passes over the rows without a label, or over all rows if all have a
+            label.
+        batch_size: number of rows without a label in an update, which also uses at most 100
+            labelled rows. If all rows have a label: number of rows in an update.
+        learning_rate: first learning rate of Adam, which falls to 0 along half a cosine, in the
+            warm-up and again after the warm-up.
         bf16: multiply in bfloat16 during training. This is faster on CPUs that have AVX512_BF16.
         classes: all classes, each of which must have a labelled row. With None, the classes are
             those in `y`.

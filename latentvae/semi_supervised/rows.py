@@ -28,7 +28,8 @@ class RowImages:
         likelihood: "bernoulli" (values in [0, 1] become [-1, 1]) or "gaussian" (columns are
             standardised).
         shape: (C, H, W) with C H W = F.
-        shift, scale: (F,) each. A value x becomes (x - shift) / scale, with its column's values.
+        shift, scale: (F,) each. A value x becomes (x - shift) / scale, with shift and scale of
+            its column.
     """
 
     likelihood: str
@@ -40,7 +41,7 @@ class RowImages:
     def of(cls, rows: Tensor, likelihood: str, shape: tuple[int, int, int]) -> "RowImages":
         """Return a `RowImages` with the shift and scale for training rows (N, F).
 
-        A constant column has scale 1.
+        With `gaussian`, a constant column has scale 1.
         """
         if likelihood == "bernoulli":
             half = torch.full(rows.shape[1:], 0.5)

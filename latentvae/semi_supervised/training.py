@@ -1,6 +1,6 @@
 """Train the networks of the classifiers on rows in memory.
 
-Use `own_randomness`, so that a training does not change torch's global random generator.
+Use `own_randomness`, so that a training does not change torch's global random generator of the CPU.
 
 Symbols: `N` rows, `F` columns, `B` batch, `K` classes.
 """
@@ -42,7 +42,7 @@ class Schedule:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seed torch's global generator in a `with` block, and restore its state afterwards."""
+    """Seed torch's global generators in a `with` block, then restore the generator of the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -77,9 +77,10 @@ def train_classes(
 ) -> None:
     """Train M2, a VAE that also models the class, on rows with and without labels.
 
-    The loss is the mean of the negative bound of ln p over all N rows, plus `alpha` times the mean
-    cross entropy of the labelled rows. This loss equals the objective of arXiv:1406.5298 (equation
-    9), divided by N. So the paper's weight of the mean cross entropy is `alpha` times N.
+    The loss is the mean negative ELBO over all N rows, plus `alpha` times the mean cross entropy of
+    the labelled rows. The ELBO is the lower bound of ln p(x, y) for a row x with the label y, and
+    of ln p(x) for a row without a label. This loss equals the objective of arXiv:1406.5298
+    (equation 9), divided by N. So the paper's weight of the mean cross entropy is `alpha` times N.
 
     Args:
         net: the network, changed in place. The network ends in eval mode.
@@ -92,7 +93,8 @@ def train_classes(
             `ClassVAE.unlabelled_bound`.
         warmup: number of passes over the labelled rows alone, at the start. In the warm-up, the
             network learns the classes. Later, the network also learns from rows without a label.
-        after_epoch: function that is called with the number of each finished epoch, from 1.
+        after_epoch: function that is called with the number of each finished epoch, from 1. Epochs
+            of the warm-up do not count.
     """
     labelled = (classes >= 0).nonzero().squeeze(1)
     unlabelled = (classes < 0).nonzero().squeeze(1)
@@ -139,7 +141,7 @@ def run(
         after_epoch: function that is called with the number of each finished epoch, from 1.
 
     Raises:
-        UserError: the loss becomes NaN or infinite.
+        UserError: the loss is NaN or infinite at the end of an epoch.
     """
     optimizer = torch.optim.Adam(net.parameters(), schedule.learning_rate, fused=True)
     batches = -(-len(rows) // schedule.batch_size)

@@ -57,7 +57,7 @@ class GeneratorTask(Task):
         the training images plus 1.
 
         Raises:
-            UserError: a validation image has a class that the training images do not have.
+            UserError: the class number of a validation image is not below the number of classes.
         """
         names, data = self.data.content.class_names, self.data
         count = int(data.train.classes.max()) + 1 if names is None else len(names)
@@ -94,7 +94,8 @@ class GeneratorTask(Task):
     def other_captions(self) -> dict[str, str]:
         """Dict from each validation caption to a wrong caption.
 
-        In the sorted list of captions, the wrong caption is half the list away.
+        In the sorted list of captions, the wrong caption is half the list away. If there is only
+        one caption, the dict maps it to itself.
         """
         texts = sorted(set(self.data.validation.captions))
         return {text: texts[(i + len(texts) // 2) % len(texts)] for i, text in enumerate(texts)}

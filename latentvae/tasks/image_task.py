@@ -95,7 +95,7 @@ class ImageTask(Task):
     # an update
 
     def saw(self, batch: Batch) -> None:
-        """Remember the unreadable files of a batch."""
+        """Remember the unreadable files of a batch, and count the batch."""
         self._unnamed += batch.bad
         self._micro_steps += 1
 

@@ -118,8 +118,9 @@ def open_split(
         The first folder, the items to train on, and the items to validate on.
 
     Raises:
-        UserError: a folder does not hold latents or tokens, or is damaged, or two folders differ in
-            a field of `same`, or the validation images are also training images.
+        UserError: `folders` is empty, a folder does not hold latents or tokens, or is damaged, two
+            folders differ in a field of `same`, or `validation` has the same images as one of
+            `folders`.
     """
     if not folders:
         raise UserError(
@@ -147,7 +148,7 @@ def open_split(
 
 
 def check_alike(first: Folder, other: Folder, same: Mapping[str, str]) -> None:
-    """Raise UserError unless the items of two folders have the same model, size and classes."""
+    """Raise UserError unless the fields of `same`, such as the model, are equal in two folders."""
     for name, words in same.items():
         ours, theirs = getattr(first.content, name), getattr(other.content, name)
         if ours != theirs:
@@ -163,7 +164,7 @@ def read_captions(path: str, names: Sequence[str]) -> dict[str, str]:
     """Return the captions of images by name, from a JSON Lines file of {"id": ..., "text": ...}.
 
     Raises:
-        UserError: the file cannot be read, or an image has no caption.
+        UserError: the file cannot be read, a line has another form, or an image has no line.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")

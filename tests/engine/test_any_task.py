@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from latentvae.cli.train import run_task
 from latentvae.engine.checkpoint_files import load_checkpoint
-from latentvae.engine.lock import locked
+from latentvae.engine.lock import LOCK_NAME, locked
 from latentvae.engine.log import read_rows
 from latentvae.engine.loop import Stopped, train
 from latentvae.engine.updates import Updates
@@ -160,19 +160,21 @@ def test_a_gradient_that_is_not_finite_is_skipped(
 
 
 def test_a_folder_in_use_is_refused(table: Path, tmp_path: Path) -> None:
-    script = f"""
-import sys, time
-from pathlib import Path
-from latentvae.engine.lock import locked
-with locked(Path({str(tmp_path)!r})):
-    print("held", flush=True)
-    time.sleep(60)
+    script = """
+import fcntl, json, os, sys, time
+file = open(sys.argv[1], "w+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(json.dumps({"process": os.getpid(), "host": "there"}), file=file, flush=True)
+print("held", flush=True)
+time.sleep(60)
 """
     with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=ENVIRONMENT, text=True
+        [sys.executable, "-S", "-c", script, str(tmp_path / LOCK_NAME)],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"is in use by process {other.pid}"):
+        with pytest.raises(UserError, match=f"is in use by process {other.pid} on there"):
             train(Regression(config(table, tmp_path)))
         other.kill()
     with locked(tmp_path):

@@ -26,9 +26,9 @@ def backward_model(
 ) -> dict[str, Tensor]:
     """Add the gradient of the complete loss to the gradients of the model's parameters.
 
-    The losses are computed on a detached reconstruction. The gradients of all losses with
-    respect to the reconstruction are summed, and the sum is sent back through the decoder once. No
-    gradient reaches the discriminator's parameters.
+    The losses of the reconstruction are computed on a detached copy of it. Their gradients with
+    respect to this copy are summed, and the sum is sent back through the decoder once. No gradient
+    reaches the discriminator's parameters.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -36,7 +36,8 @@ def backward_model(
         objective: terms and weights of the loss.
         update: number of updates done, on which the objective's schedules depend.
         last_layer: weight of the decoder's last layer, for the adaptive adversarial weight.
-        adversary: the discriminator and its options. None without a discriminator.
+        adversary: the discriminator and its options. None without a discriminator, before it
+            starts, and after it is switched off.
         background: colour behind transparent pixels. LPIPS and the discriminator see RGB images on
             this background (`losses.colors`).
         divide_by: number of batches (micro-steps) whose gradients are averaged for this update.

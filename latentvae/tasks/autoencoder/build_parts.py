@@ -145,7 +145,7 @@ def discriminator_of(config: TrainConfig) -> Discriminator | None:
 def compute_faster(
     config: TrainConfig, net: Any, metric: PerceptualLoss, accelerator: Accelerator
 ) -> None:
-    """Compile the network's blocks, or replace torch's convolutions by Winograd's if faster."""
+    """Compile the network's blocks, or use Winograd's convolutions, if the options say so."""
     if config.run.torch_compile:
         accelerator.print("the first updates compile the network, which takes minutes", flush=True)
         compile_blocks(net)

@@ -13,7 +13,7 @@ def code_states(
     """Return for each codebook whether it collapses, and the warning to print if it does.
 
     A codebook collapses if its tokens use few of the codes that they could use (at most one code
-    for each token), or many fewer codes than before.
+    for each token), if their perplexity is low, or if they use many fewer codes than before.
 
     Args:
         values: dict from log names to the values of one validation.

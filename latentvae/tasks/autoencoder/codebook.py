@@ -161,7 +161,7 @@ def initialise_codebook(
     images_per_update: int,
     seed: int,
 ) -> None:
-    """Initialise the codes by k-means on the untrained encoder's features of random images.
+    """Initialise the codes by k-means on the encoder's features of random images, before training.
 
     The features of a latent may depend on the codes of earlier latents. So the codes are
     initialised for one latent after the other.

@@ -45,13 +45,13 @@ class Watched:
     """Says which conditions (signs of a failing training) to watch in a run, and from which update.
 
     Attributes:
-        posterior_from: update from which a collapsed posterior is reported. None means that the
+        posterior_from: update after which a collapsed posterior is reported. None means that the
             posterior is not watched: there is no posterior, the encoder is frozen, or the options
             themselves make channels inactive.
         posterior_remedy: text that names options that help against a collapsed posterior.
         num_channels: number of latent channels d, or 1 with Gumbel-softmax.
-        codes_from: update from which a collapsed codebook is reported. None means that there are no
-            codes.
+        codes_from: update after which a collapsed codebook is reported. None means that there are
+            no codes.
         num_codes: number of codes K.
         codes_remedy: text that names options of this quantizer that help against a collapse.
         validated_on: name of the validation images. On resume, results on other images are dropped.
@@ -181,7 +181,7 @@ class CollapseWatch:
         return {f"watch/{name}": 1.0 for name, now in self._conditions.items() if now.holds}
 
     def summary(self) -> str | None:
-        """Return all warnings of the run as text, or None if there were no warnings."""
+        """Return the run's last warning of each condition as text, or None if there were none."""
         shown = [
             f"  {name.replace('_', ' ')}, {_when(seen)}: {seen.sentence}"
             for name, seen in self._conditions.items()

@@ -2,7 +2,8 @@
 
 `TrainConfig` holds the values of a YAML preset, and flags override them (see
 `latentvae.cli.train`). No two sections have an option of the same name, so the name of a flag does
-not need the name of a section. Flags have the same names as in Hugging Face's training scripts.
+not need the name of a section. Options that also exist in Hugging Face's training scripts have the
+same names as in these scripts.
 """
 
 import math
@@ -178,7 +179,8 @@ class TrainConfig(ImageJobConfig):
         """Check that every option that is set applies to the chosen network.
 
         Raises:
-            ValueError: an option does not apply. The message names the option and its value.
+            ValueError: an option does not apply, or two options exclude each other. The message
+                names the options.
         """
         model, family = self.model, FAMILIES[self.model.architecture]
         without = f"has no meaning for the architecture {model.kind}"

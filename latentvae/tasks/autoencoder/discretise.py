@@ -2,7 +2,8 @@
 
 The adapter is the two 1x1 convolutions before and after the quantiser. First the adapter and the
 codes are set from training images. Then only the quantiser and its adapter learn, for
-`quantizer_warmup_steps` updates. After these updates, the decoder learns too.
+`quantizer_warmup_steps` updates. After these updates, the decoder learns too, and with
+`train_encoder` also the encoder.
 """
 
 import time

@@ -23,7 +23,8 @@ def load_discriminator(learner: Learner, run: Path, lecam: LeCam | None) -> None
             are loaded if both runs use this penalty.
 
     Raises:
-        UserError: the folder has no discriminator, or its discriminator has another shape.
+        UserError: the run has no usable checkpoint or no discriminator, or its discriminator has
+            another shape.
     """
     run = run.expanduser()
     checkpoint, faults = newest_usable(run) if run.is_dir() else (None, [])

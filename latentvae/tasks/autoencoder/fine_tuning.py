@@ -86,7 +86,8 @@ def open_base(config: TrainConfig) -> Base | None:
     A resume takes the weights from the checkpoint, and the network's config from `base.json`.
 
     Raises:
-        UserError: the network cannot be loaded, or has another architecture.
+        UserError: the network cannot be loaded, or has another architecture or another number of
+            image channels.
     """
     name, folder = config.model.pretrained_model_name_or_path, config.run.output_dir
     if name is None:

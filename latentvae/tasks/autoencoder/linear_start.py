@@ -61,7 +61,7 @@ def start_linear(
 def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
     """Return cropped and augmented training images, (N, C, H, W).
 
-    N is chosen so that all images together have about `PIXELS` pixels.
+    N is chosen so that all images together have about `PIXELS` pixels, but is from 64 to 256.
 
     All ranks call this function, and ranks other than 0 get None.
 
@@ -106,7 +106,7 @@ def _start(
 
 
 def _gather(config: TrainConfig, loader: Any) -> Tensor:
-    """Return images of the first batch's size. All images together have about `PIXELS` pixels."""
+    """Return `FEWEST` to `MOST` images of the first batch's size, in all about `PIXELS` pixels."""
     found: list[Tensor] = []
     wanted = FEWEST
     for batch in loader:

@@ -28,7 +28,10 @@ def check_model_learns(config: TrainConfig) -> None:
 
 
 def without_effect(config: TrainConfig) -> list[str]:
-    """Return one warning for each schedule (such as a warm-up) whose end the run does not reach."""
+    """Return one warning for each schedule (such as a warm-up) whose end the run does not reach.
+
+    The schedules of the discriminator give at most one warning together.
+    """
     options, objective = config.discriminator, config.objective
     total = config.run.max_train_steps
     found = []

@@ -38,7 +38,7 @@ PROBE_IMAGES = 2
 
 
 def is_whole(out: Path) -> bool:
-    """Return whether a folder holds a complete export."""
+    """Return whether a folder holds an export, see `is_export`."""
     return is_export(out)
 
 
@@ -82,8 +82,9 @@ def export_folder(
         hub_private_repo: make a new repository private.
 
     Raises:
-        UserError: `folder` is not a run or has no checkpoint, or `out` exists and `overwrite` is
-            off.
+        UserError: `folder` is not a run or has no usable checkpoint, `out` exists and `overwrite`
+            is off, `lookup_from_codebook` is set for a run without codes, or the upload is sure to
+            fail.
         UploadError: the upload failed. The export in `out` is complete.
     """
     # options
@@ -245,7 +246,9 @@ def export_of_run(
 def write_adapters(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write low-rank adapters as a file that PEFT and diffusers load onto the pretrained network.
 
-    vae.load_lora_adapter("export/lora", prefix=None, use_safetensors=True)
+    This call loads the adapters:
+
+        vae.load_lora_adapter("export/lora", prefix=None, use_safetensors=True)
     """
     folder.mkdir()
     save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
@@ -296,7 +299,8 @@ def _fine_tuned(card: ModelCard, net: Network, config: TrainConfig, base: Base) 
 def compared_with_base(folder: Path, update: int) -> str:
     """Return text with the metrics before and after a fine-tuning, or "" if metrics are missing.
 
-    The metrics before the fine-tuning come from the validation before the first update.
+    The metrics before the fine-tuning come from the validation before the first update. The result
+    is also "" if the two validations have different numbers of images.
     """
     rows = [row for row in read_rows(folder / "log.jsonl") if "validation/psnr" in row]
     first = next((row for row in rows if row["update"] == 0), None)

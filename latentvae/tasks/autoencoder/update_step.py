@@ -170,7 +170,10 @@ class LearningAutoencoder(Task):
         return names if self.adversary(update) is None else (*names, DISCRIMINATOR)
 
     def pause(self, name: str) -> range:
-        """Return the updates in which the model pauses, because only the discriminator learns."""
+        """Return the updates in which the model pauses, because only the discriminator learns.
+
+        For any other `name` than "model", the result is empty.
+        """
         weight, progress = self.objective.adversarial, self.progress
         if name != MODEL or self.discriminator is None or weight.scale == 0:
             return range(0)

@@ -37,7 +37,9 @@ class Cost:
 
 @torch.inference_mode()
 def measure_cost(net: Network, part: Literal["encoder", "decoder"]) -> Cost:
-    """Measure the cost of a network's encoder or decoder for one image of about 512 px.
+    """Measure the cost of a network's encoder or decoder for one image of about 512 x 512 px.
+
+    If the network takes images of one size only, the image has this size.
 
     Args:
         net: network in eval mode and float32, on the device to measure.

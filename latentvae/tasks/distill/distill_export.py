@@ -74,7 +74,7 @@ Validation images: original, teacher, this model, and the error of this model (m
 
 
 def is_whole(out: Path) -> bool:
-    """Return whether a folder holds a complete export of a student."""
+    """Return whether a folder holds an export of a student: its config.json and its model card."""
     try:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def _description(task: "DistillTask") -> str:
 
 
 def _rows(costs: dict[Side, tuple[Cost, Cost]], row: dict[str, Any]) -> list[str]:
-    """Return the rows of the table of costs in the model card."""
+    """Return the rows of the table of metrics and costs in the model card."""
     rows: list[tuple[str, str, str]] = []
     for metric, words, digits in (("psnr", "PSNR (dB)", 2), ("lpips", "LPIPS", 3)):
         if row:

@@ -1,4 +1,4 @@
-"""Build the teacher and the student of a run, and the module that training calls.
+"""Load the teacher and build the student of a run, and define the module that training calls.
 
 `B` batch, `C` image channels, `H W` pixels, `d h w` latents.
 """
@@ -70,8 +70,8 @@ def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
 def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -> Any:
     """Return the student in train mode. Only the part that learns has gradients.
 
-    The student's encoder, its decoder or both learn. An encoder or decoder that neither learns nor
-    was pretrained always returns 0.
+    The student's encoder, its decoder or both learn. An encoder or decoder without trained weights
+    (see `untrained_part`) always returns 0.
 
     Raises:
         UserError: the pretrained network does not fit the teacher, or the shape is impossible.

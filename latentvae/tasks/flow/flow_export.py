@@ -127,7 +127,8 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
         The validation loss at `update`, or None if there was no validation at this update.
 
     Raises:
-        RuntimeError: the loaded network differs from the trained one.
+        RuntimeError: the loaded network, text encoder, tokenizer or autoencoder differs from the
+            original.
     """
     rows = [r for r in read_rows(folder / "log.jsonl") if "validation/loss" in r]
     row = next((r for r in rows if r["update"] == update), {})
@@ -154,7 +155,7 @@ def export_flow(task: "FlowTask", out: Path, *, update: int, folder: Path) -> fl
 
 
 def _check_equal(task: "FlowTask", folder: Path) -> None:
-    """Raise RuntimeError if the exported network or autoencoder differs from the original."""
+    """Raise RuntimeError if an exported part, such as the network, differs from the original."""
     # the network: the same velocities for some classes or captions, and for none
     text = task.condition == "text"
     kind: Any = PixArtTransformer2DModel if text else DiTTransformer2DModel

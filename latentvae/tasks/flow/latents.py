@@ -32,12 +32,12 @@ class Batch(NamedTuple):
     """The latents of the images of one batch.
 
     Attributes:
-        z: latents as stored, (B, d, h, w), float32.
+        z: latents before normalisation, (B, d, h, w), float32.
         stds: posterior standard deviations of the latents, (B, d, h, w). None if the folders hold
             no standard deviations.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
         captions: caption of each image, "" for an image without a caption.
-        numbers: index of each image in the table of all latents.
+        numbers: index of each image in the `LatentTable` that the batch comes from.
     """
 
     z: Tensor
@@ -99,9 +99,10 @@ def open_latents(options: LatentsConfig, *, seed: int) -> LatentData:
     """Read all latents, and choose the latents for validation.
 
     Raises:
-        UserError: a folder holds no latents or damaged latents, two folders differ in autoencoder,
-            shape or classes, only some folders hold standard deviations (moments), or the
-            validation images are also training images.
+        UserError: no folder is given, a folder holds no latents or damaged latents, or two folders
+            differ in autoencoder, shape or classes. The error is also raised if only some folders
+            hold standard deviations (moments), if the validation folder has the same images as a
+            training folder, or if a channel is constant and `normalization` is "channel".
     """
     first, train, validation = open_split(
         LatentDataset,

@@ -153,7 +153,7 @@ class FlowTask(GeneratorTask):
     def _gaussian(self) -> float:
         """Return the smallest possible loss if all latent values were independent Gaussians.
 
-        A model that learned anything about images has a lower loss.
+        So a model with a lower loss has learned more than the mean and variance of each channel.
         """
         z = self.data.normalization.apply(self.data.validation.z.float())
         sigmas = even_sigmas(LEVELS, shift=self.shift)
@@ -244,7 +244,7 @@ class FlowTask(GeneratorTask):
         return {"loss/flow": loss.detach()}
 
     def draw(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return noise like `x`, and noise levels (B,), both from torch's global generator."""
+        """Return noise in the shape of `x` and noise levels (B,), by torch's global generator."""
         return torch.randn_like(x), draw_sigmas(len(x), shift=self.shift, device=self.device)
 
     def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
@@ -338,8 +338,8 @@ class FlowTask(GeneratorTask):
     def _wrong(self, known: Tensor | list[str]) -> dict[str, Condition]:
         """Return a dict with a wrong class or a wrong caption for each image.
 
-        The key is `wrong_class` or `wrong_text`. The result is {} if there are fewer than two
-        classes or captions.
+        The key is `wrong_class` or `wrong_text`. An image without a class gets no wrong class. The
+        result is {} if there are fewer than two classes or captions.
         """
         if isinstance(known, Tensor):
             wrong = (known + max(self.num_classes // 2, 1)) % max(self.num_classes, 1)

@@ -1,16 +1,15 @@
 """Train M2, a VAE that also models the class y of an image x, if only some images have a label.
 
-The loss is the objective in equation 9 of arXiv:1406.5298, negated and divided by the number of
-images N:
+The loss is the objective in equation 9 of arXiv:1406.5298, divided by the number of images N:
 
     alpha E[-ln q(y|x)] - share E[L(x, y)] - (1 - share) E[U(x)]
 
 Here q(y|x) is the classifier, and alpha is the weight of the classification loss. L(x, y) is the
 lower bound of ln p(x, y) for an image with a label, and U(x) is the lower bound of ln p(x) for an
-image without a label. The means E of -ln q(y|x) and of L(x, y) are over the images with a label,
-which are the fraction `share` of all images. The mean E[U(x)] is over the batch, which may hold
-images with a label too. In the first `label_warmup_steps` updates, and if all images have a label,
-the loss is E[-ln q(y|x)] - E[L(x, y)].
+image without a label. In the paper, L and U have the opposite sign. The means E of -ln q(y|x) and
+of L(x, y) are over the images with a label, which are the fraction `share` of all images. The mean
+E[U(x)] is over the batch, which may hold images with a label too. In the first `label_warmup_steps`
+updates, and if all images have a label, the loss is E[-ln q(y|x)] - E[L(x, y)].
 
 Symbols: `B` batch, `C` channels, `H W` image size.
 """
@@ -105,7 +104,7 @@ class Classes:
 def class_names_of(source: ImageSource) -> list[str | None] | None:
     """Return the class name of each image. An image without a class has the name None.
 
-    If no image has a class, return None instead of a list.
+    If `find_labels` finds no classes, return None instead of a list.
     """
     found = find_labels(source, label_column=None)
     if found is None:

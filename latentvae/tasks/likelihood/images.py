@@ -52,7 +52,7 @@ def read_all(
 
 
 def check_memory(count: int, shape: tuple[int, int, int], *, processes: int) -> None:
-    """Raise UserError if the images of all processes on this machine do not fit into its memory."""
+    """Raise UserError if the images of all local processes need over 80 % of the free memory."""
     needed, free = count * math.prod(shape) * processes, psutil.virtual_memory().available
     if needed > MEMORY_SHARE * free:
         raise UserError(

@@ -71,7 +71,7 @@ NAMES = {
 
 
 def is_whole(out: Path) -> bool:
-    """Return whether a folder holds a complete export."""
+    """Return whether a folder holds an export: its config.json and its model card."""
     return (out / "config.json").is_file() and (out / "README.md").is_file()
 
 

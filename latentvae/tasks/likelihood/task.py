@@ -71,7 +71,8 @@ class LikelihoodTask(ImageTask):
         net: the network, not wrapped by DDP.
         objective: the loss.
         pixels: all training images as bytes, (N, C, H, W), or None if they are not kept in memory.
-        validation_pixels: all validation images as bytes, made binary if the options say so.
+        validation_pixels: the readable validation images, at most `max_validation_images`, as
+            bytes. With `binarize` dynamic or static, they are already binary.
     """
 
     config: LikelihoodConfig
@@ -391,7 +392,10 @@ class LikelihoodTask(ImageTask):
         return values
 
     def _class_errors(self, mine: range) -> dict[str, float]:
-        """Return the share of validation images that are classified wrongly, in percent."""
+        """Return the share of wrong classes in percent, over validation images with a class.
+
+        The result is {} if no validation image has a class.
+        """
         assert self.classes is not None
         classes = self.classes.validation[self.validation_kept]
         wrong = known = 0

@@ -107,7 +107,7 @@ def export_prior(
         The validation bits per token at `update`, or None without a validation at this update.
 
     Raises:
-        RuntimeError: the loaded prior differs from the trained one.
+        RuntimeError: the loaded prior or tokenizer differs from the original.
     """
     rows = [r for r in read_rows(folder / "log.jsonl") if "validation/bits_per_token" in r]
     row = next((r for r in rows if r["update"] == update), {})
@@ -128,7 +128,7 @@ def export_prior(
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
     """Raise RuntimeError if the exported networks differ from the networks in `pipeline`.
 
-    The function compares weights and outputs.
+    The function compares weights and outputs. A frozen text encoder is not compared.
     """
     # the weights that were trained
     ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer

@@ -275,7 +275,8 @@ class PriorTask(GeneratorTask):
     def _bits(self, batch: Batch) -> dict[str, Tensor]:
         """Return the bits (B, T) of the tokens, with the right condition and with a wrong one.
 
-        The bits of a token are -log2 of its predicted probability.
+        The bits of a token are -log2 of its predicted probability. If there are fewer than two
+        classes or captions, there is no wrong condition.
         """
         indices, classes, text = self.moved(batch, self.data.validation)
         bits = {"right": token_bits(self.net, indices, classes, text)}

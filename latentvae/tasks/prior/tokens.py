@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     Attributes:
         indices: tokens of the images, (B, T), int64.
         classes: (B,), int64, `NO_CLASS` for an image without a class.
-        numbers: index of each image in the table of all tokens.
+        numbers: index of each image in the `TokenTable` that the batch comes from.
     """
 
     indices: Tensor
@@ -97,8 +97,9 @@ def open_tokens(options: TokensConfig, *, seed: int) -> TokenData:
     """Read all tokens, and choose the images for validation.
 
     Raises:
-        UserError: a folder holds no tokens or damaged tokens, two folders differ in tokenizer,
-            shape or classes, or the validation images are also training images.
+        UserError: no folder is given, a folder holds no tokens or damaged tokens, two folders
+            differ in tokenizer, shape or classes, or the validation folder has the same images as a
+            training folder.
     """
     first, train, validation = open_split(
         TokenDataset,
