@@ -7,7 +7,7 @@ config.data.train_data_dir, config.run.output_dir = "photos", "runs/first"
 export = latentvae.train(config)  # or train/train_kl.py
 model = latentvae.load("runs/first/export")
 z = model.encode(photo)
-photo = model.decode(z, size=photo.size[::-1], output_type="pil")
+photo = model.decode(z, size=photo.size[::-1], output_type="pil")[0]
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Use any autoencoder of diffusers on images of any size, from PIL, NumPy or torch.
+"""Use any image autoencoder of diffusers on images of any size, from PIL, NumPy or torch.
 
     model = latentvae.load("runs/demo/export")
     z = model.encode(Image.open("photo.jpg"))  # (1, d, ceil(H / f), ceil(W / f))
@@ -72,12 +72,13 @@ class Autoencoder:
         strips: compute large images strip by strip (in bands of rows). Strips give the same results
             as the whole image up to rounding, and need little memory. Before a call that takes more
             than ten seconds, the estimated time is printed on stderr, once per image size. Only
-            `AutoencoderKL` and tokenizers (`VQModel`) can compute in strips.
+            networks with diffusers' convolutional `Encoder` and `Decoder` can compute in strips,
+            such as `AutoencoderKL` and `VQModel`.
 
     Attributes:
         optimization: an `Optimized` object, whose network computes the results.
-            `str(optimization)` says how close these results are to the results of `net`. The
-            weights of `net` do not change.
+            `str(optimization)` names the mode and, for `"fast"` and `"openvino"`, its PSNR against
+            `"exact"`. The weights of `net` do not change.
         f: downsampling factor.
         image_channels: number of image channels C: 1 (grey), 3 (RGB) or 4 (RGBA).
         fixed_size: side of the images in pixels if the network supports only one size
@@ -87,8 +88,8 @@ class Autoencoder:
         normalization: shift and scale that `encode(..., scaled=True)` applies to latents.
 
     Raises:
-        UserError: `strips` is set for a network that does not support strips, or `strips` and
-            `optimize` are both set.
+        UserError: `net` is no autoencoder of images, `strips` is set for a network that does not
+            support strips, or `strips` and `optimize` are both set.
     """
 
     def __init__(
@@ -169,9 +170,11 @@ class Autoencoder:
 
     @full_float32()
     def encode_tokens(self, images: Images) -> Tensor:
-        """Return a tokenizer's indices in 0..K - 1: (B, h, w), or (B, L, h, w) with L levels.
+        """Return a tokenizer's indices in 0..K - 1: (B, h, w), or (B, L, h, w).
 
-        K is the number of codes. A tokenizer with L levels has L codes at each position.
+        K is the number of codes. L is the number of codes per position, if there are several. If a
+        tokenizer has several maps of codes (VQ-VAE-2), L counts the codes of all maps per position
+        of the coarsest map, see `models.levels`.
 
         Raises:
             UserError: the network is not a tokenizer.
@@ -199,12 +202,13 @@ class Autoencoder:
             size: (H, W) of the result, which is the top-left part of the decoded image. With None,
                 nothing is cropped, and the result has the size f * h by f * w, where f is the
                 downsampling factor.
-            scaled: whether the latents come from `encode(..., scaled=True)`.
+            scaled: whether the latents have the form that `encode(..., scaled=True)` returns.
             output_type: `"pt"` for (B, C, H, W) float32 in [-1, 1], `"np"` for (B, H, W, C) float32
                 in [0, 1], or `"pil"` for a list of PIL images.
 
         Raises:
-            UserError: the shape of `z` is wrong, or `size` is larger than the decoded images.
+            UserError: the shape of `z` is wrong, `size` is larger than the decoded images, or
+                `output_type` is unknown.
             NotFiniteError: the decoded images have infinite values or NaN.
         """
         channels = self.latent_channels * (self.normalization.fold**2 if scaled else 1)
@@ -229,8 +233,9 @@ class Autoencoder:
             output_type: as in `decode`.
 
         Raises:
-            UserError: the network is not a tokenizer, or the indices have a wrong shape, type or
-                value.
+            UserError: the network is not a tokenizer, the indices have a wrong shape, type or
+                value, or `size` or `output_type` is wrong.
+            NotFiniteError: as in `decode`.
         """
         if self.num_codes is None:
             raise UserError(f"'{self.name}' is no tokenizer: it has no codes")
@@ -241,9 +246,9 @@ class Autoencoder:
     def reconstruct(self, images: AnyImages) -> AnyImages:
         """Encode and decode pictures.
 
-        The result has the type (PIL, NumPy or torch), dtype and size of the input. Encoding takes
-        the mode of the posterior. A list may hold PIL images of different sizes. Returned
-        tensors are clamped to [-1, 1].
+        The result has the type (PIL, NumPy or torch), dtype and size of the input. PIL images are
+        returned with 8 bits per channel. Encoding takes the mode of the posterior. A list may hold
+        PIL images of different sizes. Returned tensors are clamped to [-1, 1].
         """
         if isinstance(images, Sequence) and len({getattr(i, "size", None) for i in images}) > 1:
             return cast(AnyImages, [self.reconstruct(image) for image in images])
@@ -279,7 +284,7 @@ class Autoencoder:
         return batch, kind
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Check images, pad them to a multiple of f, and move them to the network's device."""
+        """Check images, pad them (see `Autoencoder`), and move them to the network's device."""
         if images.shape[1] != (channels := self.image_channels):
             raise UserError(f"'{self.name}' takes {channels}-channel images, not {images.shape[1]}")
         if self.fixed_size is not None and set(images.shape[2:]) != {self.fixed_size}:
@@ -395,7 +400,7 @@ def load(
 
     Raises:
         UserError: `path` does not exist or is no autoencoder of images, its weights are damaged, or
-            `optimize` is wrong.
+            another argument is wrong or does not fit the network.
     """
     # Options are checked before the weights are read.
     if optimize is not None:
@@ -462,7 +467,7 @@ def _name(path: Path) -> str:
 
 
 def hash_of_weights(net: Network | nn.Module) -> str:
-    """Return the sha256 of all weights, sorted by their names."""
+    """Return the sha256 of the names and values of all weights, sorted by name."""
     digest = hashlib.sha256()
     for name, value in sorted(net.state_dict().items()):
         digest.update(name.encode())

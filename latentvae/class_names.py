@@ -9,7 +9,7 @@ def class_number(label: str | int, names: Sequence[str]) -> int:
     """Return the number of a class, given by its name or its number.
 
     As in diffusers, one part of a name with commas is enough, such as "tench" for the class "tench,
-    Tinca tinca".
+    Tinca tinca". This works only if no other class has the same part.
 
     Args:
         label: name or number of the class.

@@ -1,4 +1,4 @@
-"""Communicate between processes (ranks). No other module communicates.
+"""Communicate between processes (ranks). No other module of latentvae communicates.
 
 All functions also work in one process without Accelerate.
 """
@@ -130,7 +130,7 @@ def launched_rank() -> tuple[int, int]:
 
 
 def launched_device() -> str:
-    """Return the name of this rank's GPU on its machine, such as `"cuda:0"`, or `"cpu"`."""
+    """Return the name of this rank's GPU, such as `"cuda:0"`, or `"cpu"` if there is no GPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"

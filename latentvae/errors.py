@@ -1,6 +1,7 @@
-"""Define the errors that a user can correct.
+"""Define the errors that commands print in one line, without a traceback.
 
-Each message names the wrong value, the allowed values and the nearest valid choice.
+The message of a `UserError` names the wrong value and, if possible, the allowed values and the
+nearest valid choice.
 """
 
 import difflib
@@ -24,7 +25,7 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """An error that the user did not cause: a full disk, no memory left, a process that died.
 
-    Scripts print the error in one line and exit with code 1.
+    Training commands print the error in one line and exit with code 1.
     """
 
     def __init__(self, sentence: str = "") -> None:

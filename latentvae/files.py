@@ -1,7 +1,7 @@
 """Read small JSON and YAML files. If a file is wrong, an error says why in one sentence.
 
 Pipes and devices are an error, because opening them could wait forever. YAML tags never create
-Python objects. A key that occurs twice is an error.
+Python objects. A key that occurs twice in YAML is an error.
 """
 
 import json

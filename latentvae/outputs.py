@@ -28,7 +28,8 @@ class Latent(BaseOutput):
         kl: KL divergence from the posterior to the prior, (B,), in nats per image, float32.
         kl_per_channel: the KL divergence of each channel, (B, d), in nats per image and channel.
             For a KL over tokens (Gumbel-softmax), the tensor has one channel, (B, 1).
-        mean: mean of the posterior, (B, d, h, w), float32. Without a posterior, the mean is z.
+        mean: mean of the posterior, (B, d, h, w), float32. If a continuous latent has no posterior,
+            the mean is z.
         indices: the codes, (B, h, w), or (B, L, h, w) for L levels of codes, int64.
         features: the features before quantisation, (B, c, h, w) with c channels.
         losses: the bottleneck's losses by name, unweighted scalars, see
@@ -68,8 +69,8 @@ class AutoencoderOutput(BaseOutput):
     Attributes:
         recon: decoder output, (B, C, H, W), about [-1, 1] and not clamped. A network with its own
             likelihood returns the parameters of this likelihood, (B, 2 C, H, W).
-        latents: every latent that the decoder read. Most networks have one latent, and a
-            hierarchical network has many.
+        latents: every latent that the decoder read. Most networks have one latent, and VQ-VAE-2 has
+            one for each level.
         output_logvar: scalar log-variance (natural logarithm) of the output likelihood, learned or
             fixed.
     """

@@ -3,9 +3,9 @@
     reconstruct("runs/demo/export", ["photo.jpg", "album/"], out="out")  # from Python
     latentvae reconstruct runs/demo/export photo.jpg album/ --out out    # from a shell
 
-Each picture is measured at its own size, after rounding to 8 bits. Pictures of more than 8 bits are
-not rounded if the model is grey or RGBA. Pictures that are read with a `value_range` are never
-rounded.
+Each picture is measured at its own size (or as shrunk to `max_side`), after rounding to 8 bits.
+Pictures of more than 8 bits are not rounded if the model is grey or RGBA. Pictures that are read
+with a `value_range` are never rounded.
 """
 
 import csv
@@ -89,7 +89,8 @@ def reconstruct(
     """Write a PNG per picture (original, reconstruction, difference), and a table of metrics.
 
     The table is printed and written to table.csv. A PNG has as many channels as the model's images.
-    The PNG has 8 bits, or 16 bits if the model is grey and the picture has more than 8 bits.
+    The PNG has 8 bits. It has 16 bits if the model is grey, and the picture has more than 8 bits or
+    is read with `value_range`.
 
     Args:
         model: an `Autoencoder`, or the folder or Hub id of a model. A model that this function
@@ -182,7 +183,8 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
     """Yield each image file, and its path relative to the folder in `inputs` that contains it.
 
-    Files in `out` are left out, because an earlier call may have written them.
+    For a file that `inputs` names itself, the relative path is the name of the file. Files of a
+    folder that lie in `out` are left out, because an earlier call may have written them.
     """
     for given in map(Path, inputs):
         if given.is_dir():

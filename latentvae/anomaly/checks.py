@@ -1,6 +1,7 @@
 """Check the rows and the options of a detector."""
 
 import warnings
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,24 @@ def check_range(
         raise UserError(f"{name} must be {least}{most} (got {value}).")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Check that an option is a whole number of at least 1.
+
+    Raises:
+        UserError: the option has another value.
+    """
+    if not isinstance(value, Integral):
+        raise UserError(f"{name} must be a whole number of at least 1 (got {value!r}).")
+    check_range(name, value, low=1)
+
+
 def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
     """Warn if there are too few clean (normal) rows for a threshold with the false-alarm `rate`."""
     if (num_rows + 1) * rate < 1:
         warnings.warn(
             f"{num_rows} clean rows are too few for a false-alarm rate of {rate:g}: the threshold "
-            f"is the largest score of these rows, which gives a rate of {1 / (num_rows + 1):.3g}. "
+            f"is the score of the least normal of these rows, which gives a rate of "
+            f"{1 / (num_rows + 1):.3g}. "
             f"Give at least {int(np.ceil(1 / rate)) - 1} held-out rows.",
             stacklevel=3,  # the caller of `calibrate`
         )

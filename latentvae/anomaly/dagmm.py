@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.anomaly.checks import check_choice, check_range
+from latentvae.anomaly.checks import check_choice, check_count, check_range
 from latentvae.anomaly.dagmm_network import DAGMMNetwork
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.mixture import Mixture, check_rows_for_components, fit_mixture
@@ -215,7 +215,7 @@ class DAGMM(Detector):
 
     def _check_options(self, num_rows: int) -> None:
         for name in COUNTS:
-            check_range(name, getattr(self, name), low=1)
+            check_count(name, getattr(self, name))
         for name in ("learning_rate", "variance_floor"):
             check_range(name, getattr(self, name), low=0, open_low=True)
         for name in ("energy_weight", "diagonal_weight"):

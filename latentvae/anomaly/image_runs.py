@@ -49,7 +49,8 @@ class Pictures:
                 f"'{model.name}' (got {resolution})."
             )
         channels, about = model.image_channels, images_of(model)
-        pixels = PixelFormat(channels, about.value_range, keep_depth=channels != 3)
+        deep = channels != 3 or about.value_range is not None
+        pixels = PixelFormat(channels, about.value_range, keep_depth=deep)
         self.source = ImageFolder(folder, pixels=pixels)
         self.transform = EvalTransform(resolution, interpolation=about.image_interpolation_mode)
         self.left_out: list[str] = []

@@ -8,7 +8,7 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from latentvae.anomaly.checks import check_choice, check_range
+from latentvae.anomaly.checks import check_choice, check_count, check_range
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.mixture import Mixture, check_rows_for_components
 from latentvae.anomaly.training import in_batches
@@ -144,7 +144,7 @@ class LatentDensity(Detector):
     def _train(self, rows: np.ndarray, *, seed: int) -> None:
         check_choice("density", self.density, tuple(DENSITIES))
         for name in ("num_components", "num_neighbours"):
-            check_range(name, getattr(self, name), low=1)
+            check_count(name, getattr(self, name))
         check_range("variance_floor", self.variance_floor, low=0, open_low=True)
         self.density_ = DENSITIES[self.density].fit(rows, self, seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latentvae.anomaly.checks import check_choice
 from latentvae.anomaly.dagmm import DAGMM
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.latent_density import LatentDensity
@@ -57,6 +58,7 @@ def fit_table(
     Raises:
         UserError: the table or an option is wrong.
     """
+    check_choice("method", method, tuple(METHODS))
     table = read_table(data)
     if labels is not None:
         table = without(table.loc[labels_of(table, labels) == 0], [labels])

@@ -80,6 +80,10 @@ def _read_npz(path: Path) -> pd.DataFrame:
     table = _numbered(arrays[name])
     for other, array in arrays.items():
         if array.ndim == 1 and len(array) == len(table):
+            if other in table:
+                raise UserError(
+                    f"'{path}' has two columns named '{other}': an array, and a column of '{name}'."
+                )
             table[other] = array
     return table
 

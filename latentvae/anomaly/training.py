@@ -16,13 +16,13 @@ SCORE_ROWS = 8192  # rows per batch of a computation without gradients
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[torch.Generator]:
-    """Seed torch's global generator in a `with` block, and restore its state afterwards.
+    """Seed torch's global generator of the CPU in a `with` block, then restore its state.
 
     The global generator is seeded because weight initialisation and dropout draw from it. The block
     also gets a separate generator with the same seed.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentvae.anomaly.checks import check_choice, check_range
+from latentvae.anomaly.checks import check_choice, check_count, check_range
 from latentvae.anomaly.dense_vae import DenseVAE, Terms, gaussian_kl
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.training import in_batches, own_randomness, part_of, train_network
@@ -163,7 +163,7 @@ class VAEDetector(Detector):
         check_choice("criterion", self.criterion, tuple(SCORES))
         check_choice("decoder_std", self.decoder_std, ("column", "row"))
         for name in ("latent_dim", "num_samples", "epochs", "batch_size"):
-            check_range(name, getattr(self, name), low=1)
+            check_count(name, getattr(self, name))
         for name in ("learning_rate", "min_std"):
             check_range(name, getattr(self, name), low=0, open_low=True)
 

@@ -55,7 +55,8 @@ class KeepsCodesInUse(Mark):
     """Marks an option that can keep more codes in use. The value 0 turns the option off.
 
     Attributes:
-        rank: position of the option in the order in which users should try them, from 1.
+        rank: position of the option in the order in which users should try all options with this
+            mark, from 1.
         flag: command-line flag with a recommended value.
     """
 

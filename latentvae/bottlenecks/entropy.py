@@ -37,9 +37,10 @@ def code_entropies(
         vectors: N vectors of the encoder with D channels, (N, D), float32.
         codebook: the K codes, (K, D), float32.
         temperature: temperature of the softmax, above 0. The squared distances are divided by it.
-        over_ranks: take the mean over the vectors of all ranks. Every rank must have the same
-            number of vectors. DDP averages the ranks' gradients. With `over_ranks`, the averaged
-            gradient equals the gradient for one large batch of the vectors of all ranks.
+        over_ranks: take the mean p over the vectors of all ranks. The mean entropy is still that of
+            this rank's vectors. Every rank must have the same number of vectors. DDP averages the
+            ranks' gradients. With `over_ranks`, the averaged gradient equals the gradient for one
+            large batch of the vectors of all ranks.
         chunk: number of probabilities in memory at a time. The default is 2^21 on the CPU and 2^24
             on other devices.
     """

@@ -72,7 +72,8 @@ class FiniteScalarQuantizer(Quantizer):
             (7, 5, 5, 5, 5) for K = 4375 and (8, 8, 8, 5, 5, 5) for K = 64000.
 
     Raises:
-        UserError: there are no levels, or a channel has fewer than 3 or more than 1000 levels.
+        UserError: there are no levels, a channel has fewer than 3 or more than 1000 levels, or
+            there are too many codes for int64 indices.
     """
 
     kind = "fsq"

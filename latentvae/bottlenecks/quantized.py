@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
             not compute.
         statistics: a dict of the tensors that `Quantizer.update` needs. The statistics are sums
             over the vectors of one rank, so they can be added over micro-steps and ranks. The dict
-            is empty if `update` changes nothing.
+            is empty in eval mode, and if `update` changes nothing.
     """
 
     z: Tensor
@@ -79,7 +79,7 @@ class Quantizer(nn.Module):
         """Return the codes `z` (B, D, h, w) for indices (B, h, w) or (B, L, h, w).
 
         D is the code width, and L is the number of codes per position. The result equals `z` of
-        `forward`, except for Gumbel-softmax in training, where `z` is a mixture of codes.
+        `forward`, except for Gumbel-softmax in training, where `z` depends on random noise.
         """
         raise NotImplementedError  # Every bottleneck defines its own `codes`.
 
@@ -90,7 +90,7 @@ class Quantizer(nn.Module):
         generator: torch.Generator,
         batch_vectors: int | None = None,
     ) -> None:
-        """Set the codebook by k-means before training. By default, this method does nothing.
+        """Set the codebook by k-means before training. The method of this base class does nothing.
 
         For the same features and generator, the codebook is the same on every rank.
 

@@ -74,7 +74,7 @@ class ResidualQuantizer(Quantizer):
             be replaced by a vector of any level.
 
     Raises:
-        UserError: `num_levels` is below 1, or an argument of `VectorQuantizer` is out of range.
+        UserError: `num_levels` is below 1, or an argument of `VectorQuantizer` is wrong.
     """
 
     kind = "residual"

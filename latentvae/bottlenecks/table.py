@@ -79,7 +79,7 @@ def build_quantizer(type: str, **arguments: Any) -> Quantizer:
         arguments: arguments of the quantiser's class.
 
     Raises:
-        UserError: the type is unknown, or an argument is out of range.
+        UserError: the type is unknown, or the quantiser's class refuses an argument.
     """
     if type not in QUANTIZERS:
         allowed = ", ".join(QUANTIZERS)

@@ -88,7 +88,8 @@ class VectorQuantizer(Quantizer):
         kmeans_iterations: k-means iterations in `initialise`. With 0, the codes stay random.
 
     Raises:
-        UserError: there is no code or no channel, or an option is out of range.
+        UserError: there is no code or no channel, `ema_decay` is out of range, or the name of the
+            gradient is unknown.
     """
 
     kind = "vq"

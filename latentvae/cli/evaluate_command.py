@@ -47,10 +47,12 @@ def evaluate_command(
 
     Args:
         models: folders or Hub ids of autoencoders.
-        data: folder of images, or `samples` (two photos that come with scikit-image).
+        data: images in any form that `open_source` takes, such as a folder, or `samples` (two
+            photos that come with scikit-image).
         out: folder for the report.
         quick: make a short evaluation with the settings of `evaluation.settings.QUICK`.
-        max_images: measure at most this many images.
+        max_images: measure at most this many images. With None, all images are measured, or
+            `QUICK_IMAGES` images if `quick` is set.
         resolution: resize images to cover a square of this side, or this height and width, and crop
             the centre. With None, each image keeps its own size.
         max_pixels: largest number of pixels of an image that is read, see `data.set_pixel_limit`.

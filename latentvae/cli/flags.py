@@ -46,7 +46,7 @@ def parse_options(
     """Read flags into a dataclass.
 
     Args:
-        options: the dataclass. Each field of this class is a flag.
+        options: the dataclass. Each field of this class is a flag or a positional argument.
         arguments: arguments of the command line.
         prog: name of the command, for its help.
         description: text for the help. By default, the docstring of the class `options` is shown.
@@ -81,7 +81,7 @@ def flag_name(field: "dataclasses.Field[Any]") -> str:
 def parse_known(
     options: type[Options], arguments: Sequence[str], *, prog: str, description: str | None = None
 ) -> tuple[Options, list[str]]:
-    """Read flags into a dataclass. Return the dataclass and the list of all other flags.
+    """Read flags into a dataclass. Return the dataclass and the list of all other arguments.
 
     The arguments of this function are those of `parse_options`.
 
@@ -200,7 +200,8 @@ def forget_output() -> bool:
     raise an error.
 
     Returns:
-        False if a program still reads stdout. The caller's BrokenPipeError then has another cause.
+        True if stdout was redirected. False if a program still reads stdout: the caller's
+        BrokenPipeError then has another cause.
     """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()

@@ -1,8 +1,8 @@
 """Run the training scripts: read flags, print messages and set exit codes.
 
 `--config` names a preset or a YAML file. Every option is also a flag, which overrides the value in
-the preset or file. tyro reads the flags and writes the help. pydantic checks the values, and each
-wrong value is reported in one sentence.
+the preset or file, except a few options that only a preset or file can set. tyro reads the flags
+and writes the help. pydantic checks the values, and each wrong value is reported in one sentence.
 """
 
 import contextlib
@@ -111,8 +111,8 @@ def check_early(
     """Print the help or report wrong flags, before anything slow is imported.
 
     The function does nothing if the config is a YAML file outside the folder of presets, or if
-    options.json (the list of options) is out of date. `config_from_arguments` takes the same
-    arguments and checks all flags again.
+    options.json (the list of options) is missing or out of date. `config_from_arguments` takes the
+    same arguments and checks all flags again.
     """
     # the preset, by its name or its file
     arguments, listed = take_recipe(arguments)[0], read_list()
@@ -306,8 +306,8 @@ def run_task(
 ) -> None:
     """Run a training script: read the flags, train, export.
 
-    The exit code is 2 after a wrong option, and 128 + n after signal n. The exit code is 1 if the
-    run failed, or if only the upload to the Hub failed.
+    The exit code is 2 after a wrong option or wrong data, and 128 + n after signal n. The exit code
+    is 1 if the run failed, or if only the upload to the Hub failed.
 
     Args:
         task: class of the task to train.

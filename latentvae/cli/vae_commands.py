@@ -56,7 +56,7 @@ class Likelihood:
     """Torch device for the computation. The default is the GPU if there is one."""
 
     def run(self) -> None:
-        """Measure the images, print the results and write them."""
+        """Measure the images, print the results, and write them if `json` is given."""
         from latentvae.tasks.likelihood.measure import measure_folder
 
         measure_folder(

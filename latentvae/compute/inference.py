@@ -7,10 +7,11 @@ A copy shares the storage of most parameters with the original network `net`. On
 parameters (in bfloat16, or in channels-last order) and folded kernels (see the module `upsampling`)
 have their own storage. So build a new copy after a change of `net`'s weights.
 
-The exact copy computes in the precision of `net`. In float32 on the CPU, its 3 x 3 convolutions use
-Winograd's algorithm, which needs fewer multiplications (see the package `winograd`). If Winograd's
-algorithm is not available or not faster, feature maps are in channels-last order, and upsampling is
-folded into the 3 x 3 convolutions. Activations and residual sums are computed in place.
+The exact copy computes in the precision of `net`. In float32 on the CPU, 3 x 3 convolutions of many
+channels and positions use Winograd's algorithm, which needs fewer multiplications (see the package
+`winograd`). If Winograd's algorithm is not available or not faster, feature maps are in
+channels-last order, and upsampling is folded into the 3 x 3 convolutions. Activations and residual
+sums are computed in place.
 
 The fast copy has bfloat16 weights and feature maps in channels-last order. A CPU without matrix
 units (AMX) is only twice as fast in bfloat16 as in float32. On such a CPU, blocks with many

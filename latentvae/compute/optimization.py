@@ -60,6 +60,8 @@ class Optimized:
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
     """Return a faster network with the results of `net`, in `mode` if this machine supports it.
 
+    If `Optimized.mode` is another mode, `Optimized.why` says why.
+
     On the CPU, this call also changes the C library's settings for the whole process, so that freed
     memory is kept for later tensors (see `latentvae.compute.memory`).
 

@@ -52,7 +52,8 @@ def bucket_sizes(
 ) -> tuple[tuple[int, int], ...]:
     """Return up to ``count`` different bucket sizes (height, width), by rising aspect ratio.
 
-    The logarithms of the aspect ratios (width / height) are evenly spaced.
+    Before rounding, the logarithms of the aspect ratios (width / height) are evenly spaced, from a
+    ratio of 1/2 to 2. With a ``count`` of 1, the ratio is 1.
 
     Args:
         resolution: height and width in pixels. The area of each bucket size is close to height
@@ -121,8 +122,8 @@ class BucketSampler(IndexSampler):
 
     A bucket is a group of images of similar shape. A micro-step is one forward and backward pass.
     No image is used twice in an epoch. A joint batch has the B images of each of the W ranks. In
-    each epoch, a bucket leaves out fewer images than one joint batch has. Each epoch leaves out
-    different images.
+    each epoch, a bucket leaves out fewer images than one joint batch has. Each epoch draws at
+    random which images are left out.
 
     Args:
         buckets: the sizes of the buckets, and the bucket of every image.

@@ -8,7 +8,7 @@ a scanner, are converted at 8 bits.
 
 A profile that changes no colour by more than 1, on the scale from 0 to 255, counts as sRGB and is
 not applied. A damaged profile, or a profile of another colour space than its picture, is ignored
-with a warning.
+with a warning. But a grey picture with a profile for RGB is converted.
 
 Symbols: `H W` height and width in pixels.
 
@@ -46,7 +46,8 @@ def in_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
 
     Args:
         image: a loaded picture.
-        icc: the picture's colour profile. With None, the picture is returned unchanged.
+        icc: the picture's colour profile. With None, or if the profile is not applied, the picture
+            is returned unchanged.
     """
     if not icc or image.mode in ("1", "LAB", "HSV", "F") or image.mode.startswith("I"):
         return image

@@ -43,11 +43,12 @@ class Batch(NamedTuple):
     """The images of one micro-step (one forward and backward pass) on one rank.
 
     Attributes:
-        images: (B, C, H, W), uint8, or float32 in [-1, 1] if an image of the batch has more than 8
-            bits per channel. A uint8 batch has a quarter of the bytes of a float32 batch, which
-            makes the transfer from the workers to the device faster.
-        indices: (B,), int64, the numbers of the images in the batch. If an image replaced an
-            unreadable image, `indices` has the number of the replacement.
+        images: (B, C, H, W) for B crops, uint8, or float32 in [-1, 1] if an image of the batch is a
+            `DeepImage`, such as an image of more than 8 bits per channel. A uint8 batch has a
+            quarter of the bytes of a float32 batch, which makes the transfer from the workers to
+            the device faster.
+        indices: (B,), int64, the number of the image from which each crop comes. If an image
+            replaced an unreadable image, `indices` has the number of the replacement.
         bad: (name, reason) of each unreadable file that was tried.
     """
 
@@ -58,7 +59,7 @@ class Batch(NamedTuple):
     def on(self, device: torch.device | str) -> Tensor:
         """Return the images on `device`, (B, C, H, W), float32 in [-1, 1].
 
-        The copy does not make the host wait for the device.
+        A copy from pinned memory does not make the host wait for the device.
         """
         return normalised(self.images.to(device, non_blocking=True))
 
@@ -69,7 +70,8 @@ class TrainImages(Dataset[TrainItem]):
     The crops depend only on epoch, index and seed.
 
     An unreadable file is replaced by a random image. The choice of this image depends only on seed,
-    epoch, index and the number of replacements that were tried before it.
+    epoch, index and the number of replacements that were tried before it. If `MAX_ATTEMPTS` images
+    for one place in a batch cannot be read, UnreadableImage is raised.
 
     Args:
         source: the images.
@@ -79,8 +81,8 @@ class TrainImages(Dataset[TrainItem]):
             al. 2020, https://arxiv.org/abs/1901.09335). The first crop shows the same part of the
             image as with N = 1.
         buckets: the size to which each image is cropped. None means the transform's own size for
-            all images. A replacement is cropped to the size of the image that it replaces, so that
-            all images of the batch have one size.
+            all images. A replacement gets the crop size of the image that it replaces, so that all
+            crops of the batch have one size.
     """
 
     def __init__(
@@ -194,8 +196,8 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yield batches as pairs (images, names), with images of shape (b, C, H, W).
 
-    All ranks together yield each image exactly once. Rank r of W ranks takes the images with
-    numbers r, r + W, r + 2W and so on. The ranks may have different numbers of batches, or no
+    All ranks together yield each readable image exactly once. Rank r of W ranks takes the images
+    with numbers r, r + W, r + 2W and so on. The ranks may have different numbers of batches, or no
     batch. So sum results over ranks only after the last batch, because an earlier sum could wait
     forever for a rank that has no batch left.
 

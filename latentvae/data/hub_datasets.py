@@ -1,8 +1,9 @@
 """Read tables of images with Hugging Face ``datasets``: parquet or arrow files, or the Hub.
 
 https://huggingface.co/docs/datasets. ``datasets`` finds and downloads the rows. ``read_image``
-decodes the images, so that a file gives the same image from every source. Prepared data goes to
-``cache_dir`` (by default the cache folder of ``datasets``), never beside the data.
+decodes the images, so that a file gives the same image from every source. What ``datasets``
+downloads or converts goes to ``cache_dir`` (by default the cache folder of ``datasets``), never
+beside the data.
 """
 
 import glob
@@ -58,9 +59,10 @@ class DatasetSpec:
 
 
 class HubImages:
-    """An image source that reads a table. The images are sorted by the path stored with each image.
+    """An image source that reads a table. The images are sorted by name.
 
-    A row without a path, or with the same path as another row, is named by its split and number:
+    An image's name is the path stored with it, without the folder that all absolute paths share. A
+    row without a path, or with the same path as another row, is named by its split and number:
     ``train/000000012``. So a table without paths keeps the order of its rows.
 
     Args:
@@ -115,7 +117,7 @@ class HubImages:
 
         Args:
             column: a column of integers or of `datasets.ClassLabel`. With None, the column `label`
-                is used, and the result is None if there is no such column.
+                is used. If `label` does not exist or has another type, the result is None.
 
         Raises:
             UserError: `column` does not exist or holds values of another type.
@@ -140,6 +142,8 @@ class HubImages:
 
     def texts(self, column: str | None, *, default: Sequence[str]) -> list[str] | None:
         """Return the text of each image from a column of strings. A null value becomes "".
+
+        White space at the start and the end of a text is removed.
 
         Args:
             column: the column. With None, the first name in `default` that is a column of strings
@@ -175,9 +179,12 @@ class HubImages:
         return read_named(name, data, at_least=at_least, pixels=self.pixels)
 
     def files(self) -> list[Path | None]:
-        """Return each image's local file with links resolved, or None if its row names no file."""
+        """Return each image's local file with links resolved, or None if its file is not known.
+
+        The file is known if the path in the row exists, or exists in the table's folder.
+        """
         below = (_below(self._folder, path) if path else "" for path in self._paths)
-        return [Path(path).resolve() if os.path.isabs(path) else None for path in below]
+        return [Path(path).resolve() if path and os.path.exists(path) else None for path in below]
 
     def size(self, index: int, /) -> tuple[int, int]:
         name = self.name(index)
@@ -273,7 +280,8 @@ def local_files(spec: DatasetSpec, split: str) -> set[Path]:
     if not path.is_dir():
         return set()
     if any((path / name).exists() for name in SAVED):
-        return {file.resolve() for file in path.rglob("*.arrow")}
+        folder = path / split if (path / split).is_dir() else path
+        return {file.resolve() for file in folder.rglob("*.arrow")}
     builder: Any = load_dataset_builder(
         str(path),
         spec.config_name,
@@ -296,6 +304,9 @@ def split_names(folder: Path) -> list[str]:
 
 def image_column(features: "Features | None", *, wanted: str | None) -> str:
     """Return the name of the column of images: ``wanted``, or the only column of images.
+
+    If no column has the type `datasets.Image`, columns of file bytes count as columns of images. A
+    column of paths is used only if it is ``wanted``.
 
     Raises:
         UserError: ``wanted`` does not exist or does not hold images. Or ``wanted`` is None, and
@@ -425,9 +436,9 @@ def _check_place(path: str, name: str) -> None:
 
 
 def _holds_files(kind: Any) -> bool:
-    """Return whether a column of plain parquet holds files: bytes, or a struct of bytes and path.
+    """Return whether a column without the type `datasets.Image` holds files.
 
-    A struct may lack one of these two fields.
+    A file is bytes, or a struct of bytes and path, which may lack one of these two fields.
     """
     if isinstance(kind, dict):
         return bool(kind) and set(kind) <= {"bytes", "path"}

@@ -28,8 +28,8 @@ class ImageSource(Protocol):
     """A source of images, which are read by their number in the source.
 
     ``read`` raises UnreadableImage for a damaged file. The argument ``at_least`` of ``read`` means
-    the same as in ``read_image``. ``size`` returns width and height, and reads only the file's
-    header.
+    the same as in ``read_image``. ``size`` returns the width and height of the upright image,
+    without decoding the image.
     """
 
     def __len__(self) -> int: ...

@@ -59,7 +59,8 @@ def find_pages(
     """Return (file number, page number) of each image: one image per page, or one per file.
 
     The page number is None if only one image comes from the file. If only the first page of each
-    file is used, a warning says how many files have more pages.
+    file is used, a warning says how many files have more pages. For this warning, at most
+    `LOOKED_AT` TIFF files are checked.
 
     Args:
         names: the files.

@@ -2,7 +2,8 @@
 
 8-bit pictures stay Pillow images, which are fast. Pictures of 16 bits, of floats, or with a stated
 `value_range` (see `PixelFormat`) become a `DeepImage`. This class has the methods of a Pillow image
-that the transforms use. Nothing is rounded to 8 bits between the file and the tensor.
+that the transforms use. Nothing is rounded to 8 bits between the file and the tensor, unless the
+file has a colour profile that only Pillow can convert (see `colour_profiles`).
 
 Symbols: `C` channels, `H W` height and width in pixels. A picture is grey (C = 1), grey and alpha
 (2), RGB (3) or RGBA (4).
@@ -35,13 +36,15 @@ class PixelFormat:
             the file has no alpha). With 1 or 3, transparency is composited over white.
         value_range: the stored numbers that become -1 and 1. Numbers outside this range are
             clipped. None means the range of the type: 0..255 for 8 bits, 0..65535 for wider
-            integers. Signed 8-bit numbers need a stated range, and so do floats with 1 or 4
-            channels. With 3 channels, the range of floats is 0 to 1 if no value exceeds 1, else 0
-            to 255. Alpha always uses the range of its type, which is 0 to 1 for floats.
+            integers. Signed 8-bit numbers need a stated range, and so do floats if
+            ``channels`` is 1 or 4. If ``channels`` is 3, the range of floats is 0 to 1 if no value
+            exceeds 1, else 0 to 255. Alpha always uses the range of its type, which is 0 to 1 for
+            floats.
         ignore_icc: keep the stored numbers of files with an embedded colour profile. By default
             these numbers are converted to sRGB.
-        keep_depth: return pictures of more than 8 bits as a `DeepImage`. Otherwise every picture is
-            8-bit RGB without transparency, and ``channels`` and ``value_range`` have no effect.
+        keep_depth: return pictures of more than 8 bits as a `DeepImage`. Otherwise every picture
+            has 8 bits. A picture that Pillow can read is then RGB without transparency, and
+            ``channels`` and ``value_range`` have no effect on it.
         max_pixels: largest allowed number of pixels of a file. None means Pillow's own limit.
         all_pages: make every page of a TIFF a separate image. Otherwise the first page is used.
 

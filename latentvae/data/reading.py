@@ -1,4 +1,4 @@
-"""Read any image file to a picture. All files that cannot be read raise the same exception.
+"""Read any image file to a picture. A file that cannot be read raises `UnreadableImage`.
 
 Each kind of file is treated as follows.
 
@@ -97,9 +97,9 @@ def read_image(
             shorter side stays long enough, a JPEG is decoded at 1/2, 1/4 or 1/8 of its height and
             width, which is much faster than decoding at full size. None decodes at full size.
         pixels: channels and range of the picture. With ``keep_depth``, pictures of more than 8 bits
-            per channel, and all pictures with a stated ``value_range``, are returned as a
-            ``DeepImage``. Other pictures are returned as a Pillow image of mode "L", "RGB" or
-            "RGBA".
+            per channel, pictures that Pillow cannot read (such as ``.npy`` files), and all pictures
+            with a stated ``value_range`` are returned as a ``DeepImage``. Other pictures are
+            returned as a Pillow image of mode "L", "RGB" or "RGBA".
         page: the page of a TIFF, from 0.
 
     Raises:
@@ -243,7 +243,7 @@ def to_rgb(image: Image.Image, *, icc: bytes | None = None) -> Image.Image:
 
     Args:
         image: a loaded image.
-        icc: the image's colour profile. With None, the colours do not change.
+        icc: the image's colour profile. With None, no profile is applied.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8bit(image)

@@ -24,7 +24,7 @@ def read_size(source: deep_files.File | IO[bytes], *, name: str, page: int = 0) 
         page: the page of a TIFF, from 0.
 
     Raises:
-        UnreadableImage: the header is damaged, or the format is unknown.
+        UnreadableImage: the file cannot be opened, its header is damaged, or its format is unknown.
     """
     try:
         with warnings.catch_warnings():

@@ -1,9 +1,10 @@
 """Open images in any form, and choose which are for training and which for validation.
 
-Every source sorts its images by a name that does not depend on how they are stored. The hash of
-that name decides whether an image is held out for validation. So the training and the validation
-images are the same whether the images are stored as a folder, as tar files or as a table with
-paths. With the same seed, the batches do not depend on the form of storage either.
+Every source sorts its images by name. Except in tables without paths, the name of an image does not
+depend on how the image is stored. The hash of the name decides whether an image is held out for
+validation. So the training and the validation images are the same whether the images are stored as
+a folder, as tar files or as a table with paths. With the same seed, the batches do not depend on
+the form of storage either.
 """
 
 import hashlib
@@ -88,8 +89,9 @@ def open_source(
     a folder named ``samples``, write ``./samples``. Other strings and paths name a folder of
     images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar
     file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a
-    folder of such files, or a folder written by ``save_to_disk``. A folder that holds any image is
-    a folder of images.
+    folder of such files, or a folder written by ``save_to_disk``. Any other
+    folder that holds an image is a folder of images, but ``.npy`` files beside .tar or table files
+    do not count as images.
 
     A ``DatasetSpec`` can name the same images as a string, and adds options. Any other name in a
     ``DatasetSpec`` is a data set of the Hub. If a ``DatasetSpec`` names a folder of images, the
@@ -97,9 +99,10 @@ def open_source(
 
     Args:
         spec: the name of the images, or a ``DatasetSpec``.
-        split: the split of the sample photos or of a local table. Folders of images, tar files and
-            the sprites have no splits, so all of their images are used. A ``DatasetSpec`` names its
-            split itself.
+        split: the split of the sample photos or of a local table. If a table has only one split,
+            this split is used, whatever its name is. Folders of images, tar files and the sprites
+            have no splits, so all of their images are used. A ``DatasetSpec`` names its split
+            itself.
         pixels: the format of every image. None means 8-bit RGB.
     """
     if isinstance(spec, DatasetSpec):
@@ -143,14 +146,15 @@ def open_images(
             tar file that both ``spec`` and ``validation_data_dir`` contain is not used for
             training. If both are tables and share a file, UserError is raised.
         split_share: the fraction of the images of ``spec``, between 0 and 1, that is held out for
-            validation if there is no ``validation_data_dir``. The hash of an image's name and
-            ``seed`` decides whether it is held out. So if you add images, no other image moves
-            between training and validation. At least one image is held out, and at least one image
-            is kept for training.
+            validation if there is no ``validation_data_dir``. The sample photos are an exception,
+            because they have a validation split. The hash of an image's name and ``seed`` decides
+            whether it is held out. So if you add images, no other image moves between training and
+            validation. At least one image is held out, and at least one image is kept for training.
+            For this reason, an added image can move another image if there are very few images.
         seed: seed of the hash. Another seed holds out other images.
         max_train_samples: largest number of training images. The images with the smallest hashes of
             name and ``seed`` are used. So a smaller set is a subset of a larger set, and both are
-            random samples of all images.
+            random samples of all training images.
         pixels: the format of every image. None means 8-bit RGB.
     """
     train = open_source(spec, split="train", pixels=pixels)
@@ -186,10 +190,10 @@ def _kind(name: str) -> Form | None:
 
 
 def _check_no_folder(path: Path) -> None:
-    """Raise UserError if a folder has the same name as a built-in data set.
+    """Raise UserError if a folder or file has the same name as a built-in data set.
 
-    A name such as ``sprites`` could mean the folder or the built-in data set. Without the error,
-    the user could get the wrong images without notice.
+    A name such as ``sprites`` could mean the folder, the file or the built-in data set. Without
+    the error, the user could get the wrong images without notice.
     """
     if path.exists():
         raise UserError(
@@ -253,7 +257,10 @@ def _kind_of_folder(folder: Path) -> Literal["tar", "table", "folder"]:
 def _hold_out(
     source: ImageSource, *, share: float, seed: int, by_file: bool
 ) -> tuple[Subset, Subset]:
-    """Split images into training and validation. ``by_file`` keeps the pages of a file together."""
+    """Split images into training and validation. ``by_file`` keeps the pages of a file together.
+
+    If whole files would hold out far more images than ``share``, each page gets its own hash.
+    """
     if not 0 < share < 1:
         raise UserError(f"the held-out share must lie between 0 and 1, such as 0.02 (got {share}).")
     if len(source) < 2:
@@ -318,7 +325,11 @@ def _unit_hash(name: str, seed: int) -> float:
 
 
 def _without(train: ImageSource, validation: ImageSource) -> ImageSource:
-    """Return ``train`` without the images that are also in ``validation``."""
+    """Return ``train`` without the images that are also in ``validation``.
+
+    Raises:
+        UserError: no image is left, or two tables share a file.
+    """
     # both sources are of the same form
     if isinstance(train, ImageFolder) and isinstance(validation, ImageFolder):
         kept = _other_files(train, validation)
@@ -366,7 +377,7 @@ def _all_shared(train: ImageSource) -> str:
 
 
 def _files(source: HubImages | ImageFolder) -> list[Path | None]:
-    """Return the file of each image with links resolved, or None if a table contains the image."""
+    """Return the file of each image with links resolved, or None if no file is known."""
     if isinstance(source, HubImages):
         return source.files()
     return [source.file(i).resolve() for i in range(len(source))]

@@ -132,8 +132,10 @@ def stream_loader(
 ) -> DataLoader[TrainItem]:
     """Return a loader that yields batches (``Batch``) of a stream without end.
 
-    The stream's files are divided among the ranks, and each rank's files among its workers. So the
-    number of workers changes the order of the images. There are at most as many workers as files.
+    The stream's files are divided among the ranks, and each rank's files among its workers. If the
+    number of files is not a multiple of the number of ranks, each rank reads all files, but keeps
+    only its share of the rows. The number of workers changes the order of the images. A rank has at
+    most as many workers as files.
 
     Args:
         stream: the images.
@@ -146,7 +148,7 @@ def stream_loader(
         rank: number of this process.
         world_size: number of processes.
         start_step: number of micro-steps already done. The loader skips as many images as these
-            steps used, but the skipped images are not exactly the used images.
+            steps used, but the skipped images are not exactly the images that they used.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)

@@ -148,7 +148,7 @@ def find_shards(spec: str | os.PathLike[str]) -> list[Path]:
     """Return the sorted tar files of a path, of a pattern, or of a folder and its subfolders.
 
     Raises:
-        UserError: there are no tar files, or a file that a list in braces names is missing.
+        UserError: there is no tar file, a file named in braces is missing, or `spec` is compressed.
     """
     root = Path(spec).expanduser()
     if root.name.lower().endswith(COMPRESSED_SUFFIXES):

@@ -1,9 +1,9 @@
 """Find the images in a tar file in one pass over its headers, and cache the result.
 
 Only headers are read and nothing is unpacked, so no member's name is used as a path on disk. The
-index is kept beside the shard (``.000000.tar.index.npz``) or, if that folder cannot be written, in
-``$XDG_CACHE_HOME/latentvae``. The index is valid while the shard's size and modification time stay
-the same.
+index is kept beside the tar file (``.000000.tar.index.npz``) or, if that folder cannot be written,
+in ``$XDG_CACHE_HOME/latentvae/tar`` (by default ``~/.cache/latentvae/tar``). The index is valid
+while the tar file's size and modification time and the readable file types stay the same.
 """
 
 import contextlib
@@ -128,6 +128,9 @@ def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]
     """Yield the plain files that lie completely within the first ``size`` bytes.
 
     Links and devices are left out, because they hold no image.
+
+    Raises:
+        tarfile.ReadError: after the last plain file before a damaged place.
     """
     end = 0
     for member in tar:

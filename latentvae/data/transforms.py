@@ -67,9 +67,10 @@ class TrainTransform:
 
     Args:
         resolution: height and width in pixels, or one number R for both.
-        crop: ``"random_resized"`` takes a square of ``crop_scale`` times the shorter side (the crop
-            of latent diffusion's ImageNet training, ldm/data/imagenet.py). ``"random"`` resizes the
-            shorter side to R and crops R x R at a random place. ``"center"`` crops in the middle.
+        crop: ``"random_resized"`` takes a square of random size (see ``crop_scale``) at a random
+            place (the crop of latent diffusion's ImageNet training, ldm/data/imagenet.py).
+            ``"random"`` resizes the shorter side to R and crops R x R at a random place.
+            ``"center"`` resizes in the same way, but crops in the middle.
         crop_scale: smallest and largest side of a random resized crop, as fractions of the image's
             shorter side, in (0, 1]. If the output is not square, they are fractions of the side of
             the largest window with the output's aspect ratio.
@@ -77,8 +78,8 @@ class TrainTransform:
         interpolation: ``"lanczos"``, ``"bicubic"`` or ``"bilinear"``.
         resize_with: ``"torch"``, which is fast, or ``"pillow"``, as in validation. See
             `resampling`.
-        jpeg_draft: decode large JPEGs at reduced size, but not below twice the side that a window
-            needs.
+        jpeg_draft: decode large JPEGs at reduced size, if each side of the window keeps at least
+            twice as many pixels as the same side of the output.
 
     Example:
         transform = TrainTransform(256, crop="random")
@@ -148,7 +149,8 @@ class TrainTransform:
         Args:
             image: the picture.
             window: relative size and position of the crop, and whether to flip it.
-            size: height and width of the image's bucket. None means the transform's resolution.
+            size: height and width of the image's bucket (see `Buckets`). None means the
+                transform's resolution.
         """
         height, width = size or self.size
         pixels = resized_window(

@@ -43,10 +43,11 @@ def _say_too_many(num_workers: int, cores: int) -> None:
 def leave_signals_to_the_trainer(_worker: int) -> None:
     """Put a worker into its own process group, so that signals to the run do not reach it.
 
-    Ctrl-C and `timeout` signal every process of a group. SLURM signals every process of a job step.
-    The workers must live until the trainer has finished its update and saved a checkpoint. The
-    trainer itself can still end the workers, because workers still react to a SIGTERM from the
-    trainer. If the trainer dies, DataLoader's watchdog ends the workers.
+    Ctrl-C and `timeout` signal every process of a group. SLURM signals every process of a job step,
+    so a worker also ignores SIGUSR1 and, on Linux, SIGTERM from any process except the trainer. The
+    workers must live until the trainer has finished its update and saved a checkpoint. The trainer
+    itself can still end the workers, because workers still react to a SIGTERM from the trainer. If
+    the trainer dies, DataLoader's watchdog ends the workers.
     """
     if not hasattr(os, "setpgrp"):  # Windows
         return

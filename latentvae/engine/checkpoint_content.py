@@ -5,7 +5,7 @@
     state.json                                       SavedValues
 
 A learner is a module with its optimizer. The learner's name, here `model`, begins the names of the
-learner's files.
+learner's files. Only a learner with a weight average has the file of averages.
 
 Random numbers are computed from counters (see `randomness`), and the position in the data is the
 number of micro-steps done. So no rank needs a state of its own for random numbers or data, and rank
@@ -194,7 +194,7 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
-    """Raise UserError if processes, precision or data differ from those at the start of the run.
+    """Raise UserError if the number of processes, precision or data differ from the run's start.
 
     A comparison of the options does not find these differences.
     """

@@ -24,7 +24,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Rank 0 holds the lock for all ranks. The lock is a POSIX record lock, which the operating system
     releases when the process ends in any way. Processes that load data do not inherit the lock. On
-    network file systems the lock also keeps runs on other machines out.
+    network file systems the lock also keeps runs on other machines out. Windows has no such locks,
+    so on Windows nothing is locked.
 
     Raises:
         UserError: another run holds the lock, or the folder cannot be written. Every rank raises

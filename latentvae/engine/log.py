@@ -41,7 +41,7 @@ class MeanWindow:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each value over updates and ranks, and reset the sums."""
+        """Return the mean of each value since the last call, over all ranks, and reset the sums."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -157,7 +157,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the time spent inside this context from the training time."""
+        """Exclude the time inside this context when the speed of the training is computed."""
         start = time.perf_counter()
         yield
         then, done = self._mark

@@ -55,12 +55,14 @@ class Stopped(Exception):
 def train(task: Task) -> Path:
     """Train, validate and export. Return the export's folder.
 
-    Another call with the same task resumes from the newest checkpoint.
+    Another call with the same options resumes from the newest checkpoint, unless the option
+    `overwrite_output_dir` or `resume_from_checkpoint` asks for another start.
 
     Raises:
-        UserError: an option, a path or the data is wrong. Nothing was trained.
-        RunError: the machine ended the run, for example by a full disk, too little memory or a dead
-            process.
+        UserError: an option, a path or the data is wrong. Most such faults are found before the
+            first update.
+        RunError: too many updates in a row were skipped, or the machine ended the run, for example
+            by a full disk, too little memory or a dead process.
         UploadError: the run is finished and exported, but the upload to the Hub failed.
         Stopped: a signal stopped the run, which first saved a checkpoint.
     """
@@ -220,8 +222,9 @@ class _Loop:
 
         The first validation comes before the first update.
 
-        A checkpoint is saved before the validation of the same update. If the log already has this
-        validation, the task gets the logged results, and no validation is made.
+        A checkpoint is saved before the validation of the same update, so a kill or a signal
+        between the two prevents the validation. If the log already has the validation of this
+        update, the task gets the logged results, and no validation is made.
         """
         validation = from_main(self.log.validation)
         if validation is not None:

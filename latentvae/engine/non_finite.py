@@ -1,4 +1,4 @@
-"""Say why an update failed: which loss terms were not finite, and from which items they came."""
+"""Say why an update was skipped: which loss terms were not finite, and for which items."""
 
 import math
 from collections.abc import Sequence

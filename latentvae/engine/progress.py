@@ -1,8 +1,8 @@
 """Define and check the plain values of a checkpoint (`state.json`), such as the progress.
 
-A hash in the manifest proves that a file has not changed. But the hash does not prove that this
-program wrote the file. So the values are checked too, and wrong values of an edited file are an
-error.
+A hash in the checkpoint's manifest.json proves that a file has not changed. But the hash does not
+prove that this program wrote the file. So the values are checked too, and wrong values of an edited
+file are an error.
 """
 
 from typing import Annotated, Any, TypeVar

@@ -1,4 +1,4 @@
-"""Start a run from scratch, or from the newest valid checkpoint.
+"""Start a run from scratch, or from a checkpoint: by default, from the newest valid one.
 
 Running the same command again resumes a run.
 """
@@ -48,17 +48,19 @@ def find_start(asked: JobConfig, folder: Path) -> Path | None:
     killed saves and exports have left behind are deleted. Nothing else is changed.
 
     Raises:
-        UserError: the options differ from those of the run in the folder, a named checkpoint cannot
-            be used, or `overwrite_output_dir` is set and the folder holds files but no run.
+        UserError: options that must not change differ from those of the run in the folder, a named
+            checkpoint cannot be used, or `overwrite_output_dir` is set and the folder holds files
+            but no run.
     """
     return _on_main(lambda: _find_start(asked, folder))
 
 
 def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path | None) -> None:
-    """Prepare the folder for this run. Of all checks, only the start of the tracker comes later.
+    """Prepare the folder for this run, after all checks except the start of the tracker.
 
     An earlier run is deleted if `overwrite_output_dir` is set. The run resumes from `checkpoint`,
-    and all later checkpoints are renamed. The options are saved as the user gave them.
+    and all later checkpoints are renamed. If `checkpoint` is None, all checkpoints are renamed. The
+    options are saved as the user gave them.
     """
     _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 

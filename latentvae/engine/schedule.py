@@ -30,8 +30,9 @@ def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range =
 def cosine_decay(update: int, *, start: float, end: float, steps: int) -> float:
     """Return the value at `update` of a half cosine from `start` to `end`.
 
-    The value is `start` in update 0 and `end` from update `steps` on. DALL-E's dVAE lowers its
-    temperature in this way (Ramesh et al. 2021, arXiv:2102.12092, appendix A.2).
+    The value is `start` in update 0 and `end` from update `steps` on. If `steps` is 0, the value is
+    always `end`. DALL-E's dVAE lowers its temperature in this way (Ramesh et al. 2021,
+    arXiv:2102.12092, appendix A.2).
     """
     progress = min(update / steps, 1.0) if steps else 1.0
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -79,7 +79,7 @@ class Interrupt:
             os.write(2, f"{text}\n".encode())
 
     def _leave_terminal(self) -> None:
-        """Discard all later output, because writing to a closed terminal is an error."""
+        """Discard all later output to the terminal, because writing to a closed one is an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in self._terminals:
             os.dup2(nowhere, descriptor)

@@ -17,7 +17,7 @@ The engine calls a task in this order (in brackets: only after a resume):
     now and then: row | tensors, state, rank_state | validate, save_samples, validated
     at the end: summary, export, done
 
-Every log name is "group/name". Names of validation metrics begin with "validation/".
+Every log name of a task is "group/name". Names of validation metrics begin with "validation/".
 """
 
 # ruff: noqa: B027  optional methods have an empty body here
@@ -55,12 +55,13 @@ class Learner:
 
     Attributes:
         module: the bare module. A checkpoint holds the `state_dict` of this module.
-        prepared: the same module wrapped by DDP and autocast. Training calls this wrapped module.
+        prepared: the same module wrapped in autocast and, with several processes, in DDP. Training
+            calls this wrapped module.
         optimizer: trains the module's parameters.
         rate: peak learning rate. In every update, the engine sets the learning rate of each
             parameter group.
-        averaged: the part of the module whose weights are averaged, validated and exported. None
-            means no average: the trained weights are validated and exported.
+        averaged: the part of the module whose weights are averaged, validated and exported. With
+            None, or without `use_ema`, the trained weights are validated and exported.
     """
 
     module: nn.Module
@@ -131,12 +132,13 @@ class Task(ABC):
     A subclass defines the abstract methods, `config_class` and `launch`.
 
     Attributes:
-        config: the options. `open` may replace it.
+        config: the options. The engine replaces this object by completed options, and `open` is
+            allowed to do so too.
         learners: modules with their optimizers (see `Learner`) by name, created by `build`. The
             names of checkpoint files and log values contain the name of the learner.
         device: the device of modules and batches. The engine sets it before `build`.
-        say: prints a line above the progress bar. Call `say` only after `begin` was called, and
-            only on the first rank.
+        say: prints a line above the progress bar, on the first rank only. The engine sets `say`
+            just before it calls `begin`. Until then, `say` is `print`.
         steps_per_epoch: number of micro-steps in an epoch, in which every item is used once. None
             means unknown.
     """
@@ -262,10 +264,13 @@ class Task(ABC):
     # an update
 
     def begin(self, update: int) -> None:
-        """Prepare for the first update of this process, after `update` updates by earlier ones."""
+        """Prepare for the first update after a start or a resume.
+
+        `update` is the number of updates done, which is 0 for a new run.
+        """
 
     def learning(self, update: int) -> Sequence[str]:
-        """Return the names of the modules (at least one) that learn in update `update`, from 0."""
+        """Return the names (at least one) of the modules that learn in update `update` (from 0)."""
         return tuple(self.learners)
 
     def pause(self, name: str) -> range:
@@ -313,7 +318,7 @@ class Task(ABC):
         means: Sequence[float],
         averages: Averages,
     ) -> dict[str, Tensor]:
-        """Adapt values such as loss weights after an update whose gradients were finite.
+        """Adapt values such as loss weights after an update that was not skipped.
 
         The optimizers have already updated the weights.
 
@@ -329,7 +334,7 @@ class Task(ABC):
         return {}
 
     def end_update(self) -> None:
-        """Discard the values collected for this update, also if its gradients were not finite."""
+        """Discard the values collected for this update, also if the update was skipped."""
 
     # between updates
 

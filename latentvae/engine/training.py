@@ -63,7 +63,10 @@ class Training:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put all modules in eval mode inside this context, with averaged weights if they exist."""
+        """Put all learners in eval mode inside this context, with averaged weights if they exist.
+
+        If only a part of a learner's module is averaged, only this part is in eval mode.
+        """
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():
                 part = learner.module if learner.averaged is None else learner.averaged

@@ -30,7 +30,8 @@ class WeightAverage(EMAModel):
 def averaged_weights(net: nn.Module, average: EMAModel | None) -> Iterator[None]:
     """Put the averaged weights into `net` inside the context, in eval mode and not compiled.
 
-    Buffers are not replaced, because the buffers of a codebook are already moving averages.
+    If `average` is None, the trained weights stay. Buffers are not replaced, because the buffers of
+    a codebook are already moving averages.
     """
     # to eval mode and averaged weights
     training = [module for module in net.modules() if module.training]

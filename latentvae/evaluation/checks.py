@@ -30,6 +30,8 @@ def check_options(
         raise UserError(f"lpips needs the backbones {plan.lpips_nets} (got {tuple(lpips)}).")
 
     # the models
+    if not models:
+        raise UserError("there is no model to measure. Give at least one model.")
     for name, model in models.items():
         if model.image_channels != 3:
             raise UserError(
@@ -64,7 +66,8 @@ def check_resolution(model: Autoencoder, plan: Plan) -> None:
     """Check that a model can process images of the plan's resolution.
 
     Raises:
-        UserError: the resolution is too small for the model, or the model has another fixed size.
+        UserError: the resolution is too small for the model, or the model only makes images of one
+            size and the plan does not resize all images to this size.
     """
     only = model.fixed_size
     if only is not None and (plan.size != (only, only) or plan.buckets):

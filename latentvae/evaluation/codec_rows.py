@@ -1,7 +1,7 @@
 """Measure image codecs on a picture: at fixed quality settings, and at the raw rates of models.
 
 The raw rate of a model is the size of its latent in bits per pixel without entropy coding. Encoding
-uses one CPU core and computes no metrics, so encoding can run in a thread while the models compute:
+runs on the CPU and computes no metrics, so encoding can run in a thread while the models compute:
 
     files = thread.submit(encode_picture, picture, codecs, rates=[1.0])
     rows, at_rates = codec_rows(judge, original, codecs, files.result(), rates={"mine": 1.0})
@@ -35,11 +35,11 @@ class Files:
 def encode_picture(
     picture: Image.Image, codecs: Mapping[str, Codec], *, rates: Collection[float]
 ) -> dict[str, Files]:
-    """Encode a picture with every codec whose format supports its size.
+    """Encode a picture with every codec whose format supports the picture's size.
 
     Args:
-        rates: rates in bits per pixel that the codecs must reach. These are the rates of the
-            models' latents without entropy coding.
+        rates: bits per pixel of the models' latents without entropy coding. For each of these
+            rates, `Files.at_rate` gets a quality.
     """
     found: dict[str, Files] = {}
     for name, codec in codecs.items():
@@ -70,7 +70,7 @@ def codec_rows(
 
     Returns:
         First, the rows of all codecs at fixed quality settings. Second, for each model, one row per
-        codec at the lowest quality that reaches the model's rate.
+        codec at the quality that `Files.at_rate` has for the model's rate.
     """
     rows: list[Row] = []
     matched: dict[str, list[Row]] = {model: [] for model in rates}

@@ -4,7 +4,8 @@ A BD-rate is the mean difference in bits between two curves at equal quality, in
 
 A point of a curve is the mean rate and the mean quality over the same images. An exact copy has an
 infinite PSNR, and a small image has no LPIPS. So an image counts for the curves of a metric only if
-every coder (model or codec) has a finite value of the metric at every setting.
+every coder (model or codec) that encodes this image has a finite value of the metric at every
+setting.
 """
 
 import json
@@ -56,9 +57,10 @@ class Curves:
         """Return the points of the rate curve of a model or codec, one for each of `settings`.
 
         A setting of a codec is its quality. A setting of a model is the PSNR in dB of the noise
-        that rounding the latent adds to the image. The means in a point's field `curves` are over
-        the images for which all models and codecs have a finite value of the metric at every
-        setting. A point's other means are over all images.
+        that rounding the latent adds to the image, or None for tokens. A setting at which no image
+        was measured is left out. The means in a point's field `curves` are over the images for
+        which all models and codecs that encode the image have a finite value of the metric at every
+        setting. A point's other means are over all images with a finite value.
         """
         name = "quality" if kind == "codec" else "noise_psnr"
         points = []
@@ -99,8 +101,8 @@ MIN_BD_POINTS = 3  # two points only give a straight line, which may be far from
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
     """Return every curve's BD-rate: its extra bits at JPEG's quality, in percent of JPEG's bits.
 
-    A curve with fewer than three points has no BD-rate. The result is empty if JPEG was not
-    measured.
+    JPEG itself and curves with fewer than three points have no BD-rate. The result is empty if JPEG
+    was not measured.
     """
     if not curves.get(ANCHOR):
         return {}
@@ -116,7 +118,7 @@ def _bd_rate(anchor: Sequence[Point], points: Sequence[Point], metric: Metric) -
 
     Two curves cannot be compared if their quality ranges do not overlap, or if they are means over
     different images. For example, the curve of WebP lacks very wide images, because WebP cannot
-    store them.
+    store them. A curve also needs two points that `metrics.rate.bd_rate` does not leave out.
     """
     both = [[p.curves[metric] for p in side if metric in p.curves] for side in (anchor, points)]
     if len({point.images for side in both for point in side}) != 1:

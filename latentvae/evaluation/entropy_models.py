@@ -1,4 +1,4 @@
-"""Fit an entropy model to the latents of a model, and measure the gains of its decoder.
+"""Fit an entropy model to an autoencoder's latents, and measure the gains of its decoder.
 
 A gain says how strongly an error in one latent channel changes the image. The gains set the
 quantiser step of each channel.
@@ -77,9 +77,9 @@ class Priors:
         Each model is fitted on at most `plan.prior_images` images of its half, evenly spread.
 
         Args:
-            encoded: a dictionary that this function fills with the posteriors of small images, by
-                the image's position. With these posteriors, the later measurement does not encode
-                the images again.
+            encoded: a dictionary that this function fills with posteriors of at most
+                `KEPT_ELEMENTS` elements, by the image's position. With these posteriors, the later
+                measurement does not encode the images again.
         """
         halves = [_fit(model, pictures, parity, plan, encoded) for parity in (0, 1)]
         found = [half for half in halves if half is not None]

@@ -1,12 +1,13 @@
 """Measure autoencoders and image codecs on the same pictures, under one stated protocol.
 
     models = {"mine": latentvae.load("runs/mine/export")}
-    report = evaluate(models, open_source("photos"), Path("report"), lpips=lpips)
+    source = open_source("photos")
+    report = evaluate(models, source, Path("report"), data_name="photos", lpips=lpips)
 
 Each picture is resized as the protocol of the report says. Every model and codec encodes and
 decodes the picture. The decoded picture is rounded to 8 bits and compared with the original. Memory
-holds only one picture at a time, and sums over all pictures. To continue a stopped evaluation, call
-`evaluate` again with the same arguments.
+holds only a few pictures at a time, besides sums and features for the metrics. To continue a
+stopped evaluation, call `evaluate` again with the same arguments.
 """
 
 import contextlib
@@ -71,11 +72,12 @@ def evaluate(
 ) -> Report:
     """Measure models and codecs, write the report into `out`, and return the report.
 
-    The files are report.json, per_image.csv, and the pictures rate.png and sheet.png.
+    The files are report.json, per_image.csv, and the pictures rate.png and sheet.png. A file is
+    missing if no section of the plan needs it. For example, rate.png needs the section `rate`.
 
     Args:
         models: the autoencoders, by their names in the report.
-        source: the images. Unreadable images are printed, counted and left out.
+        source: the images. Unreadable images are left out, and the report lists their names.
         data_name: name of the source in the report.
         lpips: `PerceptualLoss` for each of `plan.lpips_nets`.
         inception: the network that `metrics.inception.load_inception` returns. With None, rFID and
@@ -84,10 +86,11 @@ def evaluate(
         max_images: measure at most this many images, evenly spread over the source.
         sheet_images: number of images in sheet.png, evenly spread over the measured images.
         overwrite: delete an earlier evaluation in `out`, and start a new evaluation.
-        device: where models and metrics run.
+        device: where the metrics run. The models are not moved to this device.
 
     Raises:
-        UserError: `out` holds another evaluation, or no image can be read.
+        UserError: an argument is wrong, a model does not support the images' sizes, `out` holds
+            another evaluation, or no image can be read.
     """
     check_options(models, lpips, plan=plan, sheet_images=sheet_images)
 
@@ -282,8 +285,8 @@ class _Evaluation:
     def _examine(self, progress: Progress) -> None:
         """Check each model in half precision and in tiles, and measure its speed and memory.
 
-        The evaluation's state is saved after each measurement. If a measurement ended the process
-        (out of memory), the next call skips this measurement.
+        The evaluation's state is saved before and after each measurement. If a measurement ended
+        the process (out of memory), the next call skips this measurement.
         """
         for (name, model), (section, examination) in itertools.product(
             self.models.items(), self._examinations.items()
@@ -371,7 +374,8 @@ class _Evaluation:
         Add a warning to each model whose PSNR is below the PSNR of its linear code.
 
         A model is compared with the linear code that has patches of the model's downsampling
-        factor, and as many numbers per patch as the model has latent channels.
+        factor, and as many numbers per patch as the model has latent channels. Tokenizers are not
+        compared.
         """
         for size, linear in self.linear.items():
             if not linear.halves:

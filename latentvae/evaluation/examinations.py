@@ -1,4 +1,4 @@
-"""Examine a model on a few pictures: half precision, tiles, speed and memory."""
+"""Examine a model: half precision and tiles on a few pictures, speed and memory on noise."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ class Examination:
 
 
 def examinations(plan: Plan, pictures: Pictures, *, mean_pixels: float) -> dict[str, Examination]:
-    """Return a dict from each section of the report to the examination that fills this section.
+    """Return the plan's examinations by the report's sections that they fill (passport, speed).
 
     Args:
         mean_pixels: mean number of pixels of the pictures.

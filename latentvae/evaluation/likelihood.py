@@ -87,8 +87,8 @@ def bounds_of(
         net: the network, in eval mode.
         images: pixels in [-1, 1], (B, C, H, W).
         samples: S, latent samples per image.
-        progress: function that is called after each group of samples, with the number of samples in
-            this group.
+        progress: function that is called each time some samples are computed, with the number of
+            these samples.
     """
     pixels, batch = images[0].numel(), len(images)
     at_once = max(MAX_PIXELS // (pixels * batch), 1)

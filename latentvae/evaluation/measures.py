@@ -34,10 +34,10 @@ class Row:
             rate). `"bitstream"` is a model whose latent or tokens are coded in a file. `"codec"` is
             an image codec. `"codec_at_rate"` is a codec at the quality that reaches a model's raw
             rate.
-        setting: the quality of a codec. For a bitstream, the PSNR in dB of the noise that rounding
-            the latent adds to the image.
-        metrics: values of the metrics by name (`IMAGE_COLUMNS`). If the picture is too small for a
-            metric, the value is None or absent.
+        setting: the quality of a codec. For the bitstream of a continuous latent, the PSNR in dB of
+            the noise that rounding the latent adds to the image. Otherwise None.
+        metrics: values of the metrics by name (`IMAGE_COLUMNS`). If a metric was not measured, or
+            if the picture is too small for the metric, the value is None or absent.
     """
 
     image: str
@@ -126,7 +126,7 @@ class Judge:
     def compare(
         self, original: Original, recon: Tensor, *, nets: Collection[str] | None = None
     ) -> Compared:
-        """Return every metric of `recon`, (1, 3, H, W), rounded to 8 bits.
+        """Return metrics and features of `recon`, which is (1, 3, H, W) and rounded to 8 bits.
 
         Args:
             nets: backbones of LPIPS to use. If backbones are given, the Inception features are left
@@ -151,7 +151,8 @@ class Judge:
     ) -> list[dict[str, float]]:
         """Return only PSNR and LPIPS (alex) of each picture (1, 3, H, W), for rate curves.
 
-        LPIPS processes several small pictures in one batch.
+        LPIPS processes several small pictures in one batch. LPIPS is left out if `original` has no
+        features of the backbone alex, for example because the picture is too small.
         """
         found = [{"psnr": psnr(original.images, recon).item()} for recon in recons]
         if "alex" not in original.levels:

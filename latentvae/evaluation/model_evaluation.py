@@ -67,10 +67,10 @@ class Encoded:
     """A picture in a model's latent space.
 
     Attributes:
-        mean: the posterior's mean, (1, d, h, w).
+        mean: the posterior's mean, (1, d, h, w), or the latent if there is no posterior.
         z: the latent that is decoded.
         raw_bpp: size of the latent in bits per pixel, without entropy coding.
-        seconds: time that encoding took.
+        seconds: time that `ModelMeasures.encode` took, in seconds.
     """
 
     mean: Tensor
@@ -314,7 +314,8 @@ class ModelMeasures:
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
         """Encode the tokens to bytes, decode the bytes, and measure the decoded picture.
 
-        The list is empty if the model has more than MAX_CODES codes.
+        The list is empty if the plan has no section `rate`, or if the model has more than MAX_CODES
+        codes.
         """
         assert self.codes is not None
         indices = calls.tokenize(self.model.net, z)
@@ -331,7 +332,7 @@ class ModelMeasures:
         return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        """Encode the latent to bytes at each rounding step, decode all bytes, measure the pictures.
+        """Encode the latent to bytes for each of `plan.noise_psnr`, decode, measure the pictures.
 
         Several small latents are decoded in one batch.
         """
@@ -406,7 +407,8 @@ class ModelMeasures:
     def _token_report(self) -> dict[str, Any] | None:
         """Return how the codes are used.
 
-        If a model has several levels of tokens, the result also has the bits of each level.
+        If a model has several maps of tokens and their bits are measured, the result also has the
+        bits per pixel of each map.
         """
         if self.tokens is None or not self.measured:
             return None

@@ -1,6 +1,6 @@
 """Measure the bits of an image's latent without entropy coding, and of files of coded tokens.
 
-`h w` latent positions, `L` codes per position.
+`d` latent channels, `h w` latent positions, `L` codes per position.
 """
 
 import math
@@ -52,7 +52,7 @@ def decode_indices(content: bytes, codes: Codes) -> Tensor:
 
 
 class LevelBits:
-    """Measures the bits per pixel of each level (map of tokens) if each level has its own file.
+    """Measures the bits per pixel of each level (map of tokens), with a separate file per level.
 
     Args:
         codes: the model's codes, with several maps of tokens per image.

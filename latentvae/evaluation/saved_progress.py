@@ -35,11 +35,11 @@ class Progress:
     Args:
         out: the report's folder, which is made if it does not exist.
         task: JSON values of everything that the results depend on. If the folder holds the state of
-            another task, the error names the keys that differ.
-        overwrite: delete the saved state.
+            another task, a UserError names the keys that differ.
+        overwrite: delete the saved state and report.json.
 
     Attributes:
-        done: number of images that were measured.
+        done: number of images that were measured, or left out because they are unreadable.
         values: JSON values that the last call of `save` stored.
         finished: whether the report is complete.
     """

@@ -23,32 +23,33 @@ class Plan:
     tuple, or `passport_images` to 0.
 
     Args:
-        sections: names of the sections to measure. There are six sections, in this order: metrics
-            of reconstructions, rates of models and codecs, statistics of latents or tokens, half
-            precision, tiles, and speed.
+        sections: names of the sections to measure. There are six sections, here in the order of
+            `SECTIONS`: metrics of reconstructions, rates of models and codecs, statistics of
+            latents or tokens, half precision, tiles, and speed.
         lpips_nets: backbones of LPIPS. With `"vgg"`, the report also has distances between the sets
             of originals and reconstructions (`fd_vgg`, `kd_vgg`).
         qualities: quality settings of each image codec, 1 to 100.
         noise_psnr: PSNRs in dB of the noise that rounding the latent adds to the image. Each value
-            gives one step size, and so one point of the rate curve (see `coding.latent_codec`).
-        prior_images: number of images that an entropy model is fitted on. Each half of the images
-            has its own entropy model.
+            gives one quantiser step for each channel, and so one point of the rate curve (see
+            `coding.latent_codec`).
+        prior_images: largest number of images that an entropy model is fitted on. Each half of the
+            images has its own entropy model.
         gain_images: number of images, among the `prior_images`, on which the decoder's gains are
             measured. A gain says how strongly an error in a latent channel changes the image.
         passport_images: number of images for the checks of half precision and tiles.
-        passport_side: side in pixels to which images are cropped for the precision check.
-        tiling_size: height and width in pixels that images are cropped to for the tiling check.
-            Most published networks decode in tiles of 512 pixels, so a larger image has borders
-            between tiles.
+        passport_side: largest side in pixels to which images are cropped for the precision check.
+        tiling_size: limits in pixels to which images are cropped for the tiling check: one limit
+            for the shorter side, and one for the longer side. Most published networks decode in
+            tiles of 512 pixels, so a larger image has borders between tiles.
         speed_sizes: sides in pixels of the images for the speed measurement.
         speed_budget: largest time in seconds of encoding or decoding one image. Image sizes that
             need more time are skipped.
         latent: which latent is decoded: the mode of the posterior, or a sample.
         resolution: pixels on a side after resize and centre crop, or (height, width). None keeps
             each image's size.
-        buckets: number of shapes, each with about as many pixels as `resolution`. Each image gets
-            the shape nearest to its own, as in training with `aspect_ratio_buckets`. With 0, all
-            images get the shape `resolution`.
+        buckets: largest number of shapes, each with about as many pixels as an image of
+            `resolution`. Each image gets the shape nearest to its own, as in training with
+            `aspect_ratio_buckets`. With 0, all images get the shape `resolution`.
         ignore_icc: use the stored pixel values of files with an embedded colour profile. By default
             these files are converted to sRGB.
     """
@@ -105,7 +106,7 @@ class Plan:
         """Return a plan with only the given `sections` and the settings that they need.
 
         Raises:
-            UserError: a section has an unknown name.
+            UserError: a section has an unknown name, or `sections` is empty.
         """
         known = [section for section in SECTIONS if section in sections]
         unknown = [section for section in sections if section not in SECTIONS]

@@ -36,8 +36,9 @@ def reconstruct_for_sheet(model: Autoencoder, images: Tensor) -> Shown:
 def sheet_row(shown: Mapping[str, Shown], name: str, images: Tensor) -> list["Tile"]:
     """Return one row of the sheet: tiles of the original, all reconstructions, and JPEG pictures.
 
-    For each model, there is a JPEG picture at the model's raw rate or just above. The raw rate is
-    the size of the latent without entropy coding.
+    For each raw rate of the models, there is a JPEG picture of the lowest quality that reaches this
+    rate, or of quality 100 if no quality does. The raw rate is the size of the latent in bits per
+    pixel without entropy coding.
 
     Args:
         shown: the models' reconstructions, by the models' names in the captions.
@@ -80,8 +81,8 @@ def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
     Each tile shows the centre of its own picture.
 
     Pictures with a side above 320 pixels are cropped. Pictures with sides of at most 160 pixels are
-    enlarged by an integer factor, without interpolation. All tiles of a row show the same part of
-    the picture.
+    enlarged by an integer factor, without interpolation. The pictures of a row must have one size,
+    so that all tiles of the row show the same part.
     """
     tiles = [[(_middle(tile.picture), tile.caption) for tile in row] for row in rows]
     width = max(sum(picture.width + MARGIN for picture, _ in row) for row in tiles) + MARGIN

@@ -37,7 +37,8 @@ class SpeedPoint:
         call: `"encode"` or `"decode"`.
         size: pixels on a side of the image.
         images_per_second: speed of the median call. None if the size was skipped.
-        peak_mib: peak memory in MiB, without the memory that was used before the call.
+        peak_mib: peak memory in MiB, without the memory that was used before the call. None if the
+            size was skipped.
         runs: number of timed calls after the first.
         skipped: reason why this size was not measured, or None.
     """
@@ -76,7 +77,7 @@ def measure_speed(
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what
-        `peak_mib` counts), and `points`, each a `SpeedPoint`.
+        `peak_mib` counts), and `points`, each with the values of a `SpeedPoint` by name.
     """
     # inputs of the smallest size
     device, dtype = torch.device(device), net.dtype

@@ -67,7 +67,8 @@ def export_autoencoder(
 
     Raises:
         UserError: an option does not fit the network, or `out` exists and may not be replaced.
-        RuntimeError: the network that diffusers loads back differs from the trained network.
+        RuntimeError: the network that diffusers loads back differs from the trained network, or
+            does not work in tiles.
     """
     # measure
     _check_options(net, out, profile=profile, overwrite=overwrite)
@@ -156,7 +157,7 @@ def _exported_config(
 ) -> dict[str, Any]:
     """Return the network's config, with the new scale unless the encoder was frozen.
 
-    Keys that begin with `_` are left out, because they hold paths.
+    Keys that begin with `_` are left out, because they describe the loaded file, such as its path.
     """
     config = {key: value for key, value in net.config.items() if not key.startswith("_")}
     if frozen_encoder:

@@ -2,14 +2,15 @@
 
 A tokenizer is exported as one of diffusers' own classes if that class finds the same codes. So a
 tokenizer with VQ, LFQ or BSQ becomes a `VQModel`. A tokenizer with FSQ, residual VQ or
-Gumbel-softmax stays a `DiscreteAutoencoder`, and a vision transformer stays a `ViTTokenizer`.
+Gumbel-softmax stays a `DiscreteAutoencoder`, and so does a tokenizer whose decoder predicts a
+likelihood. A vision transformer stays a `ViTTokenizer`, and a VQ-VAE-2 stays a `VQVAE2`.
 
 A `VQModel` of diffusers computes the distances to codes in another way than the trained tokenizer.
 So a `VQModel` may choose another code if two codes have the same distance up to rounding (a tie).
 The export counts the ties. A tokenizer with many ties is exported in its own class, not as a
 `VQModel`. Untrained codes cause many ties, because they are short compared with the features.
 
-`z` feature, `c` code, `K` codes, `L` levels.
+`z` feature, `c` code, `K` codes, `L` codes per latent position.
 """
 
 import copy
@@ -42,7 +43,8 @@ class TokenizerReport:
         network: the class that loads the export: `"VQModel"` or the tokenizer's own class.
         reason: why the export is not a VQModel. Empty if the export is a VQModel.
         quantizer: type of the quantiser, see `bottlenecks.QUANTIZERS`.
-        num_codes, num_levels: number of codes K of each level, and number of levels (token maps) L.
+        num_codes, num_levels: number of codes K of each codebook, and number L of codes (tokens) at
+            each latent position.
         scaling_factor: 1 / std of the exported tokenizer's features. With a frozen encoder, the
             value of the pretrained network.
         num_images: number of images that `scaling_factor` was measured on.

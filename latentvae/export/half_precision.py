@@ -84,7 +84,8 @@ class HalfPrecision:
     def largest_layer(self) -> str:
         """Name of the module with the largest output.
 
-        If several modules share the largest output, this is the innermost of these modules.
+        If several modules share the largest output, the name is that of the module computed first.
+        Of a block and its submodules, the innermost module is computed first.
         """
         return max(self.layers, key=self.layers.__getitem__)
 

@@ -1,7 +1,7 @@
 """Upload an export to the Hugging Face Hub.
 
-`huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code never sees a token, so
-no token can reach a file, a log, a tracker or the model card.
+`huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code only checks that a
+token exists and keeps no token, so no token can reach a file, a log, a tracker or the model card.
 """
 
 import re
@@ -24,7 +24,7 @@ def check_repo_id(repo_id: str) -> None:
     """Check that `repo_id` can name a repository of the Hub: `owner/name` or `name`.
 
     Raises:
-        UserError: `repo_id` has another form or contains a letter that is not allowed.
+        UserError: `repo_id` has another form or contains a character that is not allowed.
     """
     if not _is_valid(repo_id):
         near = re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", repo_id.rstrip("/").split("/")[-1]).strip("-.")
@@ -112,7 +112,7 @@ def upload_export(folder: Path, *, repo_id: str, private: bool, message: str) ->
 def _command(repo_id: str, folder: str, *, private: bool) -> str:
     """Return the `hf upload` command that uploads `folder`, for an error message.
 
-    Without `--private`, a new repository is public.
+    Without `--private`, the account's default says whether a new repository is public.
     """
     return shlex.join(["hf", "upload", repo_id, folder, ".", *(["--private"] if private else [])])
 

@@ -55,7 +55,9 @@ def decode_folder(
     variant: str | None = None,
     device: str | None = None,
 ) -> list[Path]:
-    """Decode the images in a folder of shards, and write each image as `<id>.png` below `out`.
+    """Decode the images in a folder of shards, and write each image as a PNG below `out`.
+
+    `picture_names` makes the names of the PNG files from the names of the encoded images.
 
     Args:
         shards: a folder that `encode_folder` wrote. First, each file is checked by its sha256.
@@ -63,18 +65,19 @@ def decode_folder(
             that manifest.json in the folder `shards` names.
         limit: decode only the first `limit` encoded images.
         batch_size: images per forward pass.
-        optimize: option of `load`, if `model` is a folder or a Hub id.
+        optimize: option `optimize` of `load`, if `model` is not an `Autoencoder`.
         variant: variant of the weights in a folder, such as `"fp16"`.
         device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
-        The paths of the pictures that this rank decodes, in the order of the encoded images.
+        The paths of this rank's pictures, in the order of the encoded images. Pictures that existed
+        before the call are included.
 
     Raises:
         UserError: shards are damaged, tokens are out of range, or `model` did not make the
-            shards. The error also occurs if `out` holds pictures of other shards, or other files
-            with the names of the pictures. These conditions are checked before the first image is
-            decoded.
+            shards. The error also occurs if `out` holds pictures of other shards, pictures of
+            another mode of `optimize`, or other files with the names of the pictures. These
+            conditions are checked before the first image is decoded.
     """
     out, (rank, world_size) = Path(out).expanduser(), launched_rank()
     if batch_size < 1 or (limit is not None and limit < 1):

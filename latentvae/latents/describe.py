@@ -43,7 +43,7 @@ def describe(
     The items are tokens if the model is a tokenizer, else latents.
 
     Raises:
-        UserError: the model does not support the resolution, the dtype or another option.
+        UserError: an option is wrong, or the model does not support an option.
     """
     _check_options(model, shard_items=shard_items, dtype=dtype, moments=moments)
     tokens = model.num_codes is not None

@@ -83,7 +83,7 @@ def encode_folder(
     Args:
         model: an autoencoder, or its folder or Hub id.
         data: the images, as for `data.open_source`, or `owner/name` of a data set on the Hub. The
-            training split of a table is encoded.
+            training split of a table is encoded, unless a `DatasetSpec` names another split.
         resolution: pixels on a side, or (height, width). Each side must be a multiple of the
             downsampling factor f (for FLUX.2, of 2 f).
         batch_size: images per forward pass. Another batch size may change the last digits of
@@ -93,7 +93,8 @@ def encode_folder(
         dtype: data type of stored latents. None means float16.
         moments: also store the standard deviations of the posteriors, for sampling.
         value_range: the numbers that files store for black and white, as in training. Files of
-            floats need this argument if the model is grey or RGBA.
+            floats need this argument if the model is grey or RGBA. Files of signed 8-bit numbers
+            always need this argument.
         ignore_icc: use the stored numbers of files with an embedded colour profile. By default
             these files are converted to sRGB.
         max_pixels: largest number of pixels of an image that is read (`data.set_pixel_limit`).
@@ -103,13 +104,13 @@ def encode_folder(
             has this column.
         caption_column: column of a table with the captions. None means the column `text` or
             `caption`, if the table has one. See `latents.captions` for folders and tar files.
-        overwrite: replace shards of another model or of other images. Only the names, labels and
-            captions of the images are compared, not their pixels.
+        overwrite: replace shards of another model, of other images or with other options. Only the
+            names, labels and captions of the images are compared, not their pixels.
         optimize: option `optimize` of `load`, if `model` is a folder or a Hub id. The manifest
             records the mode of `optimize` that was used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        model_name: path or Hub id that the manifest records for a loaded model, by default the
-            model's name.
+        model_name: path or Hub id of the model that the manifest records. By default, `model` if it
+            is a path or Hub id, else the name of the `Autoencoder`.
         device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
@@ -181,10 +182,12 @@ def encode_folder(
 
 
 def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_size: int) -> None:
-    """Create the folder, and remove damaged shards that it holds from an earlier call.
+    """Create the folder, and remove those shards of this rank that must be written again.
 
     If the folder holds shards of another model, of other images or with other options, remove these
-    shards with `overwrite`, and raise UserError without `overwrite`.
+    shards with `overwrite`, and raise UserError without `overwrite`. Damaged shards are removed if
+    there is a manifest or `overwrite` is set. Otherwise a damaged shard raises UserError, because
+    the file could be something else than a shard.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -53,8 +53,9 @@ def encode_buckets(
             see `encode_folder`.
         resolution: side of a square, or (height, width), in pixels. Each shape has about as many
             pixels as an image of this size.
-        aspect_ratio_buckets: largest number of shapes. The aspect ratios of the shapes lie between
-            1:2 and 2:1. A shape that is nearest to no image is left out.
+        aspect_ratio_buckets: largest number of shapes. Before the sides are rounded to multiples of
+            the downsampling factor, the aspect ratios of the shapes lie between 1:2 and 2:1. A
+            shape that is nearest to no image is left out.
         options: other options of `encode_folder`.
 
     Returns:

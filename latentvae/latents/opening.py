@@ -14,7 +14,7 @@ def open_model(
     optimize: Optimize | None = None,
     variant: str | None = None,
 ) -> Autoencoder:
-    """Load an autoencoder. The first rank prints which optimisation the autoencoder uses."""
+    """Load an autoencoder. With `optimize`, the first rank prints which optimisation is used."""
     device = device or launched_device()
     model = load(path, device=device, optimize=optimize, variant=variant)
     if optimize is not None and launched_rank()[0] == 0:

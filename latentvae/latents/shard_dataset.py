@@ -5,7 +5,7 @@
     latents = LatentDataset("latents", scaled=True)
     latents[0]     # {"latent": float32 (d, h, w), "id": ..., "label": ...}
 
-Symbols: `h w` latent positions, `L` levels, `d` latent channels, `K` codes.
+Symbols: `h w` latent positions, `L` codes per position, `d` latent channels, `K` codes.
 """
 
 import os
@@ -250,8 +250,9 @@ class TokenDataset(_Cached):
     If the tokens have levels of several sizes, `levels` lists the sizes, and `indices.flatten()` is
     the sequence of tokens, coarsest level first.
 
-    `label` exists if the data has classes (-1 means "none"), and `caption` if it has captions. A
-    DataLoader may use any number of workers. An item is loaded when it is needed.
+    `label` exists if the data has classes (-1 for an image without a class), and `caption` if the
+    data has captions. A DataLoader can use any number of workers. An item is loaded when it is
+    needed.
 
     Args:
         folder: a folder that `latentvae encode` wrote for a tokenizer.
@@ -281,7 +282,8 @@ class LatentDataset(_Cached):
 
     Args:
         folder: a folder that `latentvae encode` wrote for continuous latents.
-        scaled: shift and scale latents to about unit variance, for a diffusion model.
+        scaled: shift and scale latents to about unit variance, for a diffusion model. For FLUX.2,
+            2 x 2 positions also become channels.
         sample: sample the posterior with PyTorch's global generator. The shards must have been
             encoded with `--moments`.
     """

@@ -49,7 +49,8 @@ def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
 
     The direction turns at constant speed (Shoemake 1985), and the norm changes linearly. So latents
     between two typical samples of a Gaussian have the norm of typical samples. On a straight line
-    (`lerp`), the latents between two samples have a smaller norm.
+    (`lerp`), the latents between two samples have a smaller norm. If a latent is 0, or if both
+    latents have almost the same direction, the result is that of `lerp`.
 
     Args:
         first: (...), a latent.
@@ -100,7 +101,8 @@ def nearest_latents(
             `latents` is its own nearest neighbour.
         count: number of neighbours, at most N.
         center: subtract the mean of `latents` from all queries and latents before they are
-            compared. Without this step, all latents point in similar directions.
+            compared. Without this step, latents with a mean far from 0 all point in similar
+            directions.
 
     Raises:
         UserError: the shapes differ, or `count` is wrong.
@@ -194,10 +196,11 @@ class Components:
 def principal_components(latents: Tensor, *, count: int) -> Components:
     """Return the `count` directions of the largest variance of N latents (N, ...).
 
-    The sign of a direction is chosen so that its largest element is positive.
+    The sign of a direction is chosen so that its element with the largest absolute value is
+    positive.
 
     Raises:
-        UserError: there are too few latents, or they are all equal.
+        UserError: `count` is not in 1..N - 1, or all latents are equal.
     """
     if not 1 <= count < len(latents):
         raise UserError(

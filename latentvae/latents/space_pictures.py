@@ -1,7 +1,7 @@
 """Draw pictures of a latent space from a user's images (`latentvae latents`).
 
-Each function writes one PNG with a labelled row for each image or direction, and returns its
-results as plain values for a JSON file.
+Each function `draw_...` writes one PNG with labelled rows, and returns its results as plain values
+for a JSON file.
 
 `N` images, `C` image channels, `H W` image size, `d h w` shape of a latent.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from latentvae.autoencoder import Autoencoder
 from latentvae.data import EvalTransform, PixelFormat, UnreadableImage, spread
 from latentvae.errors import UserError, nearest
-from latentvae.latents.items import find_labels, open_items
+from latentvae.latents.items import Labels, find_labels, open_items
 from latentvae.latents.space import (
     INTERPOLATIONS,
     attribute_direction,
@@ -42,14 +42,15 @@ class EncodedImages:
         names: the names of the images.
         images: (N, C, H, W) in [-1, 1], on the CPU.
         latents: (N, d, h, w), scaled as a diffusion model sees them, on the CPU in float32.
-        labels: the class of each image, or None if the data has no classes.
+        labels: the class of each image (None for an image without a class), or None if the data
+            has no classes.
     """
 
     model: Autoencoder
     names: list[str]
     images: Tensor
     latents: Tensor
-    labels: list[str] | None
+    labels: list[str | None] | None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (N, C, H, W) of scaled latents (N, d, h, w), on the CPU."""
@@ -108,7 +109,8 @@ def encode_images(
 
     # read
     transform = EvalTransform(resolution)
-    names, images, labels = [], [], []
+    names, images = [], []
+    labels: list[str | None] = []
     for index in sorted(chosen):
         try:
             images.append(transform(source.read(index)))
@@ -117,8 +119,7 @@ def encode_images(
             continue
         names.append(source.name(index))
         if found is not None:
-            number = found.values[index]
-            labels.append(str(number) if found.class_names is None else found.class_names[number])
+            labels.append(_class_name(found, index))
     if len(images) < 2:
         raise UserError(f"'{data}' has {len(images)} readable images, and at least 2 are needed.")
 
@@ -217,7 +218,7 @@ def draw_attribute(
     count: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Draw images whose latents are moved along the direction from one class to another.
+    """Draw images whose latents are moved along the direction from `against` to `attribute`.
 
     The strengths go from -1 to 2. Strength 1 is the distance between the means of the two classes.
 
@@ -313,6 +314,14 @@ def _label(name: str) -> str:
     return Path(name).stem[-13:]
 
 
+def _class_name(labels: Labels, index: int) -> str | None:
+    """Return the class of an image, its number if classes have no names. None: it has no class."""
+    number = labels.values[index]
+    if number < 0:
+        return None
+    return str(number) if labels.class_names is None else labels.class_names[number]
+
+
 def _of_class(encoded: EncodedImages, name: str) -> list[int]:
     if encoded.labels is None:
         raise UserError(
@@ -321,7 +330,7 @@ def _of_class(encoded: EncodedImages, name: str) -> list[int]:
         )
     numbers = [number for number, label in enumerate(encoded.labels) if label == name]
     if not numbers:
-        known = sorted(set(encoded.labels))
+        known = sorted({label for label in encoded.labels if label is not None})
         raise UserError(
             f"there is no class '{name}', only {', '.join(known[:20])}{nearest(name, known)}"
         )

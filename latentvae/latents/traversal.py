@@ -42,8 +42,8 @@ def traverse(
         (R, V, C, H, W).
 
     Raises:
-        UserError: the code has no dimension of a given number, or `dimensions` or `values` is
-            empty.
+        UserError: `mean` is not (D,), the code has no dimension of a given number, or `dimensions`
+            or `values` is empty.
     """
     if mean.ndim != 1:
         raise UserError(

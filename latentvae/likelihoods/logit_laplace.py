@@ -1,4 +1,4 @@
-"""Likelihoods of images, for decoders that return the parameters of a pixel distribution.
+"""The logit-Laplace likelihood of images, for decoders that return its parameters.
 
 Symbols: `B` batch size, `C` image channels, `H W` image size. Images are in [-1, 1].
 """

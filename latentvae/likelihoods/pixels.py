@@ -75,7 +75,7 @@ class PixelDistribution(ABC):
         """Draw images (B, C, H, W) in [-1, 1]. Each pixel is one of the `levels` values."""
 
     def start_bias(self, mean_image: Tensor) -> Tensor | None:
-        """Return biases of the decoder's last layer with which `mean` returns `mean_image`.
+        """Return parameters for which `mean` returns `mean_image`, as biases of the last layer.
 
         The biases are (M, H, W) for M parameter maps. Return None if the distribution does not
         offer biases for a mean image.
@@ -246,9 +246,8 @@ class DiscretizedGaussian(LocationScale):
 class DiscretizedLogitLaplace(LocationScale):
     """A Laplace distribution of the logit of a pixel, made discrete.
 
-    DALL-E uses this distribution (arXiv:2102.12092, appendix A.3). `LogitLaplace` has the density
-    without the discrete values. A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before
-    the logit.
+    DALL-E uses the continuous distribution (arXiv:2102.12092, appendix A.3), whose density is in
+    `LogitLaplace`. A pixel in [-1, 1] is mapped to [eps, 1 - eps], eps = 0.1, before the logit.
     """
 
     eps = 0.1
@@ -288,8 +287,8 @@ def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
 def log_normal_cdf(x: Tensor) -> Tensor:
     """Return the log of the standard Gaussian's cumulative distribution at x.
 
-    Its gradients are correct also for very negative x. torch's own gradient in float32 is wrong for
-    x below about -1,000.
+    The gradients of this function are correct also for very negative x. torch's own gradient in
+    float32 is wrong for x below about -1,000.
     """
     tail = x.clamp(max=-50.0)
     far = -0.5 * tail * tail - torch.log(-tail) - 0.5 * math.log(2.0 * math.pi)

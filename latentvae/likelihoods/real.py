@@ -1,4 +1,4 @@
-"""Gaussian densities of real values, for tables and for the latents of another network.
+"""Gaussian densities of real values, for rows of tables and for latents of another network.
 
 The distributions in `likelihoods.pixels` give a probability to each value that a pixel can have.
 `RealGaussian` gives a density to any real value. `latentvae train-vae` does not offer
@@ -14,7 +14,11 @@ from latentvae.likelihoods.pixels import PixelDistribution, split
 
 
 class RealGaussian(PixelDistribution):
-    """Independent Gaussians. For C channels, the parameters are C means, then C maps of ln(std)."""
+    """Independent Gaussians of real values, one for each pixel and channel.
+
+    For C channels, the parameters are first C maps of means, then C maps of ln(std). ln(std) is
+    clamped to [-7, 2].
+    """
 
     def num_maps(self, channels: int) -> int:
         return 2 * channels

@@ -160,7 +160,7 @@ def adaptive_weight(
 
     W is the decoder's last weight, `nll` the reconstruction loss and `adversarial` the GAN loss, as
     in arXiv:2012.09841, equation 7. The gradients with respect to ``recon`` are given, so each loss
-    needs a backward pass through only one convolution. Norms are taken after averaging over ranks.
+    needs a backward pass through only one convolution. Norms are of gradients averaged over ranks.
 
     Args:
         recon: decoder output with its graph, (B, C, H, W).

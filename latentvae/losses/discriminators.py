@@ -57,8 +57,8 @@ class PatchGAN(nn.Module):
         in_channels: number of image channels.
         channels: number of channels of the first layer. This number doubles with each layer, up to
             8 times the first number.
-        num_layers: number of layers with stride 2. With 3 layers, a logit depends on a patch of
-            70 x 70 pixels.
+        num_layers: number of layers with stride 2. With 3 layers, the receptive field of a
+            logit is 70 x 70 pixels.
         norm: "group", "spectral" or "none". With "spectral" every convolution's weight is divided
             by its largest singular value (Miyato et al. 2018, arXiv:1802.05957).
         norm_groups: number of groups of each GroupNorm.

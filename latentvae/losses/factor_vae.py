@@ -2,8 +2,9 @@
 
 The source is Kim and Mnih 2018, arXiv:1802.05983, algorithm 2. The discriminator distinguishes
 codes z ~ q(z) from codes whose dimensions were permuted within the batch. Permuted codes are
-approximately samples of prod_k q(z_k). The difference of the discriminator's two logits estimates
-the total correlation. The VAE and the discriminator are trained in alternating steps:
+approximately samples of prod_k q(z_k). The difference of the discriminator's two logits, in the
+mean over codes z, estimates the total correlation. The VAE and the discriminator are trained in
+alternating steps:
 
     tc = density_ratio_tc(discriminator(z))               # z with its graph, discriminator frozen
     (recon + kl + gamma * tc).backward()                  # the VAE's step

@@ -120,10 +120,12 @@ def load_feature_loss(path: str, *, sizes: Sequence[tuple[int, int]] = ()) -> Fe
     """Return the loss with a network of the library `transformers` from a folder or the Hub.
 
     The network is in float32, on the CPU, and frozen. If weights are missing, an error is raised.
+    Only the weights of a pooler may be missing, because the loss does not depend on them.
 
     Args:
         path: the folder, or the name of a repository on the Hugging Face Hub.
-        sizes: image sizes (height, width) that the network must take.
+        sizes: image sizes (height, width) that the network must take. If empty, the network must
+            take 64 x 64 pixels.
 
     Raises:
         UserError: `transformers` is not installed, there is no such network, weights are missing,
@@ -160,7 +162,10 @@ def load_feature_loss(path: str, *, sizes: Sequence[tuple[int, int]] = ()) -> Fe
 
 
 def _check_network(network: Any, path: str, *, missing: Sequence[str]) -> None:
-    """Raise UserError unless the network takes RGB images and has all its weights."""
+    """Raise UserError unless the network takes RGB images and has all its weights.
+
+    Only the weights of a pooler may be missing.
+    """
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise UserError(
             f"feature_loss '{path}' is a {type(network).__name__}, which does not take images "

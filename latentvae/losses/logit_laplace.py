@@ -24,7 +24,7 @@ def logit_laplace(recon: Tensor, images: Tensor) -> Tensor:
     """Return the negative logit-Laplace log-likelihood of each pixel, in nats, float32.
 
     The scale b of the distribution is 1. For decoder outputs outside of [-1, 1], the logit is
-    continued by its tangent. So the gradient of these outputs is finite and moves them towards the
+    continued by its tangent. So the gradient at these outputs is finite and moves them towards the
     image.
 
     Args:

@@ -146,7 +146,8 @@ def read_trunk(path: Path, net: Net) -> dict[str, Tensor]:
         net: the backbone, "vgg" or "alex".
 
     Raises:
-        UserError: the file is damaged, or holds other weights.
+        UserError: the file is damaged, lacks weights of the backbone, or is a .ckpt file of other
+            weights.
     """
     # A .ckpt file is a pickle, so it is read only if its hash is the known one.
     content = path.read_bytes() if path.suffix == ".ckpt" else None

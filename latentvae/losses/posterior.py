@@ -37,8 +37,8 @@ class ActiveUnits:
     """Counts the active latent channels in a window of updates (arXiv:1509.00519, section 5.4).
 
     A channel is active if its posterior mean has a variance above 0.01 over images and positions.
-    A window is the updates between two calls of `count`. Sums are kept on the latents' device, and
-    only `count` waits for the GPU.
+    A window is the updates between two calls of `count`. Sums are kept on the latents' device, so
+    `add` does not wait for the GPU.
 
     Args:
         num_channels: number of latent channels d.
@@ -72,7 +72,7 @@ class ActiveUnits:
             The number of active channels. None if nothing was added, or if a value was not finite.
         """
         moments, self._moments = self._moments.joined(), self._empty()
-        if moments.count == 0 or moments.mean.isnan().any():
+        if moments.count == 0 or not moments.mean.isfinite().all():
             return None
         return int((moments.variance(correction=0) > ACTIVE_VARIANCE).sum())
 

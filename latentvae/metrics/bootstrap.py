@@ -23,8 +23,8 @@ class Interval(TypedDict):
     """A mean over images with its 95 % confidence interval.
 
     Attributes:
-        mean: mean of the finite values.
-        ci95: 95 % bootstrap interval of the mean. None for a single value.
+        mean: mean of the finite values, or infinity if all values are infinite.
+        ci95: 95 % bootstrap interval of the mean. None if the mean is of a single value.
         images: number of images.
         infinite: number of images with an infinite value, which the mean leaves out.
     """
@@ -70,7 +70,7 @@ class BootstrapMean:
         """Add an image's value.
 
         Args:
-            value: any number or +inf.
+            value: a finite number or +inf.
             index: position of the image in its data set, from 0. Use each index at most once.
         """
         if math.isnan(value) or value == -math.inf:

@@ -50,8 +50,10 @@ class FrechetDistance:
     def result(self) -> float:
         """Return the distance, which is at least 0, and is 0 if the reconstructions are perfect.
 
-        The distance needs at least 2 images. With fewer than D images, the distance is biased
-        upwards.
+        With fewer than D images, the distance is biased upwards.
+
+        Raises:
+            ValueError: there are fewer than 2 images.
         """
         mean, other_mean = self._real.mean, self._recon.mean
         covariance, other = self._real.covariance(), self._recon.covariance()
@@ -153,7 +155,8 @@ def kernel_matrix(x: Tensor, y: Tensor) -> Tensor:
 def unbiased_mmd(x: Tensor, y: Tensor) -> float:
     """Return the unbiased MMD^2 of two independent sets of features, (N, D) and (M, D).
 
-    For sets of pairs, such as images and their reconstructions, use `KernelDistance`.
+    The kernel is that of `kernel_matrix`. For sets of pairs, such as images and their
+    reconstructions, use `KernelDistance`.
 
     Raises:
         ValueError: a set has fewer than 2 rows.

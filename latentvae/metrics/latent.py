@@ -52,7 +52,8 @@ class LatentScale(TypedDict):
     `measured_scaling_factor` is 1 / std of all latents together, and `measured_shift_factor` is the
     mean of all latents. If the network has a posterior, the measured factors are those of samples
     from the posterior. `scaled_mean` and `scaled_std` are mean and std of the latents after shift
-    and scaling with the factors of the network's config.
+    and scaling with the factors of the network's config. If the config has `latents_mean` and
+    `latents_std`, the latents are shifted by `latents_mean` and also divided by `latents_std`.
     """
 
     config_scaling_factor: float | None

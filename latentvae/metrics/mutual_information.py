@@ -1,7 +1,8 @@
 """Estimate the mutual information of images and latents (Hoffman and Johnson 2016, "ELBO surgery").
 
 The mean KL of a VAE has two parts: E[KL(q(z|x), p(z))] = I(x; z) + KL(q(z), p(z)). A posterior that
-has collapsed carries no information, although its KL may be above 0.
+has collapsed (is the same for all images) carries no information, although the second part of its
+KL can be above 0.
 
 Symbols: `N` images, `U` latent units.
 """

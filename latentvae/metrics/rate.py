@@ -2,8 +2,8 @@
 
 The BD rate says how many more or fewer bits a coder needs than a reference coder (the anchor) for
 the same quality. The BD rate is the mean difference of log rates over the qualities that both
-curves reach. Between measured points the curves are piecewise cubic and monotone (PCHIP), as in
-JVET's common test conditions.
+curves reach, converted to percent. Between measured points the curves are piecewise cubic and
+monotone (PCHIP), as in JVET's common test conditions.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ Curve = Sequence[tuple[float, float]]  # (bits per pixel, quality), in any order
 def bd_rate(anchor: Curve, curve: Curve) -> float | None:
     """Return how many percent more bits `curve` needs than `anchor` at equal quality.
 
-    A negative number means fewer bits. A point of a curve is left out if another point of the same
-    curve needs fewer bits for the same or a higher quality. The result is None if fewer than two
-    points of a curve are left, or if no quality is reached by both curves.
+    A negative number means fewer bits. A point of a curve is left out if its quality is not finite,
+    or if another point of the same curve has at least this quality and needs no more bits. The
+    result is None if fewer than two points of a curve are left, or if no quality is reached by both
+    curves.
     """
     curves = [_rising(anchor), _rising(curve)]
     if min(map(len, curves)) < 2:

@@ -19,7 +19,7 @@ class ImageMetric:
 
     Attributes:
         measure: function from images and reconstructions, (B, C, H, W) each in [-1, 1], to one
-            value per pair, (B,).
+            value per pair, (B,), or to None if the images are too small for the metric.
         min_size: smallest allowed size of an image's shorter side, in pixels.
         protocol: how the metric is measured, for reports.
     """

@@ -30,13 +30,15 @@ class Bound(BaseOutput):
     Attributes:
         log_likelihood: ln p(x | z), (S, B).
         kl: KL divergence from posterior to prior of each group, given the drawn latents of the
-            groups before it, (G, S, B). `kl` is exact where a closed form exists. Otherwise `kl`
-            equals `log_ratio`.
+            groups on which posterior and prior depend, (G, S, B). `kl` is exact where a closed form
+            exists. Otherwise `kl` equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B). The dots stand
             for what z_g depends on: other groups and, in q, the image.
-        unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units.
+        unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units or
+            the posterior has a flow. If `VectorVAE` has several latent vectors, `unit_kl` has only
+            the units of the last vector z_L.
         latents: the drawn latents of each group, (S, B, units of the group), or None if the network
-            does not return them.
+            does not return them. `VectorVAE` lists z_1 first, which is the last group.
         posterior: mean and log-variance (B, U) if the posterior is a single Gaussian, or None.
     """
 

@@ -80,7 +80,8 @@ def num_codes(net: Network) -> int | None:
 def num_levels(net: Network) -> int:
     """Return the number of codes per latent position.
 
-    The number is above 1 for a residual quantiser, and for a network with several maps of codes.
+    The number is above 1 for a residual quantiser, and for a network with several maps of codes. It
+    is 1 for a network without codes.
     """
     found = codes(net)
     return 1 if found is None else found.levels

@@ -1,4 +1,4 @@
-"""Check that the values of a config from a file are within limits."""
+"""Check that the numbers of layers in a config from a file are within a limit."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Let other code, such as `latentvae.load`, use networks with a likelihood as autoencoders.
 
-In this module, the latent of an image is one vector of all its latent values, (B, d, 1, 1). The
-groups of latents of a hierarchical VAE are flattened and joined, the coarsest group first.
+In this module, the latent of an image is one vector of all values that the decoder reads,
+(B, d, 1, 1). The groups of latents of a hierarchical VAE are flattened and joined, the coarsest
+group first.
 
 `B` batch, `d` latent values of an image.
 """

@@ -88,7 +88,8 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
         path: folder of the exported network, or of the training run that wrote it.
 
     Raises:
-        UserError: there is no exported network with a likelihood, or its files are damaged.
+        UserError: there is no exported network with a likelihood, or a file of it is missing or
+            damaged.
     """
     folder = find_likelihood_export(Path(path))
     if folder is None:
@@ -96,7 +97,12 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
             f"'{path}' holds no network with a likelihood. Give a finished run of `latentvae "
             "train-vae`, or the folder `export` in it."
         )
-    net = LIKELIHOOD_NETWORKS[_class_name(folder)].from_pretrained(folder, use_safetensors=True)
+    kind = LIKELIHOOD_NETWORKS[_class_name(folder)]
+    try:
+        net = kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the network in '{folder}' cannot be loaded: {reason}") from error
     return net.eval(), read_images_file(folder)
 
 

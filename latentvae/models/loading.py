@@ -46,7 +46,8 @@ def load_network(
             a variant name, or the only variant that exists.
 
     Raises:
-        UserError: the folder is missing, it holds no autoencoder, or its weights are damaged.
+        UserError: `path` does not exist, holds no autoencoder or has no such variant, or the
+            weights are damaged.
     """
     check_no_password(str(path))
 

@@ -9,8 +9,9 @@ from torch import nn
 def muon_matrices(net: nn.Module, *, outer: Sequence[str]) -> list[nn.Parameter]:
     """Return the weights of convolutions and linear layers that require a gradient.
 
-    Muon is made for layers inside a network, so the first and the last layer are left out.
-    Depthwise convolutions are left out too, because their weights are not matrices.
+    Muon is made for layers inside a network, so the first and the last layer should be in `outer`.
+    Convolutions in groups, such as depthwise ones, are left out too, because their weights are not
+    matrices.
 
     Args:
         net: the network.

@@ -88,7 +88,7 @@ class ModelConfig(Pretrained):
 
     @property
     def kl_channels(self) -> int:
-        """Number of latent channels, each of which has a separate KL."""
+        """Number of channels with a separate KL: the latent channels, or 1 for a KL over tokens."""
         return self.latent_channels
 
     @property

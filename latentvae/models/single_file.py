@@ -97,8 +97,9 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
             whole model, such as Stable Diffusion.
 
     Raises:
-        UserError: the file holds no `AutoencoderKL` or `VQModel`, or `family` is None and the file
-            shows neither the family nor the scale of the latents.
+        UserError: the file holds no `AutoencoderKL` or `VQModel`, or `family` does not fit the
+            file. The error also occurs if `family` is None, and the file has an `AutoencoderKL`
+            with 4 or 16 latent channels but neither the family nor the scale of the latents.
     """
     if family is not None and family not in SINGLE_FILE_KINDS:
         hint = nearest(family, SINGLE_FILE_KINDS)
@@ -207,7 +208,10 @@ def _family(names: Sequence[str]) -> SingleFileKind | None:
 
 
 def _fitting_weights(file: _File, net: Network) -> dict[str, Tensor]:
-    """Return the weights of `net` from a file, which must hold exactly the tensors of `net`."""
+    """Return the weights of `net` from a file, which must hold all tensors of `net`.
+
+    The file must not hold other tensors of an encoder or decoder.
+    """
     if file.has_original_names:
         weights = from_original(file.tensors, net)
         levels = len(net.config["block_out_channels"])

@@ -40,7 +40,7 @@ class FlowSampling:
             a + g (b - a). g = 1 is no guidance.
         steps: number of steps from noise to latent.
         solver: `euler` evaluates the network once in a step. `heun` evaluates the network twice in
-            a step, and is more exact than `euler` (arXiv:2206.00364, algorithm 1).
+            each step but the last, and is more exact than `euler` (arXiv:2206.00364, algorithm 1).
 
     Raises:
         UserError: a value is out of range.
@@ -71,7 +71,10 @@ def default_shift(values: int) -> float:
 
 
 def shifted(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels in [0, 1] towards 1: return shift * sigma / (1 + (shift - 1) * sigma)."""
+    """Return shifted noise levels in [0, 1]: shift * sigma / (1 + (shift - 1) * sigma).
+
+    A shift above 1 moves the noise levels towards 1. A shift below 1 moves them towards 0.
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 

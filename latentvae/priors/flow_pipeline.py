@@ -6,8 +6,8 @@ noise, prompt -> PixArt network, step by step -> ...
 Most exports of flow matching models are folders of diffusers' own `DiTPipeline`, or for text of
 `PixArtSigmaPipeline`. An export with a pipeline of diffusers works where only diffusers is
 installed. But diffusers' pipelines only divide latents by the autoencoder's `scaling_factor`, and
-only read text with T5. For latents with another normalisation, or for another text encoder than T5,
-the export uses `FlowPipeline`.
+only read text with T5. In all other cases, such as latents with another normalisation or another
+text encoder than T5, the export uses `FlowPipeline`.
 
 `B` batch, `T` sampling steps.
 """
@@ -130,8 +130,8 @@ class FlowPipeline(DiffusionPipeline):
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the class does not exist, an option is out of range, or the model does not
-                accept classes or prompts.
+            UserError: the class does not exist, an option is wrong, or the model does not accept
+                classes or prompts.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -161,7 +161,9 @@ class FlowPipeline(DiffusionPipeline):
             count: number of images.
 
         Raises:
-            UserError: the class does not exist, or the model does not accept classes or prompts.
+            UserError: the class does not exist, the model does not accept classes or prompts, a
+                model with text gets no prompt, or the number of labels or prompts is neither 0 nor
+                1 nor `count`.
         """
         numbers = spread_over([self.class_number(label) for label in labels], count, "classes")
         if prompts:
@@ -275,7 +277,7 @@ def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
     """Return whether diffusers' `PixArtSigmaPipeline` can use a text encoder and an autoencoder.
 
     `PixArtSigmaPipeline` takes only T5, and computes the size of a picture from the autoencoder's
-    `block_out_channels`.
+    `block_out_channels`. The sides of a picture must be multiples of 8 pixels.
 
     Args:
         encoder: the text encoder.
@@ -312,7 +314,10 @@ def build_pipeline(
     normalization: LatentNormalization,
     text: tuple[Any, Any] | None = None,
 ) -> DiffusionPipeline:
-    """Return the pipeline to export: diffusers' own if it can decode the latents, or FlowPipeline.
+    """Return the pipeline to export: diffusers' own if possible, or else `FlowPipeline`.
+
+    diffusers' own pipeline must be able to decode the latents (`stock_decodes`) and, for a model
+    with text, to read the text (`stock_reads`).
 
     Args:
         net: the trained DiT, or for text the trained PixArt network.

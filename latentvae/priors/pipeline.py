@@ -75,8 +75,8 @@ class TokenPipeline(DiffusionPipeline):
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the class does not exist, an option is out of range, or the prior does not
-                accept classes or prompts.
+            UserError: the class does not exist, an option is wrong, or the prior does not accept
+                classes or prompts.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -140,7 +140,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def spread_over(values: list[Any], count: int, name: str) -> list[Any]:
-    """Repeat a single value `count` times, or return `count` given values as they are.
+    """Repeat a single value `count` times. Return `count` values, or an empty list, as they are.
 
     Raises:
         UserError: the number of values is neither 0 nor 1 nor `count`.

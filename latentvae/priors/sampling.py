@@ -28,8 +28,8 @@ class Sampling:
         temperature: number above 0 by which logits are divided. With a lower temperature, likely
             tokens are drawn more often.
         top_k: draw only from the `top_k` most likely codes. `top_k` 0 draws from all codes.
-        top_p: draw only from the most likely codes whose probabilities add up to `top_p` (nucleus
-            sampling, arXiv:1904.09751). `top_p` 1 draws from all codes.
+        top_p: draw only from the most likely codes, as few as are needed for a total probability of
+            at least `top_p` (nucleus sampling, arXiv:1904.09751). `top_p` 1 draws from all codes.
 
     Raises:
         UserError: a value is out of range.

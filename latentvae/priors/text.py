@@ -101,6 +101,30 @@ def join_texts(texts: Sequence[Text]) -> Text:
     return Text(torch.cat(states), torch.cat(masks))
 
 
+def check_exported_encoder(
+    folder: Path, tokenizer: Any, encoder: Any, *, captions: Sequence[str]
+) -> None:
+    """Raise RuntimeError if an export has another text encoder or tokenizer than the training.
+
+    The exported encoder is loaded on the CPU, because a large encoder may not fit on the GPU twice.
+
+    Args:
+        folder: the exported pipeline, with the folders `text_encoder` and `tokenizer`.
+        tokenizer, encoder: those of the training.
+        captions: texts that both tokenizers split.
+    """
+    ours = encoder.state_dict()
+    theirs = type(encoder).from_pretrained(folder / "text_encoder", use_safetensors=True)
+    theirs = theirs.state_dict()
+    if ours.keys() != theirs.keys() or any(
+        not torch.equal(value.cpu(), theirs[name].float()) for name, value in ours.items()
+    ):
+        raise RuntimeError("the export's text encoder differs from the one used in training")
+    words = type(tokenizer).from_pretrained(folder / "tokenizer", use_safetensors=True)
+    if words(list(captions)).input_ids != tokenizer(list(captions)).input_ids:
+        raise RuntimeError("the export's tokenizer differs from the one used in training")
+
+
 def describe_encoder(encoder: nn.Module) -> str:
     """Return class and size of a text encoder as text, for the overview that a training prints."""
     size = sum(p.numel() for p in encoder.parameters())

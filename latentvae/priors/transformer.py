@@ -4,10 +4,10 @@
 
 Tokens of several levels (token maps) form one sequence, coarsest level first, each level row by
 row. The transformer's input is a sequence of slots. Slot t reads token t - 1 and predicts token t.
-Slot 0 reads the class. The slots of a text come before slot 0. The position of a slot is the
-position of the token that it predicts. The network uses the position of each slot twice: as a 2-D
-rotary embedding in attention (arXiv:2104.09864), and as a learned embedding that is added to the
-input.
+Slot 0 reads the class. The slots of a text come before slot 0 and have no position. The position of
+any other slot is the position of the token that it predicts. The network uses this position twice:
+as a 2-D rotary embedding in attention (arXiv:2104.09864), and as a learned embedding that is added
+to the input.
 
 `B` batch, `T` tokens of an image, `S` slots of a text, `K` codes, `L` levels, `W` width, `D`
 channels of an attention head.
@@ -35,7 +35,7 @@ class TokenLogits(BaseOutput):
     """Output of `TokenTransformer`.
 
     Attributes:
-        logits: (B, T, K), float32 or the dtype of the weights. Entry t depends only on the
+        logits: (B, T, K), in the dtype of the weights or of autocast. Entry t depends only on the
             condition and on tokens 0 to t - 1.
     """
 
@@ -47,7 +47,7 @@ class Text:
     """The output states of a text encoder for B texts.
 
     Attributes:
-        states: (B, S, C).
+        states: (B, S, C), C channels of the text encoder.
         mask: (B, S), bool: True for tokens of the text, False for padding. A row without True means
             "no text".
     """
@@ -186,7 +186,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
     def _inputs(
         self, indices: Tensor, classes: Tensor | None, text: Text | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the inputs (B, S + 1 + t, W) for text, class and t tokens, and the mask."""
+        """Return the inputs (B, S + 1 + t, W) for text, class and t tokens, and a mask or None."""
         start = self.embed_condition(len(indices), classes)
         before = self.tokens(indices + self.offsets[: indices.shape[1]])
         hidden = torch.cat([start, before], dim=1)

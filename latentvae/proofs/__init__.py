@@ -1,1 +1,5 @@
-"""Test a training: its first updates (`preflight`) and its resume after kills (`verify_resume`)."""
+"""Test a training, and how well a generator learns from a model's codes.
+
+`preflight` tests the first updates of a training, and `verify_resume` tests its resume after kills.
+`generator_proof` measures how well a generator learns from latents or tokens.
+"""

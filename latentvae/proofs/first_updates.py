@@ -20,7 +20,14 @@ from torch import Tensor
 from latentvae.compute.memory import keep_freed_memory
 from latentvae.config.presets import checked
 from latentvae.config.run_config import JobConfig
-from latentvae.distributed import all_reduce_mean, barrier, from_main, gather_objects, is_main
+from latentvae.distributed import (
+    all_reduce_mean,
+    barrier,
+    from_main,
+    gather_objects,
+    is_main,
+    world_size,
+)
 from latentvae.engine.checkpoint_content import restore, take_snapshot
 from latentvae.engine.checkpoint_files import PREFIX, load_checkpoint, save_checkpoint
 from latentvae.engine.processes import end_accelerator, start_accelerator
@@ -52,7 +59,8 @@ class FirstUpdates:
         results: result of each update.
         before, after: hash of each group of tensors that an update changes (such as the weights),
             before and after the updates.
-        items: indices of the images, latents or token maps in this rank's first batch.
+        items: indices of the images, latents or token maps in this rank's first batch. Empty if the
+            task does not know the order of its data, as with streamed images.
     """
 
     task: Any
@@ -189,7 +197,10 @@ def items_check(rehearsal: FirstUpdates) -> Check:
 
 
 def equal_ranks_check(rehearsal: FirstUpdates) -> Check:
-    """Check that all processes have the same weights after the updates."""
+    """Check that all processes have the same training state after the updates.
+
+    The training state is the weights, the optimizer's state and the weight average.
+    """
     parts: list[dict[str, str]] = gather_objects(rehearsal.after)
     differs = [name for name in parts[0] if any(part[name] != parts[0][name] for part in parts)]
     return Check(
@@ -224,8 +235,9 @@ def dropped_check(dropped: Tensor, share: float) -> Check:
 def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
     """Check that the next update has the same result before and after a checkpoint is restored.
 
-    On a CPU, all tensors that an update changes are compared bit by bit. On a GPU, only the logged
-    value `loss` is compared.
+    On a CPU with one or two processes, all tensors that an update changes are compared bit by bit.
+    Otherwise, only the logged value `loss` is compared. Then a relative difference of 1 % is
+    allowed.
     """
     # save, then the next update
     task, training = rehearsal.task, rehearsal.training
@@ -245,9 +257,8 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
     second = Updates(training).make(iter(task.batches(start_step=training.progress.micro_step)))
     found = fingerprints(training)
 
-    # Compare all bits on CPUs. Sums on GPUs have no fixed order, so only the loss is compared
-    # there.
-    exact = training.accelerator.device.type == "cpu"
+    # Sums on GPUs, and sums over more than two processes, have no fixed order.
+    exact = training.accelerator.device.type == "cpu" and world_size() <= 2
     differs = [name for name, value in expected.items() if found[name] != value]
     if not exact:
         losses = [result.values[0][loss].item() for result in (first, second)]

@@ -153,7 +153,7 @@ def _condition(rehearsal: FirstUpdates) -> Check:
 
 
 def _text_learns(rehearsal: FirstUpdates) -> Check:
-    """Check that the gradient of the loss reaches every tensor of a text encoder that learns."""
+    """Check that the loss has a gradient for every tensor of a text encoder that is trained."""
     task, table = rehearsal.task, rehearsal.task.data.train
     numbers = list(range(min(len(table), task.config.run.train_batch_size)))
     trained = task.learners["model"].module

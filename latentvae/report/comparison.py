@@ -76,12 +76,13 @@ class _Row:
 def compare(paths: Sequence[Path], *, force: bool = False) -> list[Table]:
     """Return a table of all models, and a table of differences from the first model.
 
-    A difference is the mean, over the images, of the difference on each image.
+    A difference is the mean, over the images, of the difference on each image. If there are no
+    differences to show, such as for only one model, the second table is left out.
 
     Args:
         paths: report.json files or their folders. One report with several models is enough.
-        force: also compare reports with different protocols or images. In this case, the table of
-            differences is left out.
+        force: also compare reports with different protocols or images. For such reports, the table
+            of differences is left out.
 
     Raises:
         UserError: there is no report, or protocols or images differ and `force` is false.

@@ -22,7 +22,8 @@ def rate_figure(report: Report, path: Path) -> None:
 
     A star shows a model at the raw rate of its latent, without entropy coding. A dashed curve shows
     a model at the sizes of its encoded files. A solid curve shows a codec at the sizes of its
-    files. All points of a panel are means over the same images (`Point.curves`), except the stars.
+    files. All points of a panel are means over the same images (`Point.curves`), except the stars
+    and the curves of codecs that cannot store all images.
     """
     # panels
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)

@@ -66,8 +66,8 @@ def values_of(values: Mapping[str, dict[str, Values]], model: str) -> dict[str, 
 def paired_difference(first: Values, second: Values) -> Difference | None:
     """Return the mean of `second` minus `first`, over the images with values in both.
 
-    The result is None if fewer than two images have values in both. An image with an infinite PSNR
-    (an exact copy) is left out.
+    An image with an infinite PSNR (an exact copy) is left out. The result is None if fewer than two
+    images remain.
     """
     names = [name for name in first if name in second]
     pairs = np.array([(first[name], second[name]) for name in names]).reshape(-1, 2)

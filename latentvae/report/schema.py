@@ -2,10 +2,10 @@
 
 A part that was not measured is absent.
 
-Means are over images. `bpp` is the size of real files in bits per pixel of the source image.
-`raw_bpp` is the rate without entropy coding, with the number of bits per element of the
-latent that the protocol states. PSNR is in dB. Equal images have an infinite PSNR, which JSON
-writes as the string "Infinity".
+Means are over images. `bpp` is the size of real files in bits per pixel of the image, after the
+resizing that the protocol states. `raw_bpp` is the rate without entropy coding, with the number of
+bits per element of the latent that the protocol states. PSNR is in dB. Equal images have an
+infinite PSNR, which JSON writes as the string "Infinity".
 
 `report.schema.json` in this folder is the JSON Schema of report.json. `make schema` writes it.
 """
@@ -87,8 +87,8 @@ Metric = Literal["psnr", "lpips_alex"]
 class CurvePoint(_Part):
     """Means of bits per pixel and of a metric over the same `images` images.
 
-    An image counts only if every coder has a finite value of the metric at every setting. A coder
-    is a model or an image codec.
+    An image counts only if every coder that encodes this image has a finite value of the metric at
+    every setting. A coder is a model or an image codec.
     """
 
     images: int = Field(ge=1)
@@ -101,7 +101,7 @@ class Point(_Part):
 
     `images` is the number of images in each mean. These numbers can differ between metrics, because
     an exact copy has no finite PSNR and a small image has no LPIPS. `curves` has, for each metric,
-    means over images that are the same for every coder.
+    means over images that are the same for every coder that can store all images.
 
     The setting of a codec is `quality`. The setting of a continuous latent is `noise_psnr`, the
     PSNR in dB that would result if quantising the latent were the only error. Tokens have no
@@ -143,8 +143,8 @@ class Distribution(_Part):
 class ModelReport(_Part):
     """All measurements of one model. `info` describes the model.
 
-    `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate.
-    The quality is chosen for each image.
+    `codecs_at_rate` has each image codec at the lowest quality that reaches this model's raw rate,
+    or at quality 100 if no quality does. The quality is chosen for each image.
 
     If the values of a model overflow, there are no metrics, and a warning says so.
     """

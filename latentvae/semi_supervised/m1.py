@@ -62,6 +62,11 @@ class LatentModel(SemiSupervisedClassifier):
             self.vae_ = fitted_vae(net, self.rows_, rows, schedule)
         posterior = posteriors(self.vae_, self.rows_, rows)
         self.units_ = active_units(posterior)
+        if not len(self.units_):
+            raise UserError(
+                f"the VAE has the same latent for all {len(rows)} rows, so a classifier learns "
+                "nothing from latents. Give rows that differ, or another VAE."
+            )
         return chosen(posterior, self.units_)
 
     def _latents(self, images: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ class Schedule:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Seed torch's global generators in a `with` block, then restore the generator of the CPU."""
+    """Seed torch's global generator of the CPU in a `with` block, then restore its state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

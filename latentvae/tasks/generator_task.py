@@ -63,8 +63,8 @@ class GeneratorTask(Task):
         count = int(data.train.classes.max()) + 1 if names is None else len(names)
         if (other := int(data.validation.classes.max())) >= count:
             raise UserError(
-                f"a validation image has class {other}, but the largest class in training is "
-                f"{count - 1}. Validate on images of the same classes."
+                f"a validation image has class {other}, but the training images have "
+                f"{count} classes, from 0 to {count - 1}. Validate on images of the same classes."
             )
         return count
 

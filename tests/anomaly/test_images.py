@@ -10,11 +10,13 @@ from PIL import Image
 from scipy.stats import multivariate_normal
 
 import latentvae
+from latentvae.anomaly import image_runs
 from latentvae.anomaly.image_methods import PooledDensity, Positions, neighbourhoods, pooled
 from latentvae.anomaly.image_runs import fit_images, score_images
 from latentvae.anomaly.image_sheet import heat_picture, quantile
 from latentvae.cli.main import main
 from latentvae.errors import UserError
+from latentvae.models.likelihood_models import ImagesOfModel
 from tests import tiny
 
 SIDE = 32
@@ -40,6 +42,17 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[:8, :8] = 255
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def test_deep_images_are_read_in_the_models_range(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.full((SIDE, SIDE), 3000, np.uint16)).save(tmp_path / "a.tif")
+    about = ImagesOfModel(value_range=(0.0, 4000.0))
+    monkeypatch.setattr(image_runs, "images_of", lambda model: about)
+    pictures = image_runs.Pictures(tmp_path, latentvae.load(model), SIDE)
+    ((_, images),) = pictures.batches([0])
+    assert images.mean().item() == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["positions", "latent_density", "reconstruction"])

@@ -108,6 +108,14 @@ def test_wrong_files_are_one_sentence(name: str, content: bytes, said: str, tmp_
         read_table(tmp_path / name)
 
 
+def test_an_array_does_not_replace_a_column(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", X=np.zeros((3, 2)), x0=np.arange(3))
+    with pytest.raises(UserError, match="two columns named 'x0'"):
+        read_table(tmp_path / "t.npz")
+    with pytest.raises(UserError, match="method must be one of dagmm, vae, latent_density"):
+        fit_table(tmp_path / "t.npz", tmp_path / "run", method="knn")
+
+
 def test_pickled_arrays_are_not_read(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[{}]], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot be read as a table"):

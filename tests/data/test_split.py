@@ -3,7 +3,11 @@ that images are stored in changes neither the two sides nor a batch."""
 
 import pickle
 from itertools import islice
+from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -200,6 +204,32 @@ def test_files_of_a_table_that_are_validated_on_are_not_trained_on(photos):
     train, validation = open_images(DatasetSpec(name=str(photos)), validation_data_dir=photos / "b")
     assert names(train) == [f"a/{name}" for name in ImageFolder(photos / "a").names]
     assert names(validation) == ImageFolder(photos / "b").names
+
+
+def test_paths_from_the_current_folder_are_files_too(photos, tmp_path, monkeypatch):
+    """A table of paths that are relative to where the command runs, and the folder of its files."""
+    pictures = ImageFolder(photos / "a").names
+    monkeypatch.chdir(photos)
+    pq.write_table(pa.table({"image": [f"a/{name}" for name in pictures]}), tmp_path / "t.parquet")
+    for table in (tmp_path / "t.parquet", photos / "t.parquet"):
+        if not table.exists():
+            (tmp_path / "t.parquet").rename(table)
+        spec = DatasetSpec(name=str(table), image_column="image")
+        with pytest.raises(UserError, match="every training image is also in the validation"):
+            open_images(spec, validation_data_dir=photos / "a")
+
+
+def test_splits_of_a_saved_data_set_share_no_files(tmp_path, files):
+    rows = [{"bytes": data, "path": Path(name).name} for name, data in files.items()]
+    splits = {
+        "train": datasets.Dataset.from_dict({"image": rows[:8]}),
+        "validation": datasets.Dataset.from_dict({"image": rows[8:]}),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    train, validation = open_images(
+        DatasetSpec(name=str(tmp_path / "saved")), validation_data_dir=tmp_path / "saved"
+    )
+    assert (len(train), len(validation)) == (8, 4)
 
 
 def test_tar_files_have_no_splits_or_columns(forms):

@@ -451,6 +451,8 @@ def test_what_does_not_fit_together_is_told(run: Any, tmp_path: Path, lpips: Any
         evaluate({"webp": pixels()}, PHOTOS, tmp_path / "w", **options)
     with pytest.raises(UserError, match="at least 1"):
         evaluate({"m": pixels()}, PHOTOS, tmp_path / "w", sheet_images=0, **options)
+    with pytest.raises(UserError, match="there is no model to measure"):
+        evaluate({}, PHOTOS, tmp_path / "w", **options)
 
 
 def test_the_hash_is_of_the_pixels_in_any_order(run: Any) -> None:

@@ -13,6 +13,8 @@ from latentvae.autoencoder import Autoencoder
 from latentvae.cli.main import main
 from latentvae.data import ImageFolder, to_tensor
 from latentvae.errors import UserError
+from latentvae.latents import space_pictures
+from latentvae.latents.items import Labels
 from latentvae.latents.space_pictures import EncodedImages, draw_attribute, encode_images
 from tests.models.dense.test_vector_vae import vae
 
@@ -74,6 +76,16 @@ def test_images_are_encoded_with_their_classes_and_scale(
     assert torch.allclose(encoded.decode(encoded.latents[6:7]), recon, atol=1e-4)
     some = encode_images(kl, str(pictures), resolution=32, max_images=2, also=["dark/5.png"])
     assert some.names == ["bright/0.png", "dark/0.png", "dark/5.png"]
+
+
+def test_an_image_without_a_class_is_in_no_class(
+    kl: Autoencoder, pictures: Path, encoded: EncodedImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [0] * 6 + [1] * 5 + [-1] * 2  # the last file cannot be read
+    found = Labels(numbers, ["bright", "dark"])
+    monkeypatch.setattr(space_pictures, "find_labels", lambda *_, **__: found)
+    some = encode_images(kl, str(pictures), resolution=32, max_images=100)
+    assert some.labels == ["bright"] * 6 + ["dark"] * 5 + [None]
 
 
 def test_a_way_starts_and_ends_at_the_images(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ def test_active_units_are_the_channels_whose_mean_varies() -> None:
         units.add(100.0 + scales * torch.randn(4, 4, 5, 7))
     assert units.count() == 2
     assert units.count() is None
-    units.add(torch.full((4, 4, 5, 7), math.nan))
-    assert units.count() is None
+    for value in (math.nan, math.inf):
+        units.add(torch.full((4, 4, 5, 7), value))
+        assert units.count() is None
 
 
 def test_active_units_know_the_exact_variance_and_go_on_from_their_state() -> None:

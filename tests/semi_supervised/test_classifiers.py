@@ -149,6 +149,12 @@ def _with(x: np.ndarray, value: float) -> np.ndarray:
     return changed
 
 
+@pytest.mark.parametrize("make", [M1Classifier, M1M2Classifier])
+def test_equal_rows_give_nothing_to_learn_from(make: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="the same latent for all 4 rows"):
+        make(random_state=0, epochs=1).fit(np.zeros((4, 3)), [0, 1, -1, -1])
+
+
 @every
 @pytest.mark.parametrize(
     ("change", "said"),

@@ -45,11 +45,11 @@ class AdversarialWeight:
     def factor(self, update: int, *, start: int) -> float | None:
         """Return the weight of the adversarial loss in update ``update``, counted from 0.
 
-        The returned weight is not yet multiplied by the adaptive weight. The weight is None before
-        update ``start``, when the discriminator is not used at all. From ``start`` on, the
-        discriminator learns in every update. For the first `warmup_updates` updates from ``start``
-        on, the weight is 0. The weight then grows linearly from 0 to `scale`, so that an untrained
-        discriminator has little effect on the model.
+        The returned weight is not yet multiplied by the adaptive weight. The weight is None while
+        the discriminator is not used at all: before update ``start``, or if `scale` is 0. From
+        ``start`` on, the discriminator learns in every update. For the first `warmup_updates`
+        updates from ``start`` on, the weight is 0. The weight then grows linearly from 0 to
+        `scale`, so that an untrained discriminator has little effect on the model.
         """
         if self.scale == 0 or update < start:
             return None

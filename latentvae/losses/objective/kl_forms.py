@@ -25,7 +25,8 @@ class KLForm(Protocol):
     """A function that computes the KL term of the loss, such as the KL with free bits.
 
     Attributes:
-        name: name of the term in the log.
+        name: name of the term in `Loss.values` and `Loss.weights`. The log has the plain KL
+            instead, under the name `loss/kl`.
     """
 
     name: str
@@ -148,7 +149,8 @@ def free_bits_kl(kl_per_channel: Tensor, *, bits: float, positions: int) -> Tens
 
     Args:
         kl_per_channel: KL of each of d channels in nats, summed over positions, (B, d).
-        bits: lambda, in bits per latent element.
+        bits: lambda, in bits per latent element. The function converts lambda to nats and
+            multiplies it by `positions`, so that it can be compared with KL_j.
         positions: number of latent positions h * w.
 
     Returns:
@@ -165,7 +167,8 @@ def capacity_kl(kl: Tensor, *, bits: float, elements: int) -> Tensor:
 
     Args:
         kl: KL of each image in nats, (B,).
-        bits: capacity C in this update, in bits per latent element.
+        bits: capacity C in this update, in bits per latent element. The function converts C to nats
+            per image.
         elements: number of elements of a latent, d * h * w.
 
     Returns:

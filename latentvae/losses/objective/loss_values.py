@@ -9,14 +9,15 @@ from torch import Tensor
 class Loss:
     """A loss or a part of a loss, with its named terms. ``+`` adds two parts.
 
-    The keys of `values`, `weights` and `log` are names in the log.
+    The keys of `values`, `weights` and `log` are names such as "loss/rec". Only `log` is written to
+    the log.
 
     Attributes:
         total: sum of weight times value over the terms, a scalar with its graph.
         values: unweighted value of each term, scalars with their graph.
         weights: weight of each term in this update.
-        log: values for the log, scalars without graph. The log always has the plain KL, even if the
-            loss has another form of the KL, such as free bits.
+        log: values for the log, scalars without graph. If there is a KL, the log has the plain KL,
+            even if the loss has another form of the KL, such as free bits.
     """
 
     total: Tensor

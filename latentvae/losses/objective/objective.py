@@ -64,7 +64,8 @@ class Objective(nn.Module):
             default is float32. The LPIPS distance and the feature loss are always float32.
 
     Attributes:
-        weights: constant weight of each term, by name. `kl_factor` also multiplies the KL's weight.
+        weights: constant weight of each term but the adversarial term, by name. `kl_factor` also
+            multiplies the KL's weight.
     """
 
     def __init__(

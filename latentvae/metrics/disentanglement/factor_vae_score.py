@@ -3,9 +3,9 @@
 For a vote, L images are drawn in which one factor is fixed and all other factors are random. In the
 codes of these images, the dimension whose variance shrinks most should tell which factor was fixed.
 Each variance is first divided by the variance of the same dimension over random images. A vote is a
-pair: the dimension whose variance shrinks most, and the fixed factor. For each dimension, the
+pair: the dimension whose variance shrinks most, and the fixed factor. For each dimension, a
 classifier predicts the factor that occurs most often in the votes with this dimension. The score is
-the classifier's accuracy.
+the classifier's accuracy on new votes.
 
 `N` images, `D` dimensions of the code, `F` factors, `L` images of a vote.
 """
@@ -30,6 +30,7 @@ class FactorVAEScore:
 
     Attributes:
         score: accuracy on votes that the classifier has not seen, from 0 to 1. Guessing gives 1/F.
+            If all dimensions are pruned, the score is 0.
         train_accuracy: accuracy on the training votes, from which the classifier was made.
         votes: (D, F), number of training votes for each pair of dimension and factor. A pruned
             dimension has no votes.

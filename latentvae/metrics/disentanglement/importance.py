@@ -64,7 +64,8 @@ def dci(
 
     Raises:
         UserError: codes or factors are invalid (see `check_codes`), there is only one dimension or
-            one factor, or an index in `categorical` is wrong.
+            one factor, an index in `categorical` is wrong, or `test_share` leaves no row for
+            learning or none for testing.
     """
     codes, factors = check_codes(codes, factors)
     if codes.shape[1] < 2 or factors.shape[1] < 2:
@@ -91,7 +92,7 @@ def dci(
 
 
 def concentration(importance: np.ndarray) -> float:
-    """Return how much each row of a matrix is concentrated in one column, from 0 to 1.
+    """Return how much the rows of a matrix are each concentrated in one column, from 0 to 1.
 
     The value of a row is 1 - H / log(columns), where `columns` is the number of columns. To compute
     the entropy H, the numbers of the row are first divided by their sum. The result is the mean of

@@ -38,16 +38,16 @@ def sap(
         factors: (N, F), integers, the true factors of the images.
         categorical: indices of the factors whose values have no order. A linear support vector
             machine predicts these factors, and the score is its accuracy on test rows. All other
-            factors are predicted by linear regression, and the score is R^2. The study of
-            disentanglement_lib treats all factors as categorical (`range(F)`). A linear support
+            factors are predicted by linear regression, and the score is R^2 on all rows. The study
+            of disentanglement_lib treats all factors as categorical (`range(F)`). A linear support
             vector machine cannot separate many ordered values by one dimension, so scores with
             `range(F)` are low even for a perfect code.
         test_share: share of the rows on which the support vector machines are tested.
         seed: seed of the split.
 
     Raises:
-        UserError: codes or factors are invalid (see `check_codes`), or an index in `categorical` is
-            wrong.
+        UserError: codes or factors are invalid (see `check_codes`), an index in `categorical` is
+            wrong, or `test_share` leaves no row for learning or none for testing.
     """
     scores = predictability(
         codes, factors, categorical=categorical, test_share=test_share, seed=seed

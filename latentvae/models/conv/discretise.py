@@ -127,7 +127,7 @@ def start_adapter(
 
     Args:
         net: the tokenizer that `from_autoencoder_kl` returns.
-        images: (B, 3, H, W) in [-1, 1].
+        images: images in [-1, 1], such as (B, 3, H, W) for an RGB network.
         whiten: whether every channel of the features gets the variance 1.
         on_sphere: whether the quantiser divides each feature vector by its length.
         generator: random generator on the CPU.

@@ -52,7 +52,7 @@ def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
     """Return a linear code for each patch side of 1, 2, 4, ..., 2 ** levels pixels.
 
     A linear code is a set of principal components of patches. The returned codes have all principal
-    components.
+    components. The code of a single pixel is the pixel itself.
 
     Args:
         images: N images (N, C, H, W). H and W are multiples of 2 ** levels.

@@ -103,7 +103,7 @@ def _code_channels(net: Network) -> int:
 def _codes_of(net: Any, indices: Tensor) -> Tensor:
     """Look up the codes of indices (B, h, w), as a tensor (B, D, h, w) of codes of width D.
 
-    If `VQModel` quantises these codes again, they do not change.
+    If `VQModel` quantises these codes again, they do not change, except by rounding.
     """
     codes = net.quantize.get_codebook_entry(indices.flatten(), None)  # (B * h * w, D)
     return codes.view(*indices.shape, -1).permute(0, 3, 1, 2).contiguous()

@@ -166,8 +166,8 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
 
-        Each call draws a class for each image. Averaged over these draws, the bound equals
-        `unlabelled_bound`.
+        Each call draws a class for each sample of each image. Averaged over all draws, the bound
+        equals `unlabelled_bound`.
         """
         check_images(images, self.image_shape)
         if detach_posterior:

@@ -49,7 +49,8 @@ class VectorVAE(ModelMixin, ConfigMixin):
         hidden_channels: width of the dense layers between the image and z_1, between z_1 and z_2,
             and so on. There is one number for each latent vector.
         hidden_layers: number of dense layers between the image and z_1, and between each latent
-            vector and the next.
+            vector and the next. With residual blocks, the number is only for the layers between
+            latent vectors.
         block_out_channels: channels of the residual blocks of convolutions between image and z_1.
             Each block halves height and width. Without blocks, all layers are dense.
         activation: "tanh", "elu" or "silu".
@@ -230,7 +231,8 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the posterior means of all latent vectors, z_1 to z_L, joined.
 
-        The result is (B, n), where n is the number of units of all latent vectors together.
+        The result is (B, n), where n is the number of units of all latent vectors together. If the
+        network has a flow, the result is that of `encode`.
         """
         features = self.encoder(images)
         first = Gaussian.from_moments(self.moments(features))

@@ -78,7 +78,7 @@ class VQVAE2(ModelMixin, ConfigMixin):
         scaling_factor: 1 / std of the features, for diffusion models that train on these features.
 
     Raises:
-        UserError: there are more levels of codes than halvings of the resolution.
+        UserError: `code_levels` is below 1 or above the number of halvings of the resolution.
     """
 
     _supports_gradient_checkpointing = False
@@ -197,8 +197,9 @@ class VQVAE2(ModelMixin, ConfigMixin):
     def tokenize(self, images: Tensor) -> TokenOutput:
         """Return the code indices (B, P, h, w) of images (B, C, H, W) in [-1, 1].
 
-        P is the number of codes per position of the coarsest level. `models.levels` describes the
-        order of the indices. `maps` returns the map of each level.
+        P is the number of codes per position of the coarsest level. With one level, the indices are
+        (B, h, w). `models.levels` describes the order of the indices. `maps` returns the map of
+        each level.
         """
         _, found = self.quantize_levels(self.encode(images).latents)
         return TokenOutput(indices=join_levels([level.indices for level in found]))

@@ -107,7 +107,8 @@ class LatentSubject(Subject):
     def data(self, variant: str) -> LatentData:
         """Return the latents of a variant (unchanged or with one of the changes in `variants`).
 
-        Each channel is normalised by its measured mean and standard deviation.
+        The latents themselves are not normalised. The `normalization` of the result uses the
+        measured mean and standard deviation of each channel.
         """
         if variant not in self._data:
             train, held = (self._changed(variant, part) for part in (0, 1))

@@ -72,13 +72,14 @@ class References:
         Returns:
             - kd, kd_train: kernel distance to the held-out pictures, and to the training pictures.
             - kd_subsets: standard deviation of kd over random halves of the samples.
-            - class_accuracy_plain: share of the pictures that show the class in `classes`.
+            - class_accuracy_plain: share of the pictures that show the class in `classes`. Left out
+              if a value in `classes` is -1.
             - copies: share of the pictures that may be copies of training pictures. A possible copy
               is nearer to the reconstruction of a training picture than 99 % of the reconstructions
               of held-out pictures are.
             - near_train, near_held: median distance of the pictures to the nearest reconstruction
               of a training picture, and of a held-out picture. Equally many training and held-out
-              pictures are compared.
+              pictures are compared, if there are enough training pictures.
         """
         result = {
             "kd": unbiased_mmd(found, self.held),
@@ -107,7 +108,7 @@ class References:
 def spread_of_subsets(x: Tensor, y: Tensor) -> float:
     """Return the standard deviation of the kernel distance of x and y over random halves of x.
 
-    `x` is (N, D), and `y` is (M, D).
+    `x` is (N, D), and `y` is (M, D). With fewer than four rows in `x`, the result is 0.
     """
     size = len(x) // 2
     if size < 2:

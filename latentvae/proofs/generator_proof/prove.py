@@ -1,9 +1,10 @@
 """Measure how well latents or tokens suit a generator (`latentvae prove`).
 
-The same small generator is trained on each folder of codes (latents or tokens), and on controls. A
-control is a changed copy of the codes, whose effect on the samples is known. All generators have
-the same size and number of updates. The generators' samples are compared with reference values
-(called floors): the measures of real pictures, of reconstructions, and of an untrained generator.
+The same small generator is trained on each folder of codes, and on controls. Codes are latents (for
+a DiT) or tokens (for an autoregressive transformer). A control is a changed copy of the codes,
+whose effect on the samples is known. All generators have the same width, depth and number of
+updates. The generators' samples are compared with reference values (called floors): the measures of
+real pictures, of reconstructions, and of an untrained generator.
 
     OUT/proof.json   settings and results, the same bytes for the same seeds on the same machine
     OUT/proof.html   the results as a page
@@ -66,15 +67,16 @@ def prove(
         models: the autoencoder of each folder. If empty, the autoencoders in the folders' manifests
             are used.
         controls: names of the controls to run. A control is a changed copy of the codes, such as
-            codes with noise. None runs all controls.
+            codes with noise. None runs all controls. The control `labels` (shuffled classes) is
+            left out if there are fewer than two classes.
         say: function that prints a line.
 
     Returns:
         The content of proof.json.
 
     Raises:
-        UserError: before any training, if the folders hold codes of different images or
-            resolutions, or if `out` holds another proof.
+        UserError: before any training, if an argument is wrong, if the folders hold codes of
+            different images or resolutions, or if `out` holds another proof or other files.
     """
     settings, out = settings or ProofSettings(), Path(out).expanduser()
     subjects = _open(shards, settings, data=data, models=models)
@@ -152,7 +154,7 @@ def _check_controls(subjects: Sequence[Subject], controls: Sequence[str] | None)
 
 
 def _identity(subjects: Sequence[Subject], settings: ProofSettings) -> dict[str, Any]:
-    """Return everything that the results depend on, as JSON values."""
+    """Return the settings, and what identifies the codes, as JSON values."""
     return {
         "format": FORMAT,
         "settings": settings.protocol(),
@@ -366,7 +368,8 @@ def _recognised(values: dict[str, Any], *names: str) -> dict[str, Any]:
 def _summary(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Return means over seeds.
 
-    For kernel distance and class accuracy, also return the value of each seed.
+    For kernel distance and class accuracy, also return the standard deviation over seeds, and the
+    value of each seed.
     """
     distances = [row["kd"] for row in rows]
     result: dict[str, Any] = {"kd": _with_spread(distances, seeds)}
@@ -426,7 +429,8 @@ def _checks(
 ) -> dict[str, bool | None]:
     """Return whether the proof shows each expected result. A result that was not measured is None.
 
-    A difference counts if it is larger than twice its standard deviation over the seeds.
+    A difference counts if it is larger than twice its standard deviation over the seeds. With one
+    seed there is no standard deviation, so results that need one are None.
     """
 
     def beyond(worse: dict[str, Any] | None, name: str) -> bool | None:

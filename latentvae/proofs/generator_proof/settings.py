@@ -18,10 +18,12 @@ class ProofSettings:
             deviation over the seeds.
         shifts: shifts of the noise levels to try, for latents. The trainings that try the shifts
             use a seed that is not in `seeds`.
-        samples: number of pictures that each generator draws, the same number for each class.
+        samples: number of pictures that each generator draws without guidance, with classes as
+            frequent as in the training images. If there are classes, the same number of pictures is
+            drawn again with guidance, with all classes equally frequent.
         guidance: weight of classifier-free guidance for the samples of the measure
             `class_accuracy`. All other measures take samples without guidance.
-        width, depth: size of the generator.
+        width, depth: size of the generator. The width is a multiple of 32.
         batch_size: images in an update, and in a batch of samples.
         learning_rate: peak learning rate. The learning rate falls to 0 along a cosine.
         sampling_steps: number of Euler steps, for latents.
@@ -33,7 +35,7 @@ class ProofSettings:
         held_out: share of the images that no generator learns from.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is not allowed.
     """
 
     updates: int = 400

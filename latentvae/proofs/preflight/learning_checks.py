@@ -21,7 +21,7 @@ from latentvae.tasks.autoencoder.update_step import MODEL
 
 
 def checks(rehearsal: Rehearsal) -> Iterator[Check]:
-    """Yield the checks of weights, optimizers, learning rate, weight average and discriminator."""
+    """Yield the checks of weights, optimizers, learning rate, precision, average, discriminator."""
     task = rehearsal.task
     yield weights(rehearsal)
     yield optimizer(rehearsal)
@@ -55,7 +55,7 @@ def updates(rehearsal: Rehearsal) -> Check:
 def weights(rehearsal: Rehearsal) -> Check:
     """Check that the weights have the dtype float32 and change in an update.
 
-    If the weights were in bf16, steps of a usual learning rate would be rounded to 0, so the
+    If the weights were in bf16, most steps of a usual learning rate would be rounded to 0, so most
     weights would not change. A training script of diffusers casts its weights to bf16 by mistake.
     """
     # Examine the second update. In the first update, rounding the initial weights would look like a

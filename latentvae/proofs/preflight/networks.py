@@ -48,7 +48,10 @@ def lpips_weights(rehearsal: Rehearsal) -> Check:
 
 
 def frozen(rehearsal: Rehearsal) -> Check:
-    """Check that frozen networks have no gradients and are in eval mode.
+    """Check that frozen networks have no gradients and that loss networks are in eval mode.
+
+    The loss networks are LPIPS and the network of the feature loss. A frozen, pretrained encoder
+    must also have its loaded weights.
 
     The check finds two common errors. `module.requires_grad = False` only sets an attribute and
     freezes nothing. Calling `train()` on a module that contains LPIPS turns on the dropout of

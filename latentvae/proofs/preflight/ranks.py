@@ -18,7 +18,8 @@ def equal(rehearsal: Rehearsal) -> Check:
     """Check that all processes have the same weights, optimizer states and averages.
 
     Processes differ if the model is not called through DDP, or if a codebook's usage counts are not
-    summed over processes. Only the model of the first process is saved.
+    summed over processes. Only the model of the first process is saved, so what the other processes
+    learned differently would be lost.
     """
     ranks = gather_objects(fingerprints(rehearsal.training))
     differ = [name for name in ranks[0] if len({rank[name] for rank in ranks}) > 1]

@@ -41,7 +41,8 @@ class Seen:
         rates: learning rates of the model's and the discriminator's optimizers.
         before, after: some tensors before and after the update, on the CPU. Their names start with
             `model/`, `discriminator/` or `ema/`.
-        moments: AdamW's first moments of the model's weights in `after`, after the update.
+        moments: moving averages of the gradients that the optimizer keeps (AdamW's first moments),
+            after the update, for the model's weights in `after`.
         discriminator_calls: number of forward passes of the discriminator.
     """
 

@@ -32,7 +32,8 @@ def _or_what_it_raised(
 ) -> Check:
     """Make a check, or report its exception as a failed check.
 
-    Without this check, the exception would end the run hours after its start.
+    Without this check, the exception would end the run hours after its start. With several
+    processes, the exception is not caught, and ends the preflight.
     """
     try:
         return check(rehearsal)
@@ -49,7 +50,7 @@ def _or_what_it_raised(
 
 
 def image_range(rehearsal: Rehearsal) -> Check:
-    """Check that training and validation images are both in [-1, 1].
+    """Check that training and validation images are in [-1, 1], and not only one of them in [0, 1].
 
     If the images were in [0, 1], the values of LPIPS and of every metric would be wrong.
     """

@@ -287,7 +287,10 @@ def commitment(found: Probe) -> Check:
 
 
 def codebook(found: Probe) -> Check:
-    """Check that the codebook loss moves the codes. Codes without a gradient stay random."""
+    """Check that the codebook loss moves the codes and not the features.
+
+    Codes without a gradient stay random.
+    """
     return Check(
         name="codebook",
         passed=found.encoder == 0 and found.codes > 0,

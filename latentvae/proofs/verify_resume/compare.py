@@ -33,7 +33,8 @@ class Results:
         tensors: tensors of the last checkpoint and of the exported model, by group (such as an
             optimizer's tensors) and by name. Each group has its own check.
         values: plain values of the last checkpoint, such as counters, sums of logged values since
-            the last row of the log, and names of unreadable images.
+            the last row of the log, and names of unreadable images. The floats of the task (such as
+            a KL weight) are not here, but in `tensors`.
         rows: rows of the log, without times and memory.
     """
 
@@ -117,8 +118,9 @@ def compare(straight: Results, resumed: Results, *, again: Results | None = None
         straight: results of the run that was never killed.
         resumed: results of the run that was killed.
         again: results of a second run that was never killed, needed if runs are not equal bit by
-            bit. If `again` is given, the killed run may differ from `straight` by up to 10 times
-            (`NOISE`) the difference between the two uninterrupted runs.
+            bit. If `again` is given, the allowed difference of tensors and losses is 10 times
+            (`NOISE`) their difference between the two uninterrupted runs, or 0.001 of their norm
+            (`LEAST`) if that is larger. The counters must be equal in any case.
     """
     names = list(dict.fromkeys([*straight.tensors, *resumed.tensors]))
     names = [n for n in names if straight.tensors.get(n) or resumed.tensors.get(n)]
@@ -228,7 +230,10 @@ def _difference(left: dict[str, Any], right: dict[str, Any]) -> str:
 
 
 def _apart(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Return the largest `distance`, over all losses, between the values of a loss in two logs."""
+    """Return the largest `distance`, over all losses, between the values of a loss in two logs.
+
+    The result is infinite if the two logs do not have rows of the same updates.
+    """
     if [row["update"] for row in left] != [row["update"] for row in right]:
         return math.inf
     names = {name for row in left for name in row if name.startswith("loss/")}

@@ -7,9 +7,10 @@ from latentvae.proofs.checks import Check
 
 
 def check_order(task: Task, *, processes: int, starts: Sequence[int]) -> Check | None:
-    """Check that every launch used the same data as an uninterrupted run at the same micro-steps.
+    """Check that every launch gets the same data as an uninterrupted run at the same micro-steps.
 
-    A micro-step is the forward and backward pass of one batch.
+    A micro-step is the forward and backward pass of one batch. Launches do not record their data,
+    so this function computes the data of each launch again, by `Task.order`.
 
     Args:
         task: the task of the run.

@@ -2,8 +2,8 @@
 
 The command makes a short version of the user's run twice through `accelerate launch`. One run is
 not interrupted. In the other run, which has its own folder, all processes get SIGKILL at random
-moments. After each kill, the same command is started again. Finally, the results of the two runs
-are compared.
+moments. After each kill, this run is launched again and resumes. Finally, the results of the two
+runs are compared.
 """
 
 import shutil
@@ -44,8 +44,8 @@ def verify_resume(
 
     Args:
         task: class of the run's task.
-        config: the options of the run. This function replaces the options for length, logs,
-            checkpoints and folder. Nothing is written to the run's `output_dir`.
+        config: the options of the run. This function replaces some options, such as those for
+            length, logs, checkpoints and folder. Nothing is written to the run's `output_dir`.
         updates: number of updates of each of the two runs.
         kills: how often all processes of the second run are killed by SIGKILL.
         processes: number of processes of each launch.
@@ -140,8 +140,9 @@ def _checks(job: Job, *, kills: int, seed: int) -> list[Check]:
 def _compared(job: Job) -> list[Check]:
     """Compare the two runs bit by bit.
 
-    If the two runs are not equal, a second uninterrupted run shows which differences are normal. On
-    GPUs, and with more than two processes, the checks allow normal differences.
+    If the two runs are not equal, a second uninterrupted run shows which differences occur without
+    kills. On GPUs, and with more than two processes, the checks allow such differences. On a CPU
+    with one or two processes, the checks fail, and only their advice uses the second run.
     """
     # equal to the bit
     update = job.config.run.max_train_steps

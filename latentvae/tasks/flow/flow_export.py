@@ -17,7 +17,7 @@ from latentvae.option_marks import Private, marked
 from latentvae.priors.dit import Condition, velocity
 from latentvae.priors.flow_pipeline import FlowPipeline, build_pipeline
 from latentvae.priors.flow_sample import LATENTS_NAME
-from latentvae.priors.text import longest_text
+from latentvae.priors.text import check_exported_encoder, longest_text
 from latentvae.priors.transformer import NO_CLASS
 from latentvae.tasks.flow.config import LatentFlowConfig
 from latentvae.tasks.flow.latents import LatentData
@@ -190,23 +190,14 @@ def _classes(task: "FlowTask") -> tuple[Condition, Condition]:
 def _texts(task: "FlowTask", folder: Path) -> tuple[Condition, Condition]:
     """Return hidden states of some captions twice, after a check of the exported text encoder.
 
-    The first result is for the trained network, and the second for the export. The exported encoder
-    is loaded on the CPU, because a large encoder may not fit on the GPU twice.
+    The first result is for the trained network, and the second for the export.
 
     Raises:
         RuntimeError: the exported encoder has other weights, or the exported tokenizer splits
             captions in another way.
     """
-    kind, ours = type(task.encoder), task.encoder.state_dict()
-    theirs = kind.from_pretrained(folder / "text_encoder", use_safetensors=True).state_dict()
-    if ours.keys() != theirs.keys() or any(
-        not torch.equal(value.cpu(), theirs[name].float()) for name, value in ours.items()
-    ):
-        raise RuntimeError("the export's text encoder differs from the one used in training")
     captions = ["", *dict.fromkeys(task.data.validation.captions)][: CHECKED + 1]
-    words = type(task.words).from_pretrained(folder / "tokenizer", use_safetensors=True)
-    if words(captions).input_ids != task.words(captions).input_ids:
-        raise RuntimeError("the export's tokenizer differs from the one used in training")
+    check_exported_encoder(folder, task.words, task.encoder, captions=captions)
     states = task.states(captions)
     return states, states
 

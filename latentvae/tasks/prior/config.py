@@ -91,7 +91,8 @@ class NetworkConfig(Section):
             "Condition that the prior gets with an image. `class` is the image's class. `text` is "
             "the image's caption (see captions and text_encoder). `none` is no condition. `auto` "
             "means `text` if all images have captions, else `class` if the images have classes, "
-            "else `none`."
+            "else `none`. If only some images have captions and no image has a class, give `none` "
+            "or the other captions."
         ),
     )
     condition_dropout: Annotated[Share, Elsewhere("class_dropout_prob cond_drop_prob")] = Field(

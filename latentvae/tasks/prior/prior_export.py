@@ -17,7 +17,7 @@ from latentvae.option_marks import Private, marked
 from latentvae.priors.byte_encoder import ByteTextEncoder
 from latentvae.priors.pipeline import TokenPipeline
 from latentvae.priors.sample import TOKENS_NAME
-from latentvae.priors.text import encode_prompts
+from latentvae.priors.text import check_exported_encoder, encode_prompts
 from latentvae.priors.transformer import TokenTransformer
 from latentvae.tasks.prior.config import PriorConfig
 from latentvae.tasks.prior.tokens import TokenData
@@ -107,7 +107,7 @@ def export_prior(
         The validation bits per token at `update`, or None without a validation at this update.
 
     Raises:
-        RuntimeError: the loaded prior or tokenizer differs from the original.
+        RuntimeError: the loaded prior, text encoder or tokenizer differs from the original.
     """
     rows = [r for r in read_rows(folder / "log.jsonl") if "validation/bits_per_token" in r]
     row = next((r for r in rows if r["update"] == update), {})
@@ -128,7 +128,7 @@ def export_prior(
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
     """Raise RuntimeError if the exported networks differ from the networks in `pipeline`.
 
-    The function compares weights and outputs. A frozen text encoder is not compared.
+    The function compares weights and outputs.
     """
     # the weights that were trained
     ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
@@ -138,6 +138,9 @@ def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None
         place = folder / "text_encoder"
         loaded_encoder = ByteTextEncoder.from_pretrained(place, use_safetensors=True)
         pairs.append((encoder, loaded_encoder))
+    elif encoder is not None:  # the encoder is frozen
+        captions = data.validation.captions[:8]
+        check_exported_encoder(folder, words, encoder, captions=captions)
     for trained, loaded in pairs:
         weights = loaded.to(ours.device).state_dict()
         for name, value in trained.state_dict().items():

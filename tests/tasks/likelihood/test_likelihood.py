@@ -573,6 +573,10 @@ def test_a_run_that_was_stopped_is_exported(
     weights = load_likelihood_net(out)[0].state_dict()
     assert all(torch.equal(weights[name], value) for name, value in averages.items())
     main([*command, str(out), "--overwrite"])
+    file = out / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"the network in '.*out' cannot be loaded"):
+        load_likelihood_net(out)
 
     shutil.copytree(run, tmp_path / "empty")
     shutil.rmtree(tmp_path / "empty" / "checkpoint-3")

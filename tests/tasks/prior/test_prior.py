@@ -2,7 +2,9 @@
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +31,12 @@ from latentvae.priors.sampling import Sampling
 from latentvae.proofs.prior_preflight import prior_preflight
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.prior.config import PriorConfig
+from latentvae.tasks.prior.prior_export import export_prior
 from latentvae.tasks.prior.task import PriorTask
 from latentvae.tasks.prior.tokens import unigram_bits
 from latentvae.tasks.prior.trained_prior import token_bits
 from tests.launch import finish, launch
+from tests.proofs.injection import around
 from tests.tasks.prior.text_encoder import write_text_encoder
 from tests.tasks.prior.tokens import CLASSES, pictures, small_prior, write_patterns
 from tests.tiny import TRAINABLE
@@ -228,7 +232,9 @@ def written(rows: list[dict[str, str]], folder: Path) -> Path:
     return captions
 
 
-def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_prior_with_text_follows_its_captions(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     items, rows = TokenDataset(data[1]), rows_of(data[1])
     captions = written(rows, tmp_path)
     encoder = write_text_encoder(tmp_path / "encoder", ["a", "photo", "of", *CLASSES])
@@ -250,6 +256,19 @@ def test_a_prior_with_text_follows_its_captions(data: tuple[Path, Path], tmp_pat
         for i in (label, 1 - label)
     )
     assert wrong.mean() > right.mean() + 0.2
+
+    # an exported text encoder with other weights is found
+    def damaged(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        copy = deepcopy(self)
+        torch.nn.init.normal_(copy.shared.weight)
+        return original(copy, *args, **kwargs)
+
+    task = PriorTask(small_prior(data[1], tmp_path / "run", prior=text))
+    task.open()
+    around("transformers:T5EncoderModel.save_pretrained", damaged)(monkeypatch)
+    values: dict[str, Any] = {"config": task.config, "data": task.data, "folder": tmp_path / "run"}
+    with pytest.raises(RuntimeError, match="text encoder differs from the one used in training"):
+        export_prior(pipe, tmp_path / "damaged", update=1, **values)
 
     # each image needs a caption
     captions.write_text(json.dumps(rows[0]) + "\n")
