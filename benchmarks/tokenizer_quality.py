@@ -29,9 +29,9 @@ The arms differ in these points, because the two packages define them differentl
   cosine distance, our codes are moving averages too.
 - In the residual quantiser of vector-quantize-pytorch, each level passes the decoder's gradient to
   the features. Our residual quantiser passes the decoder's gradient to the features only once.
-- In both packages, the moving averages of codes start with the number of vectors per k-means
-  cluster. Our quantiser scales these numbers so that their sum is the number of vectors in an
-  update.
+- The moving average of a code's use has a first value. In both packages, this value is the number
+  of vectors in the code's cluster of k-means. Our quantiser scales these numbers so that their sum
+  is the number of vectors in an update.
 
 Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. To
 measure the speeds, updates of both arms alternate. All times are CPU times, so other work on the

@@ -109,8 +109,8 @@ class Encode:
 
     data: str
     """Images to encode: a folder of images, of tar files or of tables (parquet, arrow), or a single
-    tar file or table. You may also give `samples` (12 photos of scikit-image, scikit-learn and
-    matplotlib), or owner/name of a data set on the Hub."""
+    tar file or table. You may also give `samples` (21 photos that are installed with latentvae),
+    or owner/name of a data set on the Hub."""
 
     out: Path
     """Folder for the shards and manifest.json. The folder is created if it does not exist."""

@@ -40,8 +40,7 @@ class DataConfig(Section):
         description=(
             "Training images: a folder (with sub-folders) of images, of tar files or of parquet "
             "files. You may also give a single tar or parquet file, or a pattern such as "
-            "shards/{000..012}.tar. `samples` means 12 photos that come with "
-            "scikit-image, scikit-learn and matplotlib. "
+            "shards/{000..012}.tar. `samples` means 21 photos that are installed with latentvae. "
             "`sprites` means 737,280 drawn grey images of 64 x 64 pixels, whose factors of "
             "variation (such as shape and position) are known."
         ),

@@ -1,4 +1,4 @@
-"""The photos that come with scikit-image, scikit-learn and matplotlib, as an image source."""
+"""Sample photos of this package, scikit-image, scikit-learn and matplotlib, as an image source."""
 
 import importlib.util
 from pathlib import Path
@@ -12,9 +12,13 @@ SAMPLES = "samples"
 # Photographs, by the package and the folder in the package that contain them. Both views of the
 # motorcycle are for training, so that no scene is in both splits. The grey textures of scikit-image
 # (brick, grass, gravel, moon) are left out: without them, a short training does better on new
-# colour photos (docs/experiments/demo.md).
+# colour photos. The photos of this package make it better still (docs/experiments/demo.md).
 SAMPLE_PHOTOS = {
     "train": {
+        ("latentvae", "data/photos"): (
+            "brushes.jpg dandelions.jpg dogs.jpg drum.jpg fig.jpg meadow.jpg mountains.jpg "
+            "stream.jpg sunset.jpg"
+        ).split(),
         ("skimage", "data"): (
             "astronaut.png camera.png coins.png hubble_deep_field.jpg ihc.png motorcycle_left.png "
             "motorcycle_right.png retina.jpg rocket.jpg"
@@ -31,7 +35,7 @@ class SamplePhotos:
     """An image source with the photos of `SAMPLE_PHOTOS`, decoded and kept in memory.
 
     Args:
-        split: ``"train"`` (12 photos) or ``"validation"`` (2 photos of other scenes).
+        split: ``"train"`` (21 photos) or ``"validation"`` (2 photos of other scenes).
         pixels: the format of every photo. None means 8-bit RGB.
 
     Raises:

@@ -41,7 +41,8 @@ class GeneratorTask(Task):
     """Base class of a task that trains a generator on latents or tokens in memory.
 
     Attributes:
-        data: latents or tokens to train on and to validate on, with facts about them (`content`).
+        data: latents or tokens to train on (`data.train`) and to validate on (`data.validation`).
+            `data.content` describes them, for example by the names of the classes.
         condition: the condition that the model gets with an image: "class", "text" or "none".
     """
 

@@ -48,6 +48,7 @@ def in_a_process_of_its_own(computed: Callable[[], list[int]], folder: Path) -> 
     return json.loads(result.read_text())
 
 
+@pytest.mark.slow
 def test_the_computed_peak_is_that_of_the_allocator(script: ModuleType, tmp_path: Path) -> None:
     options = script.Options(resolution=32)
     config = script.config_of("kl_small", options, 4).with_changes({"run": {"winograd": False}})

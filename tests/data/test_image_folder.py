@@ -72,7 +72,7 @@ def test_a_file_or_a_folder_without_images_is_refused(tmp_path):
 
 def test_sample_photos_are_all_there_and_the_splits_are_apart():
     train, validation = SamplePhotos("train"), SamplePhotos("validation")
-    assert (len(train), len(validation)) == (12, 2)
+    assert (len(train), len(validation)) == (21, 2)
     names = [{photos.name(i) for i in range(len(photos))} for photos in (train, validation)]
     assert not names[0] & names[1]
     for photos in (train, validation):

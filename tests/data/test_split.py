@@ -105,10 +105,10 @@ def test_a_validation_folder_is_taken_whole_and_never_trained_on(tmp_path):
 
 def test_samples(tmp_path):
     train, validation = open_images("samples")
-    assert (len(train), len(validation)) == (12, 2)
+    assert (len(train), len(validation)) == (21, 2)
     fill(tmp_path, 3)
     train, validation = open_images("samples", validation_data_dir=tmp_path)
-    assert (len(train), len(validation)) == (12, 3)
+    assert (len(train), len(validation)) == (21, 3)
     train, validation = open_images(tmp_path, validation_data_dir="samples")
     assert isinstance(validation, SamplePhotos) and validation.name(0) == "chelsea.png"
     assert open_source("samples").name(0) == "chelsea.png" and len(open_source(tmp_path)) == 3

@@ -29,7 +29,7 @@ from tests.tasks.autoencoder.small import small_config
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine updates over epochs of three batches: a logged step falls on odd and even epochs, and
+    """Nine updates over epochs of five batches: a logged step falls on odd and even epochs, and
     into accumulation."""
     folder = tmp_path_factory.mktemp("log") / "run"
     train(

@@ -1,4 +1,4 @@
-"""Every place where a file of a user's, or of a stranger's, is read.
+"""Places where a file of a user's, or of a stranger's, is read.
 
 A place is how to make a folder with a good file in it, and the call that reads that file. Images
 in folders, archives and tables have more forms than files: see test_hostile_images.py.

@@ -178,13 +178,38 @@ def test_controls_of_tokens_change_what_they_say(tokens: Path) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def command(latents: Path, tokens: Path) -> list[str]:
+    """The command of a short proof, without `--out`."""
+    return [
+        "prove",
+        str(latents),
+        str(tokens),
+        *SHORT,
+        "--shifts",
+        "1",
+        "2",
+        "--controls",
+        "labels",
+    ]
+
+
+@pytest.fixture(scope="module")
+def proved(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short proof."""
+    out = tmp_path_factory.mktemp("proof") / "proof"
+    main([*command, "--out", str(out)])
+    return out
+
+
 def test_the_command_proves_latents_and_tokens(
-    latents: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    proved: Path,
+    command: list[str],
+    latents: Path,
+    tokens: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "proof"
-    command = ["prove", str(latents), str(tokens), "--out", str(out), *SHORT]
-    main([*command, "--shifts", "1", "2", "--controls", "labels"])
-    first = (out / "proof.json").read_bytes()
+    first = (proved / "proof.json").read_bytes()
     proof = json.loads(first)
     assert set(proof["latents"]) == {"latents", "tokens"}
     assert set(proof["controls"]["tokens"]) == {"labels"}
@@ -195,22 +220,28 @@ def test_the_command_proves_latents_and_tokens(
         assert proof["floors"][name]["untrained"]["kd"] > proof["floors"][name]["real"]["kd"]
     assert "bits_per_token" in proof["latents"]["tokens"]
     assert proof["latents"]["latents"]["shift"] in (1, 2)
-    page = (out / "proof.html").read_text()
+    page = (proved / "proof.html").read_text()
     assert "for this generator on this data" in page
     assert "better for generation" not in page
 
-    # the same command trains nothing again, and the same seeds give the same bytes
+    # the same command trains nothing again
     capsys.readouterr()
-    main([*command, "--shifts", "1", "2", "--controls", "labels"])
+    main([*command, "--out", str(proved)])
     assert "seed 0" not in capsys.readouterr().out
-    again = tmp_path / "again"
-    main(["prove", str(latents), str(tokens), "--out", str(again), *command[5:],
-          "--shifts", "1", "2", "--controls", "labels"])  # fmt: skip
-    assert (out / "proof.json").read_bytes() == (again / "proof.json").read_bytes() == first
+    assert (proved / "proof.json").read_bytes() == first
 
     # other settings need another folder
     with pytest.raises(UserError, match=r"holds a proof with updates 2 \(now 3\)"):
-        prove([latents, tokens], out, settings=ProofSettings(updates=3, batch_size=8))
+        prove([latents, tokens], proved, settings=ProofSettings(updates=3, batch_size=8))
+
+
+@pytest.mark.slow
+def test_the_same_seeds_give_the_same_bytes(
+    proved: Path, command: list[str], tmp_path: Path
+) -> None:
+    main([*command, "--out", str(tmp_path / "again")])
+    again = (tmp_path / "again" / "proof.json").read_bytes()
+    assert again == (proved / "proof.json").read_bytes()
 
 
 def test_wrong_input_is_named(latents: Path, photos: Path, tmp_path: Path) -> None:

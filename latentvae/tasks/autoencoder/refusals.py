@@ -25,8 +25,8 @@ def check_source(config: ImageJobConfig) -> None:
     """Check that an option names the training images. Otherwise raise UserError."""
     if config.data.train_data_dir is None and config.data.dataset_name is None:
         raise UserError(
-            "train_data_dir is missing. Give a folder of images, or `samples` for 12 photos from "
-            "installed Python packages. Or give dataset_name."
+            "train_data_dir is missing. Give a folder of images, or `samples` for 21 sample "
+            "photos. Or give dataset_name."
         )
 
 

@@ -17,7 +17,7 @@ from latentvae.tasks.autoencoder.task import AutoencoderTask
 def small_config(
     output_dir: Path, model: dict[str, Any] | None = None, **changes: Any
 ) -> TrainConfig:
-    """Six updates of two micro-steps over epochs of three batches: edges fall inside updates.
+    """Six updates of two micro-steps over epochs of five batches: edges fall inside updates.
 
     Args:
         model: the whole section, for another architecture.

@@ -173,6 +173,7 @@ def test_the_options_need_a_kl_autoencoder(option: dict[str, Any], tmp_path: Pat
         built(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_through_the_end_of_the_warm_up(base: Path, tmp_path: Path) -> None:
     """DDP does not wait for the decoder's gradients at first, and adds them up later."""
     config = discretising(

@@ -442,11 +442,11 @@ def test_other_images_are_told_by_number_and_names(straight: Path) -> None:
     snapshot = load_checkpoint(straight / "checkpoint-4")
     restore(training, snapshot)
     assert training.progress.update == 4
-    snapshot.values["identity"] = {"images": 12, "names_sha256": "0"}
-    with pytest.raises(UserError, match=r"\(12 with other names\)"):
+    snapshot.values["identity"] = {"images": 21, "names_sha256": "0"}
+    with pytest.raises(UserError, match=r"\(21 with other names\)"):
         restore(training, snapshot)
     snapshot.values["identity"] = {"images": 16, "names_sha256": "0"}
-    with pytest.raises(UserError, match=r"\(images: 16 then, 12 now\)"):
+    with pytest.raises(UserError, match=r"\(images: 16 then, 21 now\)"):
         restore(training, snapshot)
 
 

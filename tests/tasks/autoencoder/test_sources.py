@@ -161,4 +161,4 @@ def test_the_sample_photos_keep_their_validation_photos(tmp_path: Path) -> None:
         {"dataset_name": "samples", "train_data_dir": None},
     ):
         training, validation = open_data(small_config(tmp_path, **options))
-        assert (len(training), len(validation)) == (12, 2)  # type: ignore[arg-type]
+        assert (len(training), len(validation)) == (21, 2)  # type: ignore[arg-type]

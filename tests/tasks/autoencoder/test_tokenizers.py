@@ -193,13 +193,13 @@ def test_the_lines_of_the_card_run(name: str, lookup: bool, tmp_path: Path) -> N
 def test_few_vectors_for_k_means_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """12 photos of 8 x 8 positions are 768 vectors."""
-    for num_codes, told in ((768, False), (769, True)):
+    """21 photos of 8 x 8 positions are 1,344 vectors."""
+    for num_codes, told in ((1344, False), (1345, True)):
         model = tokenizer("vq") | {"quantizer": QUANTIZERS["vq"] | {"num_codes": num_codes}}
         options = {"learn_logvar": False, "max_train_steps": 1}
         train(small_config(tmp_path / str(num_codes), model=model, **options))
         assert (
-            f"k-means has 768 vectors for {num_codes:,} codes" in capsys.readouterr().out
+            f"k-means has 1,344 vectors for {num_codes:,} codes" in capsys.readouterr().out
         ) == told
 
 
