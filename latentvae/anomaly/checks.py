@@ -99,7 +99,7 @@ def check_count(name: str, value: Any) -> None:
     """
     if not isinstance(value, Integral):
         raise UserError(f"{name} must be a whole number of at least 1 (got {value!r}).")
-    check_range(name, value, low=1)
+    check_range(name, int(value), low=1)
 
 
 def warn_if_rate_is_unreachable(num_rows: int, rate: float) -> None:
