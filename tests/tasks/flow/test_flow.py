@@ -175,7 +175,9 @@ def test_a_class_that_only_the_validation_has_is_named(
     task.data = dataclasses.replace(task.data, content=content)
     assert task.count_classes() == 2
     task.data.validation.classes[0] = 2
-    with pytest.raises(UserError, match="has class 2, but the training images have 2 classes, from 0 to 1"):
+    with pytest.raises(
+        UserError, match="has class 2, but the training images have 2 classes, from 0 to 1"
+    ):
         task.count_classes()
 
 
