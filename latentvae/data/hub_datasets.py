@@ -181,10 +181,25 @@ class HubImages:
     def files(self) -> list[Path | None]:
         """Return each image's local file with links resolved, or None if its file is not known.
 
-        The file is known if the path in the row exists, or exists in the table's folder.
+        The file is known if the path in the row is absolute, or is found in the table's folder. The
+        file of a row without bytes is also known if its path is found in the current folder.
         """
-        below = (_below(self._folder, path) if path else "" for path in self._paths)
-        return [Path(path).resolve() if path and os.path.exists(path) else None for path in below]
+        return [self._file(index) for index in range(len(self))]
+
+    def _file(self, index: int) -> Path | None:
+        path = self._paths[index]
+        read = _below(self._folder, path) if path else ""
+        if os.path.isabs(read):
+            return Path(read).resolve()
+        if not read or not os.path.exists(read):
+            return None
+
+        # The path is found in the current folder, where only a row without bytes is read.
+        cell = self.rows[self._order[index]][self.column]
+        if isinstance(cell, str) or (isinstance(cell, dict) and cell.get("bytes") is None):
+            return Path(read).resolve()
+        beside = None if self._folder is None else self._folder / read
+        return beside.resolve() if beside is not None and beside.exists() else None
 
     def size(self, index: int, /) -> tuple[int, int]:
         name = self.name(index)
@@ -280,7 +295,7 @@ def local_files(spec: DatasetSpec, split: str) -> set[Path]:
     if not path.is_dir():
         return set()
     if any((path / name).exists() for name in SAVED):
-        folder = path / split if (path / split).is_dir() else path
+        folder = path / split if (path / "dataset_dict.json").exists() else path
         return {file.resolve() for file in folder.rglob("*.arrow")}
     builder: Any = load_dataset_builder(
         str(path),

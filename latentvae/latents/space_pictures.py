@@ -126,7 +126,7 @@ def encode_images(
     # encode
     pixels = torch.stack(images)
     parts = [model.encode(part, scaled=True).float().cpu() for part in pixels.split(batch_size)]
-    return EncodedImages(model, names, pixels, torch.cat(parts), labels or None)
+    return EncodedImages(model, names, pixels, torch.cat(parts), labels if any(labels) else None)
 
 
 def draw_interpolations(
@@ -231,7 +231,8 @@ def draw_attribute(
         encoded: the images, with classes.
         path: the PNG.
         attribute: the class of images with the attribute.
-        against: the class of images without the attribute. None means all other classes.
+        against: the class of images without the attribute. None means all other classes. Images
+            without a class are not used.
         images: names of the images that are moved. If `images` is empty, images without the
             attribute are used.
         count: number of images, if `images` is empty.
@@ -243,7 +244,8 @@ def draw_attribute(
     """
     present = _of_class(encoded, attribute)
     if against is None:
-        absent = [number for number in range(len(encoded.names)) if number not in set(present)]
+        labels = enumerate(encoded.labels or ())
+        absent = [number for number, label in labels if label not in (attribute, None)]
     else:
         absent = _of_class(encoded, against)
     if attribute == against or min(len(present), len(absent)) < TEST_SHARE:
@@ -317,9 +319,9 @@ def _label(name: str) -> str:
 def _class_name(labels: Labels, index: int) -> str | None:
     """Return the class of an image, its number if classes have no names. None: it has no class."""
     number = labels.values[index]
-    if number < 0:
-        return None
-    return str(number) if labels.class_names is None else labels.class_names[number]
+    if labels.class_names is None:
+        return str(number)
+    return None if number < 0 else labels.class_names[number]
 
 
 def _of_class(encoded: EncodedImages, name: str) -> list[int]:

@@ -219,6 +219,17 @@ def test_paths_from_the_current_folder_are_files_too(photos, tmp_path, monkeypat
             open_images(spec, validation_data_dir=photos / "a")
 
 
+def test_bytes_in_a_table_are_no_file_of_the_current_folder(photos, files, tmp_path, monkeypatch):
+    rows = [{"bytes": data, "path": Path(name).name} for name, data in files.items()]
+    (tmp_path / "here").mkdir()
+    for name in files:
+        (tmp_path / "here" / Path(name).name).write_bytes(files[name])
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(str(photos / "t.parquet"))
+    monkeypatch.chdir(tmp_path / "here")
+    train, validation = open_images(photos / "t.parquet", validation_data_dir=tmp_path / "here")
+    assert (len(train), len(validation)) == (12, 12)
+
+
 def test_splits_of_a_saved_data_set_share_no_files(tmp_path, files):
     rows = [{"bytes": data, "path": Path(name).name} for name, data in files.items()]
     splits = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,15 @@ def test_an_image_without_a_class_is_in_no_class(
     monkeypatch.setattr(space_pictures, "find_labels", lambda *_, **__: found)
     some = encode_images(kl, str(pictures), resolution=32, max_images=100)
     assert some.labels == ["bright"] * 6 + ["dark"] * 5 + [None]
+    with pytest.raises(UserError, match="6 of 'bright' and 0 of 'all others'"):
+        alone = replace(some, labels=["bright"] * 6 + [None] * 6)
+        options = {"against": None, "images": [], "count": 1, "steps": 2}
+        draw_attribute(alone, Path("unused.png"), attribute="bright", **options)  # type: ignore[arg-type]
+
+    # a column of numbers may hold -1
+    monkeypatch.setattr(space_pictures, "find_labels", lambda *_, **__: Labels(numbers, None))
+    some = encode_images(kl, str(pictures), resolution=32, max_images=100)
+    assert some.labels == ["0"] * 6 + ["1"] * 5 + ["-1"]
 
 
 def test_a_way_starts_and_ends_at_the_images(model: Path, pictures: Path, tmp_path: Path) -> None:
