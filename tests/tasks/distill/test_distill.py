@@ -174,7 +174,9 @@ def test_another_teacher_is_refused_on_resume(run: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_joined_batch(given: Path, tmp_path: Path) -> None:
-    quiet = {"objective": {"latent_noise": 0.0}, "data": {"random_flip": False, "crop": "center"}}
+    quiet: dict[str, Any] = {"objective": {"latent_noise": 0.0}}
+    quiet |= {"data": {"random_flip": False, "crop": "center"}}
+    quiet |= {"seed": 1}  # with 0, rounding moves a value over the kink of a ReLU
     train(DistillTask(small_distill(given, tmp_path / "one", **quiet)))
     config = small_distill(given, tmp_path / "two", train_batch_size=2, **quiet)
     file = tmp_path / "two.yaml"
@@ -183,7 +185,7 @@ def test_two_processes_equal_one_with_the_joined_batch(given: Path, tmp_path: Pa
     finish(launch(["-m", "latentvae.cli.train_tiny", *folder], processes=2))
     one, two = (load_checkpoint(tmp_path / n / "checkpoint-6").tensors for n in ("one", "two"))
     for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, atol=1e-3, rtol=0)
+        torch.testing.assert_close(two["model"][name], value, atol=1e-5, rtol=0)
     ours, theirs = (validations(tmp_path / name)[-1] for name in ("one", "two"))
     assert ours["validation/psnr"] == pytest.approx(theirs["validation/psnr"], abs=0.02)
 
