@@ -43,6 +43,11 @@ def printable(text: str) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_no_password(value: str) -> None:
     """Check that a URL holds no password. `https://name:password@host` holds one.
 

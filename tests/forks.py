@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 LIMIT = 120.0  # seconds, after which a fork counts as hung
 POLL = 0.002
@@ -111,6 +113,8 @@ def _in_the_fork(action: Callable[[], Any], output: Path) -> None:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         torch.set_num_threads(1)
+        # tqdm's own lock is one of all processes: killed while it holds it, a fork would block them
+        tqdm.set_lock(threading.RLock())
         action()
         code = 0
     except SystemExit as end:

@@ -22,7 +22,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.preprocessing import OneHotEncoder
 from sklearn.utils.validation import check_is_fitted
 
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, first_line, nearest
 
 SUFFIXES = (".csv", ".parquet", ".npz", ".npy")
 MAX_CATEGORIES = 100
@@ -57,7 +57,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise
     # pandas, pyarrow and NumPy raise exceptions of many types for damaged files.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"'{path}' cannot be read as a table: {reason}") from error
 
     if table.empty:

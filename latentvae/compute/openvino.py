@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentvae.compute.inference import sharing_copy
 from latentvae.compute.upsampling import fold_upsampling
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.models import calls
 
 SMALL = 64  # side in pixels of the image for tracing. Other images may have any size
@@ -95,8 +95,8 @@ def build_openvino(net: Any, *, precision: str) -> Any:
         )
         copied.decoder = CompiledHalf(copied.decoder, received[0], precision=precision)
     except (RuntimeError, openvino.frontend.OpConversionFailure) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"OpenVINO cannot convert a {type(net).__name__}: {reason}") from error
+        said = first_line(error)
+        raise UserError(f"OpenVINO cannot convert a {type(net).__name__}: {said}") from error
     return copied
 
 

@@ -20,7 +20,7 @@ from latentvae.data.image_folder import inner_name, read_named
 from latentvae.data.pixels import Picture, PixelFormat
 from latentvae.data.reading import NOT_A_FILE, UnreadableImage
 from latentvae.data.sizes import read_size
-from latentvae.errors import UserError, check_no_password, nearest
+from latentvae.errors import UserError, check_no_password, first_line, nearest
 
 if TYPE_CHECKING:  # importing datasets takes a second, so functions import it when needed
     from datasets import Features
@@ -489,5 +489,4 @@ def _number(split: str, row: int) -> str:
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ or error  # datasets wraps errors that occur while it prepares a split
-    lines = str(cause).strip().splitlines()
-    return lines[0] if lines else type(cause).__name__
+    return first_line(cause)

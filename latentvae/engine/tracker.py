@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from latentvae.distributed import from_main
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 _OFFLINE = {
@@ -65,7 +65,7 @@ def start_tracker(
             logs.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers(project, config=simple, init_kwargs=own)
     except Exception as error:  # each tracker raises its own errors
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
 
     # report a failure to every rank
     if said := from_main(said):

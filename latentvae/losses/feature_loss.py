@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import unit_features, weights_id
 
@@ -150,7 +150,8 @@ def load_feature_loss(path: str, *, sizes: Sequence[tuple[int, int]] = ()) -> Fe
         mean, std = _colours(path, **here)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(
-            f"feature_loss '{path}' is not a network that transformers can load: {_reason(error)}"
+            f"feature_loss '{path}' is not a network that transformers can load: "
+            f"{first_line(error)}"
         ) from error
     _check_network(network, path, missing=found["missing_keys"])
 
@@ -192,7 +193,7 @@ def _check_size(loss: FeatureLoss, path: str, height: int, width: int) -> None:
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"feature_loss '{path}' gives no features of images of {height} x {width} px: "
-            f"{_reason(error)}"
+            f"{first_line(error)}"
         ) from error
     if not features or not all(x.numel() and x.isfinite().all() for x in features):
         raise UserError(
@@ -246,7 +247,3 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(kept)
         if shows:
             logging.enable_progress_bar()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
 
 from latentvae.class_names import class_number, number_names
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.models.bound import LikelihoodNet
 from latentvae.models.dense.class_network import ClassVAE
 from latentvae.models.dense.config import ClassVAEConfig, ConvVAEConfig, DenseVAEConfig
@@ -101,7 +101,7 @@ def load_likelihood_net(path: str | Path) -> tuple[LikelihoodNet, ImagesOfModel]
     try:
         net = kind.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"the network in '{folder}' cannot be loaded: {reason}") from error
     return net.eval(), read_images_file(folder)
 

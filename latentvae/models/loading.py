@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import nn
 
-from latentvae.errors import UserError, check_no_password, nearest
+from latentvae.errors import UserError, check_no_password, first_line, nearest
 from latentvae.models.config_check import check_depth
 from latentvae.models.network import Network
 from latentvae.models.single_file import SingleFileKind, load_single_file
@@ -146,7 +146,7 @@ class _Source:
         return nn.Module.to(net, self.dtype).eval()
 
     def _error(self, error: Exception) -> UserError:
-        return UserError(f"cannot load the weights in '{self.path}': {_first_line(error)}")
+        return UserError(f"cannot load the weights in '{self.path}': {first_line(error)}")
 
 
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -242,7 +242,7 @@ def _read_config(repository: str, subfolder: str | None) -> dict[str, Any]:
             text = (
                 f"'{where}' is not a local folder, and cannot be read from the Hub as owner/name "
                 "or owner/name/folder (in a pipeline: owner/name/vae): "
-                f"{_first_line(error)}{_near(Path(where))}"
+                f"{first_line(error)}{_near(Path(where))}"
             )
         raise UserError(text) from error
 
@@ -260,7 +260,3 @@ def _class_of(config: dict[str, Any], path: str | Path) -> Any:
             f"'{path}' holds a {name}, which is no autoencoder: it has no encode and decode"
         )
     return cls
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

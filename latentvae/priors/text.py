@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.priors.transformer import Text
 
 MAX_TEXT_TOKENS = 120  # as in LlamaGen. Prompts with more tokens are cut.
@@ -51,7 +51,7 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, use_safetensors=True, **here)
         encode_prompts(["a", "two words"], tokenizer, encoder)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"text_encoder '{path}' is not a text encoder that transformers can load: {reason}"
         ) from error

@@ -2,12 +2,14 @@
 read, and the run ends as if it had never been killed."""
 
 import os
+import signal
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from latentvae.engine import loop
 from latentvae.engine.checkpoint_files import (
@@ -26,6 +28,17 @@ from tests.forks import forked
 from tests.tasks.autoencoder.small import small_config
 
 SIGKILLED = -9
+
+
+def test_a_process_killed_within_a_progress_bar_blocks_no_other(tmp_path: Path) -> None:
+    def killed() -> None:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    tqdm.get_lock()  # of this process, which its forks inherit
+    output = tmp_path / "output.txt"
+    assert forked(killed, output=output) == SIGKILLED
+    assert forked(lambda: list(tqdm(range(2))), output=output, kill_after=20) == 0
 
 
 @pytest.mark.timeout(1800)  # minutes on an idle core, and as many times more as others use it
