@@ -51,8 +51,8 @@ SLOW_TEST_ROWS = 20_000  # test rows of KDDCUP for these detectors, and for `pyo
 class Data:
     """A labelled table: its file, and the share of rows to flag as anomalies.
 
-    With None, the share of anomalies in the table is used. `components` is the number of components
-    of the detector `plain_gmm`.
+    If `share` is None, the share of anomalies in the table is used. `components` is the number of
+    components of the detector `plain_gmm`.
     """
 
     file: str
@@ -120,9 +120,9 @@ def dagmm(name: str, seed: int, full: bool = False, **changes: Any) -> DAGMM:
     return DAGMM(**options, num_networks=NETWORKS, constant_columns="keep", random_state=seed)
 
 
-def wide_dagmm(name: str, seed: int) -> DAGMM:
+def wide_dagmm(name: str, seed: int, full: bool = False) -> DAGMM:
     """Return a DAGMM of several networks, with a latent of three dimensions."""
-    return dagmm(name, seed, **WIDE)
+    return dagmm(name, seed, full, **WIDE)
 
 
 def vae(name: str, seed: int) -> VAEDetector:
@@ -132,7 +132,7 @@ def vae(name: str, seed: int) -> VAEDetector:
 
 
 def density(kind: str) -> Callable[..., Any]:
-    """Return a function that makes a `LatentDensity`, here fitted to standardised columns.
+    """Return a function that makes a `LatentDensity` for standardised table columns, not latents.
 
     `kind` is "gmm" (density under a Gaussian mixture) or "knn" (distance to the nearest rows).
     """
@@ -142,7 +142,7 @@ def density(kind: str) -> Callable[..., Any]:
 
 
 class Plain:
-    """A detector of another package. Its rows are standardised, or scaled to [0, 1]."""
+    """A detector of another package. The rows that it gets are standardised or scaled to [0, 1]."""
 
     def __init__(self, detector: Any, scaler: Any) -> None:
         self.detector, self.scaler = detector, scaler
@@ -173,7 +173,7 @@ class PyodVAE:
         return -self.detector.decision_function(rows)
 
 
-DETECTORS: dict[str, Callable[[str, int], Any]] = {
+DETECTORS: dict[str, Callable[..., Any]] = {
     "dagmm": dagmm,
     "dagmm_wide": wide_dagmm,
     "vae": vae,
@@ -251,7 +251,8 @@ def measure(
         test, truth = test[kept], truth[kept]
 
     start = time.process_time()
-    made = dagmm(name, seed, full) if detector == "dagmm" else DETECTORS[detector](name, seed)
+    lengths = {"full": full} if detector in DAGMMS else {}
+    made = DETECTORS[detector](name, seed, **lengths)
     made.fit(train)
     seconds = time.process_time() - start
     found = []

@@ -239,7 +239,8 @@ class Predictor(nn.Module):
         codes: number of codes K.
         top: whether the network reads the top code that covers the position, and its eight
             neighbours.
-        context: whether the network reads the bottom codes to the left and above.
+        context: whether the network reads two more bottom codes: the nearest code to the left and
+            the nearest code above.
         width: number of channels of an embedding.
     """
 

@@ -169,8 +169,10 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for r in rows
             if r["name"] == "beta-VAE" and r["seed"] == row["seed"]
         )
+        if row["name"] == "beta-VAE" or not betas:
+            continue
         errors, correlations = zip(*betas, strict=True)
-        if row["name"] == "beta-VAE" or not errors[0] <= row["error"] <= errors[-1]:
+        if not errors[0] <= row["error"] <= errors[-1]:
             continue
         same = float(np.interp(row["error"], errors, correlations))
         pairs.append({k: row[k] for k in ("name", "weight", "seed", "tc")} | {"beta_tc": same})

@@ -214,7 +214,7 @@ def scores_of(
 ) -> tuple[dict[str, np.ndarray], list[int]]:
     """Return anomaly scores (N,) in nats for each likelihood correction, and the images' indices.
 
-    An index is a position among the chosen images. Unreadable images have no score and no index.
+    An index is a position in `some_of(source, max_images)`. Unreadable images are left out.
     """
     network = latentvae.load(str(find_likelihood_export(model) or model))
     side = network.fixed_size or network.f

@@ -20,7 +20,6 @@ command again, the script keeps finished measurements and trainings. The script 
 interrupted trainings, but an interrupted training of `reference` starts from the beginning.
 """
 
-import bisect
 import dataclasses
 import json
 import os
@@ -31,38 +30,33 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
 import yaml
-from matplotlib.figure import Figure
+from learning_pictures import plot, table
+from learning_recipes import HERE, REFERENCE, Recipe, Speed, read_recipe
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 from timing import machine
 from tqdm import tqdm
 
 from latentvae.cli.flags import exit_with, parse_options
-from latentvae.config.presets import preset_names, presets_folder
 from latentvae.data import BadImages, EvalTransform
 from latentvae.engine.checkpoint_files import PREFIX
 from latentvae.engine.log import read_rows
 from latentvae.engine.resume import CONFIG_NAME
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError
 from latentvae.files import read_yaml
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
 from latentvae.models import Network, build_autoencoder_kl
-from latentvae.tasks.autoencoder import TrainConfig, load_preset
-from latentvae.tasks.autoencoder.config import parse
+from latentvae.tasks.autoencoder import load_preset
 from latentvae.tasks.autoencoder.images import open_data
 from latentvae.tasks.autoencoder.run_export import checkpoint_network
 from latentvae.tasks.autoencoder.validate import validate
 
-HERE = Path(__file__).parent
-REFERENCE = "reference"
 UNTIMED = 10  # number of first updates, which are not timed
-METRICS = {"psnr": "PSNR (dB), higher is better", "lpips_alex": "LPIPS (alex), lower is better"}
 
 
 @dataclass(frozen=True)
@@ -109,113 +103,6 @@ class Options:
 
     speed_updates: int = 40
     """Number of updates for the measurement of the speed. The first 10 updates are not timed."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The time that a recipe (a set of training options) needs on an idle machine, in seconds."""
-
-    start: float
-    """Seconds from the start of the program to the first update."""
-
-    update: float
-    """Median seconds per update, while the discriminator does not learn."""
-
-    with_discriminator: float | None = None
-    """Median seconds per update, while the discriminator learns."""
-
-    def updates_in(self, minutes: float, recipe: "Recipe") -> int:
-        """Return the largest number of updates that fit into `minutes`."""
-        most = max(int(60 * minutes / self.update), 0)
-        return bisect.bisect_right(
-            range(1, most + 1), minutes, key=lambda n: self.minutes_of(n, recipe, total=n)
-        )
-
-    def minutes_of(self, updates: int, recipe: "Recipe", *, total: int) -> float:
-        """Return the minutes that the start and the first `updates` of `total` updates take."""
-        later = max(updates - recipe.discriminator_start(total), 0)
-        cost = self.update if self.with_discriminator is None else self.with_discriminator
-        return (self.start + (updates - later) * self.update + later * cost) / 60
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe: the options of a training, or the plain script reference.py.
-
-    `values` is a dict from sections to options, or None for reference.py.
-    """
-
-    name: str
-    values: dict[str, Any] | None
-
-    def config(self, updates: int | None = None) -> TrainConfig:
-        """Return all options for a training of `updates` updates.
-
-        For the plain script reference.py, the options are those of the preset kl_small.
-
-        Options that are fractions of the training length depend on the number of updates.
-        """
-        if self.values is None:
-            return load_preset("kl_small")
-        run = self.values.get("run", {}) | ({"max_train_steps": updates} if updates else {})
-        return parse(self.values | {"run": run}, source=f"recipe {self.name}")
-
-    def discriminator_start(self, updates: int) -> int:
-        """Return the first update in which the discriminator learns.
-
-        If the discriminator never learns, return `updates`.
-        """
-        if self.values is None:
-            return updates
-        config = self.config(updates)
-        has_one = config.discriminator.disc_scale > 0
-        return min(config.discriminator_start, updates) if has_one else updates
-
-
-def read_recipe(name: str) -> Recipe:
-    """Return the recipe of this name.
-
-    Raises:
-        UserError: there is no such recipe, or its file has a wrong value.
-    """
-    if name == REFERENCE:
-        return Recipe(name, None)
-    places = (Path(name), HERE / "recipes" / f"{name}.yaml", presets_folder() / f"{name}.yaml")
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        own = [place.stem for place in (HERE / "recipes").glob("*.yaml")]
-        known = sorted([*preset_names(TrainConfig), *own, REFERENCE])
-        raise UserError(
-            f"recipe '{name}' is neither a YAML file nor one of {', '.join(known)}"
-            f"{nearest(name, known)}"
-        )
-
-    values = _read_sections(path)
-    if (preset := values.pop("preset", None)) is not None:
-        load_preset(preset)  # raises an error if there is no such preset
-        values = _merged(_read_sections(presets_folder() / f"{preset}.yaml"), values)
-    recipe = Recipe(path.stem, values)
-    recipe.config()  # raises an error if a value is wrong
-    return recipe
-
-
-def _read_sections(path: Path) -> dict[str, Any]:
-    values = read_yaml(path) or {}
-    if not isinstance(values, dict):
-        raise UserError(
-            f"recipe '{path}' must hold sections of options, not a {type(values).__name__}"
-        )
-    return values
-
-
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return nested options, in which the values of `own` replace those of `base`."""
-    both = {k: _merged(base[k], v) for k, v in own.items() if _nested(v) and _nested(base.get(k))}
-    return base | own | both
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 class Trainings:
@@ -502,44 +389,6 @@ def _write(
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(runs, options.json.with_suffix(".png"))
-
-
-def plot(runs: Sequence[Any], path: Path) -> None:
-    """Draw PSNR and LPIPS against minutes: a colour for each recipe, a line for each seed."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
-    names = list(dict.fromkeys(entry["recipe"] for entry in runs))
-    for axes, (metric, label) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
-        for entry in runs:
-            number = names.index(entry["recipe"])
-            first = entry is next(other for other in runs if other["recipe"] == entry["recipe"])
-            minutes, values = zip(*((p["minutes"], p[metric]) for p in entry["curve"]), strict=True)
-            own = f" {entry['recipe']}" if first else None
-            axes.plot(minutes, values, marker=".", color=f"C{number}", label=own)
-        axes.set(xlabel="minutes", ylabel=label)
-        axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
-    figure.savefig(path)
-
-
-def table(runs: Sequence[Any]) -> Table:
-    """Return a table of the last point of every run, and the mean over the seeds of a recipe."""
-    shown = Table(title="measurements at the end of each training, on the unseen images")
-    columns = ("recipe", "seed", "updates", "minutes", "PSNR (dB)", "SSIM", "LPIPS alex")
-    for column in (*columns, "LPIPS vgg"):
-        shown.add_column(column)
-    for name in dict.fromkeys(entry["recipe"] for entry in runs):
-        ends = [(entry["seed"], entry["curve"][-1]) for entry in runs if entry["recipe"] == name]
-        rows = [(str(seed), end) for seed, end in ends]
-        if len(ends) > 1:
-            keys = ("update", "minutes", "psnr", "ssim", "lpips_alex", "lpips_vgg")
-            rows.append(("mean", {key: mean(end[key] for _, end in ends) for key in keys}))
-        for seed, end in rows:
-            metrics = [f"{end[name]:.3f}" for name in ("ssim", "lpips_alex", "lpips_vgg")]
-            numbers = [f"{end['psnr']:.2f}", *metrics]
-            updates = f"{end['update']:,.0f}"
-            shown.add_row(name, seed, updates, f"{end['minutes']:.1f}", *numbers)
-    return shown
 
 
 def main() -> None:

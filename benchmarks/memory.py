@@ -249,8 +249,8 @@ def _norms_in_float32() -> Iterator[None]:
 def config_of(name: str, options: Options, batch_size: int | None) -> TrainConfig:
     """Return the options of a preset, with a discriminator that learns from the start.
 
-    The network has random weights. With `--init linear`, a PCA before the first update would also
-    need memory, which this script does not compute.
+    The network has random weights (`--init random`). With `--init linear`, a PCA before the first
+    update would also need memory, which this script does not compute.
     """
     preset = load_preset(name)
     run: dict[str, Any] = {"gradient_accumulation_steps": 2 if options.accumulate else 1}

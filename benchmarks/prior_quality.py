@@ -134,7 +134,7 @@ class Features:
 
 
 def photos(folder: str, content: Content, names: list[str]) -> tuple[Any, int]:
-    """Return a function that yields batches of photos with classes, and the number of photos.
+    """Return a function and the number of photos. The function yields batches (photos, classes).
 
     Raises:
         UserError: the classes of the folder are not those of the prior's training tokens.
@@ -177,8 +177,8 @@ def measured(images: Images, train: Images, own: Images) -> dict[str, float]:
     """Return the table columns `class`, `near` and `copies` of a set of images.
 
     Args:
-        own: reconstructions of the unseen photos, which are certainly not copies of training
-            photos.
+        own: reconstructions of the unseen photos. `near` and `copies` compare the distances of
+            `images` to the training photos with the distances of `own`.
     """
     found = {}
     for name in ("vgg", "codes"):

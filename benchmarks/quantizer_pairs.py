@@ -19,7 +19,7 @@ from latentvae.bottlenecks import Quantized, Quantizer
 COMMITMENT, ENTROPY = 0.25, 0.1  # weights of losses
 DECAY = 0.8  # default of vector-quantize-pytorch
 # A code restarts if its use is below this share of the mean use. With these two limits, unused
-# codes restart after 17 updates of K vectors in both packages.
+# codes restart after 17 updates of K vectors in our package, and after 18 in the other.
 DEAD = 0.02  # limit of vector-quantize-pytorch
 RESTART = 0.06  # our limit
 Name = Literal["vq", "ema", "l2", "fsq", "lfq", "residual", "simvq"]

@@ -124,7 +124,7 @@ def timed(call: Callable[[], object]) -> float:
 
 @contextmanager
 def own_process(build: Callable[..., Callable[..., object]], *args: Any) -> Iterator[Any]:
-    """Build a function in a new process. Yield a function that calls it there and returns seconds.
+    """Build a function in a new process. Yield a second function, which times calls of the first.
 
     The new process calls `build(*args)` once. The yielded function passes its arguments to the
     built function, and returns the seconds of this one call.

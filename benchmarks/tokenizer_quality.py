@@ -12,7 +12,7 @@ Both arms have the following in common:
 - the initial weights of encoder and decoder, and the images and their order
 - the objective (L2 and 0.1 LPIPS-alex, no discriminator) and the weights of all losses
 - the optimiser, its schedule, and the straight-through gradient
-- the decay of moving averages, and the features that k-means starts from
+- the decay of the moving averages that compute codes, and the features that k-means starts from
 - the initial codes of SimVQ, which has no k-means
 
 The arms differ in these points, because the two packages define them differently:
@@ -20,18 +20,20 @@ The arms differ in these points, because the two packages define them differentl
 - A code counts as unused if the moving average of its use is too low. Our quantiser restarts codes
   below 6% of the mean use. The moving average of our quantiser covers about the number of updates
   in which a code with 6% of the mean use is chosen once. vector-quantize-pytorch restarts codes
-  below 2% of the mean use, and the decay of its moving average is 0.8. In both packages, a code
-  that is never chosen restarts after 17 updates, if each update has as many vectors as there are
-  codes.
+  below 2% of the mean use, and the decay of its moving average is 0.8. If each update has as many
+  vectors as there are codes, our quantiser needs 17 updates to restart a code that is never chosen.
+  vector-quantize-pytorch needs 18 updates, if the moving average of this code starts at 1.
 - In vector-quantize-pytorch, a learned codebook has one weight for both the commitment loss and the
   codebook loss. Our quantiser uses the weight of vector-quantize-pytorch for both of its losses.
 - With cosine distance, the codes of vector-quantize-pytorch can only be moving averages. So with
   cosine distance, our codes are moving averages too.
 - In the residual quantiser of vector-quantize-pytorch, each level passes the decoder's gradient to
   the features. Our residual quantiser passes the decoder's gradient to the features only once.
-- The moving average of a code's use has a first value. In both packages, this value is the number
-  of vectors in the code's cluster of k-means. Our quantiser scales these numbers so that their sum
-  is the number of vectors in an update.
+- In vector-quantize-pytorch, the moving average of a code's use starts at the number of vectors in
+  the code's cluster of k-means. In our quantiser, this average starts at about 16% of the mean use.
+  If codes are moving averages, our quantiser also averages the number of vectors of each code. This
+  second average starts at the number of vectors in the cluster of k-means. The numbers are scaled
+  so that their sum is the number of vectors in an update.
 
 Each arm makes `--updates` updates, or as many as fit into `--minutes` at the speed of the arm. To
 measure the speeds, updates of both arms alternate. All times are CPU times, so other work on the

@@ -207,7 +207,7 @@ def their_step(net: Any) -> Any:
 
 
 def update(loss: Tensor, adam: torch.optim.Optimizer, learn: bool) -> float:
-    """Return the bound in nats. If `learn` is True, also make a training update."""
+    """Return the bound in nats per image. If `learn` is True, also make a training update."""
     if learn:
         adam.zero_grad()
         loss.backward()

@@ -206,7 +206,7 @@ class TimedTask(LikelihoodTask):
         self.curve, self.clock = Curve(), Clock()
 
     def updates_per_epoch(self) -> int:
-        """Return the number of updates in which every image is used once."""
+        """Return the number of complete batches in one pass over the training images."""
         self.open()
         return len(self.train_images) // BATCH  # type: ignore[arg-type]
 

@@ -36,7 +36,7 @@ def printable(text: str) -> str:
     """Return the text as one line that every terminal and file can show.
 
     File names may hold line breaks, escape codes, and bytes that are not UTF-8 (surrogates in
-    Python). The returned text shows such characters as ``\\n``, ``\\x1b`` and ``\\udcff``.
+    Python). The returned text has escapes such as ``\\n``, ``\\x1b`` and ``\\udcff`` instead.
     """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
@@ -44,7 +44,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if it has none."""
+    """Return the first line of an error's message, or its type's name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -1,8 +1,8 @@
-"""Define the classes of outputs that every network must return in training.
+"""Define the classes of outputs that every `models.wrapper.TrainingWrapper` must return.
 
 A `BaseOutput` is an `OrderedDict`. DistributedDataParallel and Accelerate therefore find every
-tensor in a `BaseOutput`, also inside a tuple of outputs. Both libraries would silently skip the
-tensors in objects of other classes.
+tensor in a `BaseOutput`, also inside a tuple of outputs. Accelerate would silently skip the tensors
+in objects of other classes, such as plain dataclasses.
 
 Symbols: `B` batch size, `C` image channels, `H W` image size, `d` latent channels, `h w` latent
 size, `K` codes, `L` levels of codes.

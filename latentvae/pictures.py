@@ -71,7 +71,7 @@ def read_pictures(images: Images, *, channels: int = 3) -> tuple[Tensor, Kind]:
     Args:
         images: images in one of the forms that the module's docstring lists.
         channels: number of channels C. PIL images are converted to C channels. Arrays must have C
-            channels.
+            channels. The channels of tensors are not checked.
 
     Raises:
         UserError: `images` are not images, or their shape or range is wrong.

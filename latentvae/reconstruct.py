@@ -5,7 +5,8 @@
 
 Each picture is measured at its own size (or as shrunk to `max_side`), after rounding to 8 bits.
 Pictures of more than 8 bits are not rounded if the model is grey or RGBA. Pictures that are read
-with a `value_range` are never rounded.
+with a `value_range` are never rounded. For the rounding of reconstructions, see
+`metrics.round_alike`.
 """
 
 import csv
@@ -89,8 +90,8 @@ def reconstruct(
     """Write a PNG per picture (original, reconstruction, difference), and a table of metrics.
 
     The table is printed and written to table.csv. A PNG has as many channels as the model's images.
-    The PNG has 8 bits. It has 16 bits if the model is grey, and the picture has more than 8 bits or
-    is read with `value_range`.
+    The PNG has 8 bits per channel. Only if the model is grey, the PNG has 16 bits for a picture of
+    more than 8 bits, or for a picture that is read with `value_range`.
 
     Args:
         model: an `Autoencoder`, or the folder or Hub id of a model. A model that this function
@@ -183,7 +184,7 @@ def _open_file(path: Path, _: int) -> IO[bytes]:
 def _find_files(inputs: Sequence[str | Path], *, out: Path) -> Iterator[tuple[Path, Path]]:
     """Yield each image file, and its path relative to the folder in `inputs` that contains it.
 
-    For a file that `inputs` names itself, the relative path is the name of the file. Files of a
+    For a file that is an entry of `inputs`, the relative path is the name of the file. Files of a
     folder that lie in `out` are left out, because an earlier call may have written them.
     """
     for given in map(Path, inputs):
@@ -334,7 +335,10 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: Iterable[float | None], digits: str) -> str:
-    """Return the mean of all values except None. If one value is infinite, the mean is infinite."""
+    """Return the mean of all values except None as text, or "n/a" if all values are None.
+
+    If one value is infinite, the mean is infinite.
+    """
     known = [value for value in values if value is not None]
     if not known:
         return "n/a"

@@ -1,4 +1,7 @@
-"""Check the rows and the options of a detector."""
+"""Check the rows and the options of a detector.
+
+Symbols: `N` rows, `F` columns.
+"""
 
 import warnings
 from numbers import Integral
@@ -97,7 +100,7 @@ def check_count(name: str, value: Any) -> None:
     Raises:
         UserError: the option has another value.
     """
-    if not isinstance(value, Integral):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise UserError(f"{name} must be a whole number of at least 1 (got {value!r}).")
     check_range(name, int(value), low=1)
 

@@ -148,7 +148,7 @@ class DAGMM(Detector):
         self.random_state = random_state
 
     def latents(self, X: Any) -> np.ndarray:
-        """Return z of each row, (N, D).
+        """Return z of each of N rows, (N, num_networks * (latent_dim + 2)).
 
         z is the latent, and the relative distance and cosine similarity of the row and its
         reconstruction. With several networks, the columns of all networks are concatenated.

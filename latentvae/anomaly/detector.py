@@ -1,4 +1,4 @@
-"""Define the base class of all detectors for tables: checks, scaling, threshold and methods.
+"""Define the base class of all detectors for tables, with checks, scaling and threshold.
 
     fit:            check rows -> scale columns -> train -> threshold from the training rows
     score_samples:  check rows -> scale columns -> score, larger is more normal
@@ -68,9 +68,9 @@ class Detector(OutlierMixin, BaseEstimator):
     def calibrate(self, X: Any, *, false_alarm_rate: float | None = None) -> Self:
         """Set the threshold from held-out rows without anomalies.
 
-        Training rows get higher (more normal) scores than new rows. So a threshold from held-out
-        rows keeps the false-alarm rate. A threshold from the training rows flags a larger share of
-        new clean (normal) rows as anomalies than this rate.
+        Training rows get higher (more normal) scores than new rows. So a threshold from the
+        training rows flags a larger share of new clean (normal) rows than the false-alarm rate. A
+        threshold from held-out rows keeps this rate.
 
         Args:
             X: rows without anomalies that were not used in `fit`, (N, F).
@@ -108,7 +108,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def relearn(self, tensors: dict[str, torch.Tensor]) -> Self:
         """Restore what a detector with equal options learned.
 
-        `tensors` is the result of `learned` of the detector to restore.
+        `tensors` is the result of `learned` of that detector.
         """
         own = {"columns.shift", "columns.scale", "offset"}
         self.shift_ = tensors["columns.shift"].numpy()
@@ -172,7 +172,7 @@ def clean_threshold(scores: np.ndarray, rate: float) -> float:
     rounding never flags the row whose score is the quantile.
 
     Args:
-        scores: `score_samples` of clean rows, (N,).
+        scores: `score_samples` of clean rows, (n,).
         rate: false-alarm rate in (0, 0.5].
     """
     rank = max(int(rate * (len(scores) + 1)), 1)

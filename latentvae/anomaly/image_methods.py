@@ -8,7 +8,7 @@
     likelihood       -log-likelihood under a VAE, with or without a correction (see
                      `anomaly.corrections`). Nothing is fitted.
 
-Symbols: `B` images, `H W` pixels, `d` latent channels, `h w` latent positions.
+Symbols: `B` or `N` images, `H W` pixels, `d` latent channels, `h w` latent positions.
 """
 
 from collections.abc import Callable
@@ -203,7 +203,7 @@ class Positions:
         return self
 
     def score(self, model: Autoencoder, images: Tensor) -> Scored:
-        """Return each image's largest averaged distance (the score), and a map of the distances."""
+        """Return each image's largest averaged distance (the score), and a map of the averages."""
         vectors = neighbourhoods(model.encode(images).float().cpu()).double()
         if vectors.shape[1:] != self.means.shape:
             raise UserError(
@@ -237,7 +237,7 @@ class Likelihood:
 
     Raises:
         UserError: `background` is missing for the correction "ratio", or given for another
-            correction, or `samples` is below 1.
+            correction, or cannot be loaded, or `samples` is below 1.
     """
 
     def __init__(self, options: ImageOptions) -> None:
@@ -314,7 +314,7 @@ class Likelihood:
         return torch.cat(bounds).double().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return a hash of the background model's weights, to detect changes of the weights."""
+        """Return a hash of the background model's weights, or an empty dict without this model."""
         if self.background is None:
             return {}
         return {"background": fingerprint(self.background[0])}
@@ -337,7 +337,7 @@ class Likelihood:
 def images_of(model: Autoencoder) -> ImagesOfModel:
     """Return the format of images that a model expects, such as binary pixels.
 
-    Only exported models with a likelihood say their format. For all other models, the format has
+    Only exported models with a likelihood store their format. For all other models, the format has
     the defaults of `ImagesOfModel`.
     """
     folder = find_likelihood_export(Path(model.path)) if model.path else None

@@ -1,5 +1,6 @@
 """Fit a detector on a folder of clean images, and score other images with it."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -192,21 +193,22 @@ def score_images(
         check_both_classes(_labels(pictures.source.names, normal_folder, data), f"'{data}'")
 
     # scores
-    names, parts, top = [], [], _Top(num_pictures)
+    names, parts, top, kept = [], [], _Top(num_pictures), _HeatMaps()
     for batch_names, images in pictures.batches(range(len(pictures.source))):
         scored = fitted.score(network, images)
         names += batch_names
         parts.append(scored.scores.double())
         top.add(batch_names, images, scored)
         if heat_maps:
-            low, high = colour_scale(clean_heat, scored.maps)
-            for name, heat in zip(batch_names, scored.maps, strict=True):
-                write_heat_map(out / "heat_maps" / f"{name}.png", heat, low=low, high=high)
+            kept.add(batch_names, scored.maps)
     scores = torch.cat(parts).numpy() if parts else np.zeros(0)
     if not len(scores):
         raise UserError(f"none of the images in '{data}' can be read.")
 
-    top.write(out / "most_anomalous.png", clean_heat)
+    # pictures, all with one colour scale
+    scale = colour_scale(clean_heat, top.maps)
+    top.write(out / "most_anomalous.png", scale)
+    kept.write(out / "heat_maps", scale)
     labels = None if normal_folder is None else _labels(names, normal_folder, data)
     return Results(names, scores, float(run["threshold"]), labels)
 
@@ -222,13 +224,38 @@ class _Top:
         rows = zip(scored.scores.tolist(), names, images, scored.maps.cpu(), strict=True)
         self.rows = sorted([*self.rows, *rows], key=lambda row: -row[0])[: self.number]
 
-    def write(self, path: Path, clean_heat: Tensor) -> None:
-        maps = torch.stack([row[3] for row in self.rows])
-        low, high = colour_scale(clean_heat, maps)
+    @property
+    def maps(self) -> Tensor:
+        """Heat maps of these images, (n, H, W)."""
+        return torch.stack([row[3] for row in self.rows])
+
+    def write(self, path: Path, scale: tuple[float, float]) -> None:
+        low, high = scale
         texts = [f"{score:.4g}  {name}" for score, name, _, _ in self.rows]
         images = torch.stack([row[2] for row in self.rows])
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(images, maps, texts, low=low, high=high).save(path)
+        sheet(images, self.maps, texts, low=low, high=high).save(path)
+
+
+class _HeatMaps:
+    """The heat maps of all images, in a temporary file until their colour scale is known."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.file = tempfile.TemporaryFile()
+
+    def add(self, names: Sequence[str], maps: Tensor) -> None:
+        self.names += names
+        self.shape = maps.shape[1:]
+        self.file.write(maps.float().cpu().numpy().tobytes())
+
+    def write(self, folder: Path, scale: tuple[float, float]) -> None:
+        self.file.seek(0)
+        for name in self.names:
+            content = bytearray(self.file.read(4 * self.shape.numel()))
+            heat = torch.frombuffer(content, dtype=torch.float32).view(self.shape)
+            write_heat_map(folder / f"{name}.png", heat, low=scale[0], high=scale[1])
+        self.file.close()
 
 
 def _joined(latents: list[Tensor], data: Path) -> Tensor:

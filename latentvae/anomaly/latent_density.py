@@ -47,7 +47,7 @@ class MixtureDensity:
         return cls(Mixture(**tensors))
 
     def anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
-        """Return -log p(row) in nats, (N,)."""
+        """Return -log p(row) of each of N rows, in nats, (N,)."""
         return in_batches(rows, self.mixture.energy).numpy()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class NeighbourDensity:
         return cls(tensors["rows"].numpy(), options.num_neighbours)
 
     def anomaly_scores(self, rows: np.ndarray) -> np.ndarray:
-        """Return the mean distance to the nearest training rows, (N,)."""
+        """Return the mean distance of each of N rows to its nearest training rows, (N,)."""
         return self.index.kneighbors(rows)[0].mean(axis=1)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from latentvae.text import spreadsheet_text
 
 @dataclass(frozen=True)
 class Results:
-    """Anomaly scores of items (table rows or images). A larger score is more anomalous.
+    """Anomaly scores of N items (table rows or images). A larger score is more anomalous.
 
     Attributes:
         names: name of each item: the row number of a table, from 1, or the path of an image.

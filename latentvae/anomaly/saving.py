@@ -44,7 +44,7 @@ def save_detector(detector: Detector, folder: str | Path) -> None:
 
 
 def load_detector(folder: str | Path) -> Detector:
-    """Load a detector that `save_detector` wrote. Its scores are exactly the same as before.
+    """Load a detector that `save_detector` wrote. Loading does not change the detector's scores.
 
     Raises:
         UserError: a file is missing, damaged or of another format.

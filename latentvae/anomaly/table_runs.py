@@ -57,6 +57,7 @@ def fit_table(
 
     Raises:
         UserError: the table or an option is wrong.
+        TypeError: `options` has a name that is not allowed.
     """
     check_choice("method", method, tuple(METHODS))
     table = read_table(data)

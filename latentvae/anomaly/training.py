@@ -1,4 +1,7 @@
-"""Train small dense networks on rows in memory, without changing global random generators."""
+"""Train small dense networks on rows in memory, without changing global random generators.
+
+Symbols: `N` rows, `B` rows of a batch, `F` columns.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +22,7 @@ def own_randomness(seed: int) -> Iterator[torch.Generator]:
     """Seed torch's global generator of the CPU in a `with` block, then restore its state.
 
     The global generator is seeded because weight initialisation and dropout draw from it. The block
-    also gets a separate generator with the same seed.
+    also gets a separate generator with the same seed, for all other draws.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

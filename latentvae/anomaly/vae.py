@@ -5,6 +5,8 @@ With samples z_1 to z_L from q(z|x), the score of a row x is one of
     reconstruction_probability   mean log p(x|z_l)                            An and Cho 2015
     elbo                         mean log p(x|z_l) - KL(q(z|x) || p(z))
     importance                   log mean p(x|z_l) p(z_l) / q(z_l|x)          arXiv:1509.00519
+
+Symbols: `N` rows, `L` samples of z for each row.
 """
 
 import math

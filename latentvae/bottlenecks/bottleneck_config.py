@@ -275,8 +275,8 @@ class LearnedCodebookConfig(CodebookConfig):
         description=(
             "How the gradient passes from the decoder through the quantiser to the encoder. "
             "`straight_through` passes the gradient unchanged. `rotation` (the rotation trick) "
-            "rotates and scales the gradient in the same way in which the encoder's vector must be "
-            "rotated and scaled to become its code."
+            "treats the code as the encoder's vector, rotated and scaled by constants, and passes "
+            "the gradient back through this rotation and this scale."
         ),
     )
     restart_threshold: Annotated[

@@ -5,9 +5,9 @@ features h (B, D, h, w) -> vectors (N, D) -> nearest code -> z (B, D, h, w)
 The codebook learns from a loss, or each code is a moving average of the vectors that chose it
 (appendix A.1 of the VQ-VAE paper). With `l2_normalize`, vectors and codes lie on the unit sphere
 (ViT-VQGAN, arXiv:2110.04627). By default, the gradient passes through the quantiser unchanged. With
-the rotation trick (arXiv:2410.06424), the gradient is rotated and scaled by the rotation and scale
-that turn the vector into its code. With `restart_threshold`, codes that are rarely used are
-replaced by vectors of the batch ("restart").
+the rotation trick (arXiv:2410.06424), the gradient passes as if the code were computed from the
+vector by a constant rotation and a constant scale. With `restart_threshold`, codes that are rarely
+used are replaced by vectors of the batch ("restart").
 
 `B` batch, `D` code width, `K` codes, `N = B * h * w` vectors.
 """
@@ -188,6 +188,8 @@ class VectorQuantizer(Quantizer):
         batch_vectors: int | None = None,
     ) -> None:
         """Set the codes by k-means of N features, (N, D).
+
+        With `kmeans_iterations` 0, the method does nothing.
 
         With `l2_normalize`, the centres of the clusters lie on the unit sphere. Moving averages
         start at the sums and counts of the clusters, scaled to the number of vectors in one update.

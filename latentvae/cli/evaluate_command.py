@@ -150,7 +150,7 @@ def load_models(
 ) -> dict[str, Autoencoder]:
     """Return the loaded models by name.
 
-    If two models have the same name, the last parts of their paths become the names of all models.
+    If two models have the same name, each model is named by the last parts of its path.
     """
     by_path = unique_names(paths)
     models = [load(path, device=device, variant=variant, optimize=optimize) for path in paths]

@@ -200,8 +200,8 @@ def forget_output() -> bool:
     raise an error.
 
     Returns:
-        True if stdout was redirected. False if a program still reads stdout: the caller's
-        BrokenPipeError then has another cause.
+        True if stdout was redirected. False if a program still reads stdout, or if stdout has no
+        file descriptor: the caller's BrokenPipeError then has another cause.
     """
     try:
         stdout, poll = sys.stdout.fileno(), select.poll()

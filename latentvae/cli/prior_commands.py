@@ -13,7 +13,7 @@ from latentvae.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw pictures from a generator: one PNG for each picture, and one grid of all pictures.
+    """Draw pictures from a generator: one PNG for each picture, and one grid of the first 64.
 
     A generator is a prior on tokens (`latentvae train-prior`), a flow matching model on latents
     (`latentvae train-flow`), or a variational autoencoder (`latentvae train-vae`). The exported

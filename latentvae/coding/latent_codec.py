@@ -156,11 +156,11 @@ def channel_steps(gains: Tensor, *, noise_psnr: float, f: int) -> Tensor:
 
     A step D causes a mean squared error of D^2 / 12 per latent element. A latent position stands
     for 3 f^2 values of an RGB image. With gain g_c and step D_c of channel c, the mean squared
-    error of the RGB values is sum_c g_c D_c^2 / 12 / (3 f^2). The file has the fewest bits if gain
-    times squared step (g_c D_c^2) is the same in every channel. All these formulas hold for small
-    steps (high-rate theory). If a step is large compared with the values of its channel, the error
-    is smaller than the formula says, so the PSNR is higher than `noise_psnr`. The result has
-    shape (d,) and dtype float64.
+    error of the RGB values is sum_c g_c D_c^2 / 12 / (3 f^2). For a given error, the file has the
+    fewest bits if gain times squared step (g_c D_c^2) is the same in every channel. All these
+    formulas hold for small steps (high-rate theory). If a step is large compared with the values of
+    its channel, the error is smaller than the formula says, so the PSNR is higher than
+    `noise_psnr`. The result has shape (d,) and dtype float64.
 
     Args:
         gains: the result of `channel_gains`, (d,). A channel of gain 0 gets an infinite step.
@@ -189,7 +189,7 @@ def encode_latent(z: Tensor, *, prior: LatentPrior, steps: Tensor) -> bytes:
     Raises:
         ValueError: the latents are not finite, or the shapes or quantisation steps are wrong.
         UserError: the latent is too large, or a step is so small that symbols exceed 2**19 or the
-            integer of a location exceeds 2**22.
+            integer that stores a location exceeds 2**22.
     """
     _check_latent(z, prior, steps)
 

@@ -77,7 +77,7 @@ def decode_tokens(content: bytes) -> Integers:
 
 
 def encode_levels(levels: Sequence[NDArray[np.integer]], *, num_codes: int) -> bytes:
-    """Return one image's maps of tokens as the bytes of one complete file.
+    """Return one image's maps of tokens, one for each level, as the bytes of a complete file.
 
     The probabilities of codes are estimated for each map separately.
 

@@ -1,9 +1,9 @@
-"""Build copies of networks for inference: exact copies, or faster copies in bfloat16.
+"""Build faster copies of networks for inference: exact copies, or copies in bfloat16.
 
     exact = build_exact(net)  # `net` stays as it is
     z = encode(exact, images)
 
-A copy shares the storage of most parameters with the original network `net`. Only converted
+A copy shares the storage of its parameters with the original network `net`. Only converted
 parameters (in bfloat16, or in channels-last order) and folded kernels (see the module `upsampling`)
 have their own storage. So build a new copy after a change of `net`'s weights.
 
@@ -150,7 +150,10 @@ def _swap_blocks(half: nn.Module) -> None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Return whether a residual block has no scaled output, and no extra layers as in U-Nets."""
+    """Return whether a residual block can become an `InPlaceResnetBlock2D`.
+
+    The block must have group norms and SiLU, no scaled output, and no extra layers as in U-Nets.
+    """
     return (
         block.time_emb_proj is None
         and block.upsample is None
@@ -181,7 +184,8 @@ def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _cast(x: Tensor, parameter: Tensor) -> Tensor:
     """Return `x` in a parameter's precision, and in the memory order for this precision.
 
-    The order for bfloat16 is channels last. The order for other precisions is torch's default.
+    The order for bfloat16 is channels last. The order for other precisions is torch's default. If
+    `x` already has the precision, its order does not change.
     """
     if x.dtype == parameter.dtype:
         return x

@@ -58,7 +58,7 @@ class Optimized:
 
 
 def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
-    """Return a faster network with the results of `net`, in `mode` if this machine supports it.
+    """Return a faster network with the results of `net`, in `mode` if possible.
 
     If `Optimized.mode` is another mode, `Optimized.why` says why.
 
@@ -71,8 +71,8 @@ def optimize_network(net: Any, *, mode: Optimize) -> Optimized:
 
     Raises:
         UserError: the mode is unknown, or `net` is not float32 and `mode` is not `"exact"`. The
-            error also occurs if OpenVINO is missing or does not support the device, or if
-            OpenVINO's results differ too much from the results of `net`.
+            error also occurs if OpenVINO is missing or does not support the network or its device,
+            or if OpenVINO's results differ too much from the results of `net`.
     """
     check_mode(mode)
     if mode != "exact" and net.dtype != torch.float32:

@@ -81,7 +81,7 @@ class FoldedUpsample2D(Upsample2D):
 class FoldedDCUpBlock2d(DCUpBlock2d):
     """AutoencoderDC's upsampling block, which computes upsampling and convolution as one step.
 
-    The block adds a shortcut: the input with repeated channels, after a pixel shuffle.
+    With `shortcut`, the block adds the input with repeated channels, after a pixel shuffle.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -369,11 +369,12 @@ class JobConfig(Section):
     def how_to_branch(self, then: "JobConfig", *, folder: str) -> str:
         """Return a sentence that says how a new run with these options can continue an earlier run.
 
-        If an option must not change when a run is resumed, the error about this option ends with
-        the returned sentence. The sentence is empty if a new run cannot start from the earlier run.
+        If a resume changes an option that must stay the same, the error message ends with the
+        returned sentence. The sentence is empty if a new run cannot start from the earlier run.
 
         Args:
             then: the options of the earlier run.
+            folder: the folder of the earlier run.
         """
         return ""
 
@@ -410,7 +411,10 @@ def kinds(schema: Any) -> dict[str, type[Section]]:
 
 
 def option_names(schema: Any) -> list[str]:
-    """Return the names, without section, of all options, also of those that few presets have."""
+    """Return the names of all options, without their sections.
+
+    If a preset can choose between option classes, the options of every class are included.
+    """
     names: dict[str, None] = {}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         for name, info in schema.model_fields.items():

@@ -27,7 +27,8 @@ def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> 
     are `train_batch_size` and `gradient_accumulation_steps`. With `global_batch_size`, each process
     takes an equal part of the images of an update. If `gradient_accumulation_steps` is set, a
     process divides its part into that many micro-steps. Otherwise the process makes as few
-    micro-steps of equal size as possible, with at most `train_batch_size` images in each.
+    micro-steps of equal size as possible. In both cases, a micro-step has at most
+    `train_batch_size` images.
 
     Args:
         options: the three options that set the number of images per update.
@@ -35,8 +36,9 @@ def split_batch(options: BatchOptions, processes: int, *, multiple: int = 1) -> 
         multiple: number that must divide the number of images per micro-step.
 
     Raises:
-        UserError: `global_batch_size` cannot be divided evenly among the processes and micro-steps.
-            The error message names possible values of the options.
+        UserError: `global_batch_size` cannot be divided evenly among the processes and micro-steps,
+            or a micro-step would have more than `train_batch_size` images. The error message names
+            possible values of the options.
     """
     total, most = options.global_batch_size, options.train_batch_size
     given = options.gradient_accumulation_steps

@@ -4,8 +4,8 @@ The method follows NovelAI 2022, "Aspect ratio bucketing", and the option `enabl
 training scripts.
 
 All images of a batch come from one bucket, and all ranks use the same bucket in the same step. The
-order of the images is a function of (seed, epoch). So a resumed run needs only the number of steps
-done to continue at the right image, as with `IndexSampler`.
+order of the images is a function of (seed, epoch). So to continue at the right image, a resumed run
+needs only the number of steps already done, as with `IndexSampler`.
 
 Symbols: `N` images, `B` images per rank and micro-step (one forward and backward pass), `W` ranks.
 """
@@ -81,8 +81,8 @@ def _aspect(size: tuple[int, int]) -> float:
 def aspect_ratios(source: ImageSource, *, unreadable: float = 1.0) -> np.ndarray:
     """Return the width divided by the height of each of N images, (N,), from the file headers.
 
-    An unreadable image gets the ratio `unreadable`. The image is reported later, when the training
-    tries to read it.
+    An unreadable image gets the ratio `unreadable`. Such an image is reported later, when the
+    training or the encoding tries to read it.
     """
     ratios = np.full(len(source), unreadable)
     for i in range(len(source)):

@@ -30,7 +30,8 @@ class TrainItem(TypedDict):
 
     Attributes:
         crops: (N, C, H, W) for N crops, uint8 or float32 (see `Batch`).
-        index: the number of the image in its source.
+        index: the number of the image in its source. In a stream, each image that is read gets a
+            new number.
         bad: (name, reason) of each unreadable file.
     """
 
@@ -197,7 +198,7 @@ def validation_batches(
     """Yield batches as pairs (images, names), with images of shape (b, C, H, W).
 
     All ranks together yield each readable image exactly once. Rank r of W ranks takes the images
-    with numbers r, r + W, r + 2W and so on. The ranks may have different numbers of batches, or no
+    with numbers r, r + W, r + 2W and so on. A rank can have fewer batches than another rank, or no
     batch. So sum results over ranks only after the last batch, because an earlier sum could wait
     forever for a rank that has no batch left.
 

@@ -6,9 +6,9 @@ Each kind of file is read by a different library:
     PNG, 16-bit colours   torchvision (Pillow drops the lower byte)
     TIFF, > 8-bit colours tifffile (Pillow drops the lower byte, or has no such mode)
 
-The functions return the stored numbers (H, W, C). For PNG and TIFF, they also return whether the
-last channel is alpha. A file whose header states more pixels than Pillow's limit for decompression
-bombs is rejected before decoding.
+The functions `read_...` return the stored numbers (H, W, C). For PNG and TIFF, they also return
+whether the last channel is alpha. A file whose header states more pixels than Pillow's limit for
+decompression bombs is rejected before decoding.
 """
 
 import io
@@ -123,8 +123,8 @@ def check_size(width: int, height: int) -> None:
 def set_pixel_limit(max_pixels: int | None) -> None:
     """Set the largest number of pixels of an image that this process reads.
 
-    This sets Pillow's own limit against decompression bombs, which are small files that fill the
-    memory.
+    The function sets Pillow's own limit against decompression bombs, which are small files that
+    fill the memory.
 
     Args:
         max_pixels: largest width times height of an image. None means that the limit does not
@@ -239,7 +239,8 @@ def read_tiff(source: File, *, page: int = 0) -> DeepTiff:
     as alpha, such as infrared, is left out.
 
     Raises:
-        ValueError: the file is damaged, needs `imagecodecs` to be decompressed, or is no picture.
+        ValueError: the file is damaged, needs `imagecodecs` to be decompressed, is no picture, or
+            has too many pixels.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with tiff_page(file, page) as found:

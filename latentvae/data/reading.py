@@ -23,7 +23,7 @@ Files with more than 8 bits per channel keep their depth (``DeepImage``). An 8-b
 the same picture with the default ``PixelFormat`` and without a ``PixelFormat``.
 
 Pillow decodes only the formats in ``formats.py``: no PostScript, no metafiles. ``deep_files.py``
-reads pictures that are too deep for Pillow. Some damage cannot be detected, because the file can
+reads pictures that Pillow cannot represent. Some damage cannot be detected, because the file can
 still be decoded. Examples are flipped bits in a JPEG, and a JPEG or PNG that lacks pixels but has a
 valid end marker. The missing part of such a picture is grey or black.
 """

@@ -2,10 +2,10 @@
 
 Torch and Pillow antialias with the same kernels, but torch rounds the kernel weights differently:
 about one value in 200 differs, by 1 on the scale from 0 to 255. Torch resizes windows whose sides
-are one to four times those of the output, with the kernels that torch supports. Pillow resizes in
-all other cases: small windows that are enlarged, larger windows (first reduced to at least twice
-the output size), pictures with alpha (which weights the colours), and every `DeepImage` (such as a
-picture of more than 8 bits).
+are one to four times those of the output, if torch supports the kernel. Pillow resizes in all other
+cases: small windows that are enlarged, larger windows (first reduced to at least twice the output
+size), pictures with alpha (which weights the colours), and every `DeepImage` (such as a picture of
+more than 8 bits).
 
 Symbols: `C` channels, `H W` height and width in pixels.
 """

@@ -1,4 +1,7 @@
-"""Compute the order of images from seed, step and rank. A resumed run needs only the step."""
+"""Compute the order of images from seed, step and rank.
+
+To continue at the right image, a resumed run needs only the number of steps already done.
+"""
 
 from collections.abc import Iterator
 

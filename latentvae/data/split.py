@@ -86,12 +86,12 @@ def open_source(
     """Open the images that ``spec`` names. The content of a folder decides how it is read.
 
     A string or path may be ``"samples"`` (``SamplePhotos``) or ``"sprites"`` (``Sprites``). To open
-    a folder named ``samples``, write ``./samples``. Other strings and paths name a folder of
-    images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as one .tar
-    file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow file, a
-    folder of such files, or a folder written by ``save_to_disk``. Any other
-    folder that holds an image is a folder of images, but ``.npy`` files beside .tar or table files
-    do not count as images.
+    a folder named ``samples``, pass the string ``"./samples"``. Other strings and paths name a
+    folder of images, tar files (``TarShards``) or a table (``HubImages``). Tar files are given as
+    one .tar file, a folder of .tar files, or a pattern. A table is given as a .parquet or .arrow
+    file, a folder of such files, or a folder written by ``save_to_disk``. Any other folder that
+    holds an image is a folder of images, and its .tar and table files are not used. But ``.npy``
+    files beside .tar or table files do not count as images.
 
     A ``DatasetSpec`` can name the same images as a string, and adds options. Any other name in a
     ``DatasetSpec`` is a data set of the Hub. If a ``DatasetSpec`` names a folder of images, the
@@ -137,7 +137,7 @@ def open_images(
     max_train_samples: int | None = None,
     pixels: PixelFormat | None = None,
 ) -> tuple[ImageSource, ImageSource]:
-    """Open the images for training and for validation. No file is used for both purposes.
+    """Open the images for training and for validation. No image is used for both purposes.
 
     Args:
         spec: the images, as for ``open_source``. From sample photos and tables, the training split
@@ -384,8 +384,25 @@ def _files(source: HubImages | ImageFolder) -> list[Path | None]:
 
 
 def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
-    roots = train.root.resolve(), validation.root.resolve()
-    if not (roots[0].is_relative_to(roots[1]) or roots[1].is_relative_to(roots[0])):
+    """Return the indices of the training images whose file holds no validation image."""
+    held = {_file_number(validation.file(i)) for i in range(len(validation))}
+    found = [i for i in range(len(train)) if _file_number(train.file(i)) in held]
+    if not found:
         return range(len(train))
-    validation_part = set(_files(validation))
-    return [i for i, file in enumerate(_files(train)) if file not in validation_part]
+
+    # Some network file systems give several files one number, so the path must be equal too. The
+    # paths of hard links differ, but their file has more than one link.
+    files = set(_files(validation))
+    shared = {
+        i for i in found if (file := train.file(i)).resolve() in files or file.stat().st_nlink > 1
+    }
+    return [i for i in range(len(train)) if i not in shared]
+
+
+def _file_number(file: Path) -> tuple[int, int] | Path:
+    """Return the device and the number of a file, which all links to it share."""
+    try:
+        found = file.stat()
+    except OSError:  # a dead link, which is reported when it is read
+        return file
+    return found.st_dev, found.st_ino

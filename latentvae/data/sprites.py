@@ -46,7 +46,7 @@ _HEART_CENTROID = 0.2935  # height of the centre of mass of the curve, in units 
 
 
 def sprite_factors(indices: np.ndarray) -> np.ndarray:
-    """Return the factors of images by their numbers: (N, 5), int64, ordered as `FACTORS`.
+    """Return the factors of images, given their numbers: (N, 5), int64, ordered as `FACTORS`.
 
     Args:
         indices: the numbers of the images, (N,), integers in 0..737,279. From one number to the

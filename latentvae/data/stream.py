@@ -148,7 +148,7 @@ def stream_loader(
         rank: number of this process.
         world_size: number of processes.
         start_step: number of micro-steps already done. The loader skips as many images as these
-            steps used, but the skipped images are not exactly the images that they used.
+            steps used, but the skipped images are not exactly the images that the steps used.
     """
     part = stream.part(0, seed=seed, rank=rank, world_size=world_size)
     num_workers = min(num_workers, part.num_shards)

@@ -130,7 +130,7 @@ def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]
     Links and devices are left out, because they hold no image.
 
     Raises:
-        tarfile.ReadError: after the last plain file before a damaged place.
+        tarfile.ReadError: the tar file is damaged. The files before the damage are yielded first.
     """
     end = 0
     for member in tar:

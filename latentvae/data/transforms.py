@@ -67,7 +67,7 @@ class TrainTransform:
 
     Args:
         resolution: height and width in pixels, or one number R for both.
-        crop: ``"random_resized"`` takes a square of random size (see ``crop_scale``) at a random
+        crop: ``"random_resized"`` takes a window of random size (see ``crop_scale``) at a random
             place (the crop of latent diffusion's ImageNet training, ldm/data/imagenet.py).
             ``"random"`` resizes the shorter side to R and crops R x R at a random place.
             ``"center"`` resizes in the same way, but crops in the middle.

@@ -41,7 +41,7 @@ def _say_too_many(num_workers: int, cores: int) -> None:
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:
-    """Put a worker into its own process group, so that signals to the run do not reach it.
+    """Put a worker into its own process group, so that signals to the run do not end it.
 
     Ctrl-C and `timeout` signal every process of a group. SLURM signals every process of a job step,
     so a worker also ignores SIGUSR1 and, on Linux, SIGTERM from any process except the trainer. The

@@ -30,7 +30,8 @@ from latentvae.errors import UserError
 def take_snapshot(training: Training, window: Window | None = None) -> Snapshot:
     """Return the state that a resumed run needs. All ranks must call this function.
 
-    The snapshot refers to the run's tensors and does not copy them.
+    The snapshot refers to the run's tensors and does not copy them. So the next update changes the
+    snapshot.
 
     Args:
         training: the training, with its modules, optimizers and progress.
@@ -68,8 +69,9 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
     The sums are those since the last row of the log.
 
     Raises:
-        UserError: the snapshot was not written by a run, or the run that wrote it used another
-            number of processes, another precision, other data or another network.
+        UserError: the snapshot was not written by a run of this version of latentvae, or the run
+            that wrote it used another number of processes, another precision, other data or another
+            network.
     """
     # checks, before anything changes
     if "update" in snapshot.values:
@@ -110,7 +112,7 @@ def restore(training: Training, snapshot: Snapshot) -> Window:
 
 
 def load_for_export(training: Training, snapshot: Snapshot) -> None:
-    """Load the weights of a snapshot, their averages and the values of the task.
+    """Load the weights of a snapshot, their averages, the values of the task and the progress.
 
     Nothing else is loaded, so the number of processes, the precision and the data may differ from
     those of the run.
@@ -161,9 +163,9 @@ def _average_tensors(training: Training, name: str) -> dict[str, Tensor]:
 def _check_tensors(
     training: Training, tensors: Mapping[str, Mapping[str, Tensor]], values: SavedValues
 ) -> None:
-    """Raise UserError for missing files, and for tensors of other names or shapes than the run's.
+    """Raise UserError if a file, tensor or entry of `average_steps` is missing, or a shape differs.
 
-    The names and shapes of weights are checked later, when the weights are loaded.
+    Weights and optimizer states are checked later, when they are loaded.
     """
     expected: dict[str, dict[str, Tensor]] = {}
     for name in training.task.learners:
@@ -194,9 +196,10 @@ def _check_shape(found: Tensor | None, wanted: Tensor, *, name: str, file: str) 
 
 
 def _check_same_circumstances(training: Training, values: SavedValues) -> None:
-    """Raise UserError if the number of processes, precision or data differ from the run's start.
+    """Raise UserError if the circumstances differ from those at the run's start.
 
-    A comparison of the options does not find these differences.
+    The circumstances are the number of processes, the precision, the data and frozen networks. A
+    comparison of the options does not find these differences.
     """
     if values.world_size != world_size():
         raise UserError(

@@ -49,8 +49,8 @@ def save_checkpoint(run: Path, snapshot: Snapshot, *, update: int, keep: int) ->
 
     Afterwards all checkpoints except the newest `keep` are deleted. An existing checkpoint of this
     update is an AssertionError and is never overwritten. Overwriting would first delete the
-    checkpoint, and a kill at this moment would leave none. If writing fails, for example on a full
-    disk, the incomplete checkpoint is deleted.
+    checkpoint, and a kill at this moment would leave no checkpoint of this update. If writing
+    fails, for example on a full disk, the incomplete checkpoint is deleted.
     """
     final = run / f"{PREFIX}{update}"
     assert not final.exists(), f"{final} is there already"  # a resume renames later checkpoints
@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
     """Return the content of a checkpoint whose files match its manifest.
 
     Raises:
-        UserError: the checkpoint is incomplete or damaged. The message names the file.
+        UserError: the checkpoint is incomplete or damaged. The message names the checkpoint.
     """
     fault = _fault(folder)
     if fault:
@@ -122,7 +122,10 @@ def update_of(checkpoint: Path) -> int:
 
 
 def set_aside(run: Path, *, after: int) -> list[Path]:
-    """Rename the checkpoints that were saved after update `after`. Return the new paths."""
+    """Rename all checkpoints with more than `after` updates to `aside-...`. Return the new paths.
+
+    Older folders with the new names are deleted.
+    """
     renamed = []
     for path in checkpoints(run):
         if update_of(path) > after:

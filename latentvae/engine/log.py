@@ -59,8 +59,8 @@ class RunLog:
     Args:
         folder: the run's folder.
         accelerator: the `Accelerator`, which knows the ranks and the tracker.
-        start: number of updates already done. Rows of updates after `start`, which a killed run has
-            left in log.jsonl, are deleted.
+        start: number of updates already done. Rows of later updates in log.jsonl are deleted,
+            because the run repeats these updates.
         total: number of updates of the complete run.
         items_per_update: effective batch size.
         unit: name of the items in a batch, such as images.

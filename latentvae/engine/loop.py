@@ -108,7 +108,7 @@ def _run(task: Task, asked: JobConfig, *, folder: Path, accelerator: Accelerator
 
     Args:
         task: what to train. The task's options are already converted for this number of processes.
-        asked: the options as the user gave them. These options are saved in the run's folder.
+        asked: the options before that conversion. These options are saved in the run's folder.
         folder: the run's folder.
         accelerator: knows the processes.
     """
@@ -237,10 +237,10 @@ class _Loop:
         return update % options.validation_steps == 0 or update == options.max_train_steps
 
     def _take(self, result: UpdateResult) -> None:
-        """Add the values of an update to the next log row. Check for repeated skipped updates.
+        """Add the values of an update to the next log row, or report that the update was skipped.
 
         Raises:
-            RunError: too many updates in a row were skipped.
+            RunError: `max_skipped_updates` updates in a row were skipped.
         """
         if result.finite:
             for values in result.values:

@@ -94,6 +94,9 @@ class MuonWithAdamW(optim.AdamW):
 def orthogonalized(matrices: Tensor) -> Tensor:
     """Return matrices (N, R, S) with their singular values moved to between about 0.7 and 1.2.
 
+    N is the number of matrices, each with R rows and S columns. A singular value below about 0.0015
+    times the Frobenius norm of its matrix stays below 0.7.
+
     The iteration X <- a X + b (X X') X + c (X X')^2 X uses the `COEFFICIENTS` a, b and c. X' is the
     transpose of X. Each step multiplies X by a polynomial of G = X X'. So the function computes
     these polynomials from G alone, which is cheaper if X is not square.

@@ -15,7 +15,8 @@ SHOWN = 4  # largest number of names shown for each process
 def describe(values: Sequence[dict[str, Tensor]], keys: Sequence[Any], task: Task) -> str:
     """Return text, the same on every rank, that names the non-finite loss terms and their items.
 
-    The items are the training samples of the micro-steps with such a term.
+    The items are the training samples of the micro-steps with such a term. If all terms are finite,
+    the text says so.
 
     All ranks call this function, but only for a skipped update, because the function waits for the
     device.

@@ -29,7 +29,8 @@ DTYPES = {"no": None, "bf16": torch.bfloat16}  # autocast's dtype by mixed_preci
 def start_accelerator(options: RunConfig, folder: Path) -> Accelerator:
     """Join the other ranks and return an `Accelerator`.
 
-    The options set the precision. If no option sets it, the launcher's precision is used.
+    The option `mixed_precision` sets the precision. With `auto`, the fastest precision of this
+    machine is used. With None, the launcher's precision is used.
 
     Raises:
         UserError: the launcher asks for a precision that is not supported, or the ranks choose

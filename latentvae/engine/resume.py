@@ -60,7 +60,7 @@ def take_folder(task: Task, asked: JobConfig, folder: Path, *, checkpoint: Path 
 
     An earlier run is deleted if `overwrite_output_dir` is set. The run resumes from `checkpoint`,
     and all later checkpoints are renamed. If `checkpoint` is None, all checkpoints are renamed. The
-    options are saved as the user gave them.
+    options `asked` are saved as config.yaml.
     """
     _on_main(lambda: _take_folder(task, asked, folder, checkpoint=checkpoint))
 

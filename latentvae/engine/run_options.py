@@ -14,7 +14,8 @@ def check_options(options: RunConfig) -> Path:
     """Check the options and return the run's folder.
 
     Raises:
-        UserError: an option is missing, or contradicts another option or a setting of the launcher.
+        UserError: an option is missing, names a tracker that is not installed, or contradicts
+            another option or a setting of the launcher.
     """
     # options
     if options.output_dir is None:

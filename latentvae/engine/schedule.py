@@ -6,7 +6,7 @@ from latentvae.config.run_config import JobConfig
 
 
 def learning_rate(update: int, *, peak: float, config: JobConfig, pause: range = range(0)) -> float:
-    """Return the learning rate of an update: linear warm-up, then constant, or a cosine down to 0.
+    """Return the learning rate of an update: linear warm-up, then constant or a cosine down to 0.
 
     Args:
         update: number of the update, from 0.

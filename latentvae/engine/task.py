@@ -211,7 +211,11 @@ class Task(ABC):
         """
 
     def check_ready(self) -> None:
-        """Raise UserError for any fault that would end the run after the folder is prepared."""
+        """Make the last checks before the engine prepares the run's folder.
+
+        Raises:
+            UserError: a fault would later end the run, such as images that cannot be read.
+        """
 
     def write_files(self, folder: Path) -> None:
         """Write the files named in `files` into the run's folder, on the first rank only."""
@@ -299,14 +303,14 @@ class Task(ABC):
         return []
 
     def measured(self, values: Sequence[Mapping[str, Tensor]], update: int) -> Tensor:
-        """Return the values whose means over ranks `after_update` needs, (n,).
+        """Return the values whose means over ranks `after_update` needs, as a tensor (n,).
 
         The values are on `device`. The engine averages them over ranks in the update's only host
         synchronisation.
 
         Args:
             values: logged values of each micro-step of this rank.
-            update: number of updates done.
+            update: number of the update, from 0.
         """
         return Tensor()
 
@@ -421,7 +425,7 @@ class Task(ABC):
         """
 
     def export_options(self) -> dict[str, Any]:
-        """Return options whose change makes exports of the same weights differ, by log name."""
+        """Return the options that change the content of an export, by log name."""
         return {}
 
     def has_export(self, out: Path) -> bool:

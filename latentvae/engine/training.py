@@ -65,7 +65,7 @@ class Training:
     def evaluating(self) -> Iterator[None]:
         """Put all learners in eval mode inside this context, with averaged weights if they exist.
 
-        If only a part of a learner's module is averaged, only this part is in eval mode.
+        If `Learner.averaged` is only a part of a module, only this part is in eval mode.
         """
         with contextlib.ExitStack() as stack:
             for name, learner in self.task.learners.items():

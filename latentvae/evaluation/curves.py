@@ -99,7 +99,7 @@ MIN_BD_POINTS = 3  # two points only give a straight line, which may be far from
 
 
 def bd_rates(curves: Mapping[str, Sequence[Point]]) -> dict[str, BDRate]:
-    """Return every curve's BD-rate: its extra bits at JPEG's quality, in percent of JPEG's bits.
+    """Return every curve's BD-rate: its extra bits at equal quality, in percent of JPEG's bits.
 
     JPEG itself and curves with fewer than three points have no BD-rate. The result is empty if JPEG
     was not measured.

@@ -57,8 +57,8 @@ class Priors:
     `other` returns the entropy model that codes the picture at a given position.
 
     Attributes:
-        own: whether images are coded with the entropy model of their own half, because no entropy
-            model could be fitted on the other half.
+        own: whether the images of one half are coded with the entropy model of their own half,
+            because no entropy model could be fitted on the other half.
     """
 
     def __init__(self) -> None:

@@ -286,7 +286,7 @@ class _Evaluation:
         """Check each model in half precision and in tiles, and measure its speed and memory.
 
         The evaluation's state is saved before and after each measurement. If a measurement ended
-        the process (out of memory), the next call skips this measurement.
+        the process (out of memory), the next call of `evaluate` skips this measurement.
         """
         for (name, model), (section, examination) in itertools.product(
             self.models.items(), self._examinations.items()
@@ -373,9 +373,9 @@ class _Evaluation:
 
         Add a warning to each model whose PSNR is below the PSNR of its linear code.
 
-        A model is compared with the linear code that has patches of the model's downsampling
-        factor, and as many numbers per patch as the model has latent channels. Tokenizers are not
-        compared.
+        A model is compared with the linear code whose patch side is the model's downsampling
+        factor, and which has as many numbers per patch as the model has latent channels. Tokenizers
+        are not compared.
         """
         for size, linear in self.linear.items():
             if not linear.halves:

@@ -41,8 +41,8 @@ class LinearBaseline:
     Attributes:
         halves: the linear codes that were fitted on the two halves of the images. Empty if both
             halves have too few patches.
-        own: whether images are coded with the linear code of their own half, because the other half
-            has too few patches.
+        own: whether the images of one half are coded with the linear code of their own half,
+            because the other half has too few patches.
     """
 
     def __init__(self, name: str, *, f: int, d: int, judge: Judge) -> None:

@@ -50,7 +50,7 @@ class Row:
     metrics: Mapping[str, float | None]
 
     def value(self, column: str) -> float | None:
-        """Return the bits per pixel if `column` is `"bpp"`, else the metric of this name."""
+        """Return the bits per pixel if `column` is `"bpp"`, else the metric named `column`."""
         return self.bpp if column == "bpp" else self.metrics.get(column)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Original:
 
 @dataclass(frozen=True)
 class Compared:
-    """The metrics of a reconstruction, and its features (1, D) by feature extractor."""
+    """The metrics of a reconstruction, and its D features, (1, D), by feature extractor."""
 
     metrics: dict[str, float | None]
     features: dict[str, Tensor]

@@ -208,8 +208,8 @@ class ModelMeasures:
 
         The raw rate is the size of the latent in bits per pixel without entropy coding.
 
-        The codec's quality setting is removed from each row, because each picture needs a different
-        quality setting to reach the raw rate.
+        Rows of different settings have separate means. So the quality setting, which differs
+        between pictures, is removed from each row.
         """
         self.codecs.update([replace(entry, setting=None) for entry in rows], position=position)
 
@@ -314,8 +314,8 @@ class ModelMeasures:
     def _token_rows(self, original: Original, z: Tensor, usage: TokenUsage) -> list[Row]:
         """Encode the tokens to bytes, decode the bytes, and measure the decoded picture.
 
-        The list is empty if the plan has no section `rate`, or if the model has more than MAX_CODES
-        codes.
+        The returned list is empty if the plan has no section `rate`, or if the model has more than
+        MAX_CODES codes.
         """
         assert self.codes is not None
         indices = calls.tokenize(self.model.net, z)
@@ -332,7 +332,7 @@ class ModelMeasures:
         return self._bitstream_row(original, {None: content}, [recon])
 
     def _bitstream_rows(self, original: Original, mean: Tensor, priors: Priors) -> list[Row]:
-        """Encode the latent to bytes for each of `plan.noise_psnr`, decode, measure the pictures.
+        """Encode the latent for each of `plan.noise_psnr`, and measure the decoded pictures.
 
         Several small latents are decoded in one batch.
         """

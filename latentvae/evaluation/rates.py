@@ -63,7 +63,7 @@ class LevelBits:
         self._sums = np.zeros(codes.maps)
 
     def update(self, indices: Tensor, *, pixels: int) -> None:
-        """Add one image's indices (L, h, w)."""
+        """Add one image's indices (L, h, w), for h x w positions of the coarsest map."""
         number, levels = self.codes.number, _levels(indices, self.codes)
         files = [encode_tokens(level, num_codes=number) for level in levels]
         self._sums += np.array([8 * len(file) / pixels for file in files])

@@ -1,4 +1,4 @@
-"""Save an evaluation's state on disk, so that the same command continues it.
+"""Save an evaluation's state on disk, so that a stopped evaluation can continue.
 
     OUT/.progress/state.json    the task, the number of measured images, other values
     OUT/.progress/<n>.npz       sums over images

@@ -78,7 +78,7 @@ class Tile:
 def sheet(rows: Sequence[Sequence[Tile]], path: Path) -> None:
     """Draw rows of tiles into one picture, and write this picture to the file `path`.
 
-    Each tile shows the centre of its own picture.
+    Each tile shows the centre of its picture.
 
     Pictures with a side above 320 pixels are cropped. Pictures with sides of at most 160 pixels are
     enlarged by an integer factor, without interpolation. The pictures of a row must have one size,

@@ -73,7 +73,7 @@ def measure_speed(
             needs exactly this size.
         budget_s: largest time in seconds of encoding or decoding one image. The time of an image
             size is predicted from the next smaller size. Image sizes that would need more time than
-            `budget_s` are skipped.
+            `budget_s` are skipped. The smallest size is always measured.
 
     Returns:
         Plain values: `device`, `dtype`, `num_threads` (of torch, on the CPU), `memory` (what

@@ -1,9 +1,9 @@
 """Check whether the borders of tiles are visible when diffusers decodes in tiles to save memory.
 
 In a tile, the decoder sees only a part of the image, so the tile's colours may drift. Tiles overlap
-and are blended. Blending hides a drift, but not the effects at the border of a tile. At the border
-of a tile, the difference D between tiled and whole decoding jumps by a step, whose sign is the same
-along the border. The value `seam` measures the step at the border.
+and are blended. Blending hides a drift, but not a step at the border of a tile. At such a step, the
+difference D between tiled and whole decoding jumps, with the same sign along the border. The value
+`seam` measures this step.
 
     images -> encode -> z -> decode whole  \\
                          \\-> decode tiled  -> D (8-bit levels) -> steps at tile borders -> seam
@@ -95,7 +95,7 @@ def can_tile(net: Network, *, f: int) -> bool:
 def check_tiling(net: Network, images: Sequence[Tensor], *, f: int) -> TilingCheck | None:
     """Decode `images` whole and in tiles, and measure the difference.
 
-    The tiles are those that `enable_tiling()` makes. If the image is no larger than a tile of
+    The tiles are those that `enable_tiling()` makes. If an image is no larger than a tile of
     `enable_tiling()`, or if the tiles of `enable_tiling()` do not fit together, the function uses
     tiles of about two thirds of the image's longer side.
 
@@ -160,7 +160,12 @@ class _Difference:
 def _check_one(
     net: Network, images: Tensor, tiling: Tiling, own: _Tiles | None, f: int
 ) -> _Difference | None:
-    """Compare one batch. Use the network's `own` tiles if the images are larger than one tile."""
+    """Compare tiled and whole decoding of one batch.
+
+    Args:
+        own: the tiles that `enable_tiling()` makes, or None if they do not fit together. These
+            tiles are used if the images are larger than one of them.
+    """
     longer = max(images.shape[2:]) // f
     tiles = own if own and longer > own.size else _choose_tiles(tiling, longer, f)
     if tiles is None:

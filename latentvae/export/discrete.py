@@ -140,7 +140,8 @@ def export_tokenizer(
     """Export the tokenizer `net` to the folder `out`, and compare the export with `net`.
 
     The folder appears only if the exported network gives the same tokens (except for ties) and the
-    same images as `net`.
+    same images as `net`. With `lookup_from_codebook`, different tokens and rounding errors in the
+    images are allowed.
 
     Args:
         net: the trained network. Use the averaged weights if the training averaged them. This
@@ -245,7 +246,7 @@ def _compare_indices(
 
     Args:
         factor: scale of the features of `net` relative to those of `trained`. With None, the
-            function does not check whether indices that differ are ties.
+            function does not check whether indices that differ are ties, and returns 0 ties.
 
     Raises:
         RuntimeError: the two networks choose different codes for a feature, and its distances to

@@ -1,7 +1,7 @@
 """Upload an export to the Hugging Face Hub.
 
-`huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code only checks that a
-token exists and keeps no token, so no token can reach a file, a log, a tracker or the model card.
+`huggingface_hub` handles the login (`hf auth login`, or HF_TOKEN). This code only checks the token
+and does not keep it, so no token can reach a file, a log, a tracker or the model card.
 """
 
 import re

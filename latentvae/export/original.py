@@ -81,8 +81,8 @@ def convert(
         variant: variant of the model's weights, such as "fp16".
 
     Raises:
-        UserError: the original code has no network like `model`, or `out` exists, or the name of
-            `out` does not end with .safetensors.
+        UserError: the original code has no network like `model`, or `out` exists and may not be
+            replaced, or the name of `out` does not end with .safetensors.
     """
     if out.suffix != ".safetensors":
         raise UserError(f"out must be a .safetensors file (got '{out}')")

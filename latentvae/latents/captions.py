@@ -31,8 +31,8 @@ def find_captions(source: ImageSource, *, caption_column: str | None = None) -> 
 
     Raises:
         UserError: `caption_column` does not exist or holds no texts, or is given although `source`
-            is not a table. The error also occurs if `metadata.jsonl` does not have the form that
-            imagefolder reads.
+            is not a table. The error also occurs if the file of a caption cannot be read, or if
+            `metadata.jsonl` does not have the form that imagefolder reads.
     """
     if isinstance(source, SomeItems):
         whole = find_captions(source.source, caption_column=caption_column)

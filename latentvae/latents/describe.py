@@ -112,7 +112,8 @@ def check_resolution(model: Autoencoder, resolution: int | Sequence[int]) -> int
 
     Raises:
         UserError: `resolution` is not one or two numbers, a side is no multiple of the model's
-            downsampling factor, or the model only takes images of another size.
+            downsampling factor (for FLUX.2, of twice this factor), or the model only takes images
+            of another size.
     """
     # one or two sides
     sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)
@@ -161,7 +162,7 @@ def _item_shape(
 
 
 def _levels(model: Autoencoder, item_shape: tuple[int, ...]) -> list[tuple[int, int]] | None:
-    """Return the size (h, w) of each level, coarsest first, or None if all levels have one size."""
+    """Return the size (h, w) of each level, coarsest first, or None if all have the same size."""
     codes = calls.codes(model.net)
     if codes is None or codes.maps == 1:
         return None

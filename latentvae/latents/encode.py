@@ -83,7 +83,8 @@ def encode_folder(
     Args:
         model: an autoencoder, or its folder or Hub id.
         data: the images, as for `data.open_source`, or `owner/name` of a data set on the Hub. The
-            training split of a table is encoded, unless a `DatasetSpec` names another split.
+            training split of a table or of the sample photos is encoded, unless a `DatasetSpec`
+            names another split.
         resolution: pixels on a side, or (height, width). Each side must be a multiple of the
             downsampling factor f (for FLUX.2, of 2 f).
         batch_size: images per forward pass. Another batch size may change the last digits of
@@ -109,8 +110,8 @@ def encode_folder(
         optimize: option `optimize` of `load`, if `model` is a folder or a Hub id. The manifest
             records the mode of `optimize` that was used.
         variant: variant of the weights in a folder, such as `"fp16"`.
-        model_name: path or Hub id of the model that the manifest records. By default, `model` if it
-            is a path or Hub id, else the name of the `Autoencoder`.
+        model_name: path or Hub id that the manifest records for the model. By default, `model` if
+            it is a path or Hub id, else the name of the `Autoencoder`.
         device: device of the model. None means the GPU of this rank, if there is one.
 
     Returns:
@@ -226,7 +227,7 @@ def _prepare(out: Path, content: Content, *, overwrite: bool, rank: int, world_s
 def _refuse_others(
     out: Path, content: Content, manifest: Manifest | None, found: dict[Path, ShardHeader | None]
 ) -> None:
-    """Raise UserError for shards of another encoding, or damaged shards if `manifest` is None."""
+    """Raise UserError for shards of another encoding, or for damaged ones if `manifest` is None."""
     others = [header.content for header in found.values() if header is not None]
     others += [manifest.content] if manifest is not None else []
     for other in others:

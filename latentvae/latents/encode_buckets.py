@@ -1,4 +1,4 @@
-"""Encode every image at the nearest of several shapes (`--aspect_ratio_buckets`).
+"""Encode every image at the nearest of several aspect ratios (`--aspect_ratio_buckets`).
 
 All encoded images of a folder of shards (files) have one shape. So each shape (bucket) gets its own
 folder, such as `OUT/192x320`. The folder of each shape has the usual format of shards. A class of

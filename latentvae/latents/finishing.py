@@ -1,9 +1,7 @@
 """Finish an encoding: write manifest.json, with statistics of the tokens or latents.
 
-Apart from the given names of the model and the data, the manifest is computed only from the shards.
-So every rank and every continued encoding writes the same manifest.
-
-Symbols: `K` codes, `L` levels, `h w` latent positions.
+Apart from the names of the model and the data, the manifest is computed only from the shards. So
+every rank and every continued encoding writes the same manifest.
 """
 
 import math

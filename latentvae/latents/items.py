@@ -95,10 +95,10 @@ class Pictures(Dataset[Picture]):
 def open_items(
     data: str | os.PathLike[str] | DatasetSpec | SomeItems, *, pixels: PixelFormat
 ) -> ImageSource:
-    """Open all images of `data`: an argument of `open_source`, or `owner/name` on the Hub.
+    """Open the images of `data`: an argument of `open_source`, or `owner/name` on the Hub.
 
-    `owner/name` is a local path if there is a folder `owner`. The training split of a table is
-    opened, unless a `DatasetSpec` names another split.
+    `owner/name` is a local path if there is a folder `owner`. The training split of a table or of
+    the sample photos is opened, unless a `DatasetSpec` names another split.
     """
     if isinstance(data, SomeItems):
         return data

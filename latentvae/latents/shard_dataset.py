@@ -268,7 +268,7 @@ class TokenDataset(_Cached):
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...] | None:
-        """Size (h, w) of each level, coarsest first, or None if all levels have one size."""
+        """Size (h, w) of each level, coarsest first, or None if all have the same size."""
         return self.content.levels
 
     def __getitem__(self, index: int) -> dict[str, Any]:

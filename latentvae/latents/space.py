@@ -93,7 +93,7 @@ INTERPOLATIONS: dict[Kind, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 def nearest_latents(
     queries: Tensor, latents: Tensor, *, count: int, center: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosine similarities and the indices of the nearest latents, (Q, count) each.
+    """Return cosine similarities and indices of the latents nearest to each query, (Q, count) each.
 
     Args:
         queries: Q latents, (Q, ...).
@@ -196,8 +196,8 @@ class Components:
 def principal_components(latents: Tensor, *, count: int) -> Components:
     """Return the `count` directions of the largest variance of N latents (N, ...).
 
-    The sign of a direction is chosen so that its element with the largest absolute value is
-    positive.
+    There are at most as many directions as a latent has elements. The sign of a direction is chosen
+    so that its element with the largest absolute value is positive.
 
     Raises:
         UserError: `count` is not in 1..N - 1, or all latents are equal.

@@ -317,7 +317,10 @@ def _label(name: str) -> str:
 
 
 def _class_name(labels: Labels, index: int) -> str | None:
-    """Return the class of an image, its number if classes have no names. None: it has no class."""
+    """Return the name of an image's class, or the class number if classes have no names.
+
+    If classes have names, the number -1 means that the image has no class: the result is None.
+    """
     number = labels.values[index]
     if labels.class_names is None:
         return str(number)

@@ -45,16 +45,7 @@ def traverse(
         UserError: `mean` is not (D,), the code has no dimension of a given number, or `dimensions`
             or `values` is empty.
     """
-    if mean.ndim != 1:
-        raise UserError(
-            f"a traversal needs the code of one image, of the shape (D,) (got {tuple(mean.shape)})."
-        )
-    wrong = [number for number in dimensions if not 0 <= number < len(mean)]
-    if wrong or not dimensions or not values:
-        raise UserError(
-            f"a traversal needs dimensions from 0 to {len(mean) - 1}, and at least one value (got "
-            f"dimensions {list(dimensions)} and {len(values)} values)."
-        )
+    _check(mean, dimensions, values)
 
     columns = torch.tensor(list(values)).to(mean)
     rows = []
@@ -93,7 +84,8 @@ def save_traversal(
             f"kl must have one value per dimension of the code, {mean.numel()} (got shape "
             f"{tuple(kl.shape)})."
         )
-    order = list(range(len(mean))) if dimensions is None else list(dimensions)
+    order = list(range(mean.numel())) if dimensions is None else list(dimensions)
+    _check(mean, order, values)
     labels = [f"z{number}" for number in range(len(mean))]
     if kl is not None:
         order.sort(key=lambda number: -kl[number].item())
@@ -103,3 +95,16 @@ def save_traversal(
     rows = [labels[number] for number in order]
     save_grid(images.flatten(0, 1).float().cpu(), path, labels=rows)
     return order
+
+
+def _check(mean: Tensor, dimensions: Sequence[int], values: Sequence[float]) -> None:
+    if mean.ndim != 1:
+        raise UserError(
+            f"a traversal needs the code of one image, of the shape (D,) (got {tuple(mean.shape)})."
+        )
+    wrong = [number for number in dimensions if not 0 <= number < len(mean)]
+    if wrong or not dimensions or not values:
+        raise UserError(
+            f"a traversal needs dimensions from 0 to {len(mean) - 1}, and at least one value (got "
+            f"dimensions {list(dimensions)} and {len(values)} values)."
+        )

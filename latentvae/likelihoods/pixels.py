@@ -287,8 +287,8 @@ def split(parameters: Tensor) -> tuple[Tensor, Tensor]:
 def log_normal_cdf(x: Tensor) -> Tensor:
     """Return the log of the standard Gaussian's cumulative distribution at x.
 
-    The gradients of this function are correct also for very negative x. torch's own gradient in
-    float32 is wrong for x below about -1,000.
+    The gradients of this function are correct also for very negative x. In float32, the gradient of
+    torch's `log_ndtr` is wrong for x below about -1,000.
     """
     tail = x.clamp(max=-50.0)
     far = -0.5 * tail * tail - torch.log(-tail) - 0.5 * math.log(2.0 * math.pi)

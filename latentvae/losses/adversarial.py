@@ -128,7 +128,7 @@ class LeCam:
         the positive part, max(0, ...). The formula is equation 4 of arXiv:2104.03310, with the
         positive part of the authors' code (google/lecam-gan, third_party/lecam_loss.py). Without
         the positive part, the penalty would also pull up logits of real images that are below the
-        average logit of reconstructions, which is the task of the GAN loss.
+        average logit of reconstructions. Pulling up these logits is the task of the GAN loss.
         """
         real_anchor, fake_anchor = self.anchors.unbind()
         above = F.relu(real_logits.float() - fake_anchor)
@@ -145,7 +145,7 @@ class LeCam:
         self.anchors = self.anchors.lerp(means, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by name."""
+        """Return a dict: "anchors" holds the averages for real images and reconstructions, (2,)."""
         return {"anchors": self.anchors}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

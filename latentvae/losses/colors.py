@@ -1,10 +1,10 @@
-"""Convert images to RGB, for LPIPS, for the discriminators and for display.
+"""Convert images to RGB, for LPIPS, the feature loss, the discriminators and display.
 
 A grey channel is repeated three times. In images with four channels, the last channel is alpha (-1
 transparent, 1 opaque), and the colours are blended with a background. In training, the background
 is a random colour for each image, so that the model does not rely on a fixed background. An image
 and its reconstruction have the same background, so LPIPS and the discriminators ignore the colours
-of transparent pixels. Outside training, the background is mid-grey.
+of transparent pixels. In distillation and outside training, the background is mid-grey.
 
 `B` batch, `C` channels (1, 3 or 4), `H W` pixels. Images and backgrounds are in [-1, 1].
 """

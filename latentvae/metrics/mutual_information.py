@@ -21,8 +21,8 @@ def mutual_information(
         I = mean over x, z ~ q(z|x) of ln q(z|x) - ln (1/N sum_j q(z|x_j))
 
     Args:
-        means: means of the Gaussian posteriors, (N, U).
-        logvars: log-variances of the posteriors, (N, U).
+        means: means of the Gaussian posteriors, (N, U), on the CPU.
+        logvars: log-variances of the posteriors, (N, U), on the CPU.
         samples: number of latents that are drawn for each image.
         generator: draws the latents. With None, torch's global generator draws the latents.
     """

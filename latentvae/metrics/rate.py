@@ -17,10 +17,10 @@ Curve = Sequence[tuple[float, float]]  # (bits per pixel, quality), in any order
 def bd_rate(anchor: Curve, curve: Curve) -> float | None:
     """Return how many percent more bits `curve` needs than `anchor` at equal quality.
 
-    A negative number means fewer bits. A point of a curve is left out if its quality is not finite,
-    or if another point of the same curve has at least this quality and needs no more bits. The
-    result is None if fewer than two points of a curve are left, or if no quality is reached by both
-    curves.
+    A curve consists of points (bits per pixel, quality). A negative result means fewer bits. A
+    point is left out if its quality is not finite, if its bits are not positive, or if another
+    point of its curve has at least this quality and needs no more bits. The result is None if fewer
+    than two points of a curve are left, or if the curves have no range of qualities in common.
     """
     curves = [_rising(anchor), _rising(curve)]
     if min(map(len, curves)) < 2:

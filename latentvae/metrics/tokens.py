@@ -24,7 +24,7 @@ class LevelReport(TypedDict):
 class TokenReport(LevelReport):
     """Statistics of all codebooks of a tokenizer together.
 
-    `tokens` and `num_codes_used` are sums over codebooks. All other values of the report are means
+    `tokens` and `num_codes_used` are sums over codebooks. All other numbers of the report are means
     over codebooks.
     """
 

@@ -34,9 +34,10 @@ class Bound(BaseOutput):
             exists. Otherwise `kl` equals `log_ratio`.
         log_ratio: ln q(z_g | ...) - ln p(z_g | ...) at the drawn latents, (G, S, B). The dots stand
             for what z_g depends on: other groups and, in q, the image.
-        unit_kl: KL divergence of each latent unit, (B, U), or None if there are too many units or
-            the posterior has a flow. If `VectorVAE` has several latent vectors, `unit_kl` has only
-            the units of the last vector z_L.
+        unit_kl: KL divergence of each latent unit, averaged over samples, (B, U). None if a
+            hierarchical VAE has more than 2 ** 14 units, or if the posterior has a flow. If
+            `VectorVAE` has several latent vectors, `unit_kl` has only the units of the last vector
+            z_L. `unit_kl` of a `ClassVAE` has only the units of the vector z, not the class.
         latents: the drawn latents of each group, (S, B, units of the group), or None if the network
             does not return them. `VectorVAE` lists z_1 first, which is the last group.
         posterior: mean and log-variance (B, U) if the posterior is a single Gaussian, or None.
@@ -73,7 +74,8 @@ class LikelihoodNet(Protocol):
         image_shape: shape (C, H, W) of an image.
         num_groups: number of groups of latents G.
         group_sizes: number of latent values in each group.
-        outer_layers: names of the first and last layers, which the optimiser Muon does not train.
+        outer_layers: names of the layers that the optimiser Muon does not train, such as the first
+            and the last layers.
     """
 
     pixels: PixelDistribution
@@ -93,8 +95,9 @@ class LikelihoodNet(Protocol):
         Args:
             images: pixels in [-1, 1], (B, C, H, W).
             samples: number of posterior samples per image S.
-            detach_posterior: compute `log_ratio` with constant parameters of q, so that its
-                gradient reaches the encoder only through the latents (arXiv:1810.04152).
+            detach_posterior: compute `log_ratio` with constant parameters of q, so that the
+                gradient of `log_ratio` reaches the encoder only through the latents
+                (arXiv:1810.04152).
         """
         ...
 

@@ -121,10 +121,11 @@ def decode_indices(
 def measure_shape(net: Network) -> LatentShape:
     """Return the shape of the latents, such as the downsampling factor f and the channels d.
 
-    For a known class of networks, the config gives f and d. For other classes, this function
-    encodes a test image and measures the latents.
+    For many classes of networks, such as `AutoencoderKL`, the config gives f and d. For other
+    classes, this function encodes a test image and measures the latents.
 
     Raises:
-        UserError: the network does not encode and decode images.
+        UserError: the network does not encode and decode images, or is a VAE for images that are
+            not square.
     """
     return family_of(net).latent_shape(net)

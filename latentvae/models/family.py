@@ -8,8 +8,8 @@
 another way has a subclass of `Family`, which overrides the methods that differ. A kind of network
 that can be trained has a subclass of `models.trainable.TrainableFamily`.
 
-`B` batch, `C` image channels, `H W` pixels, `d` latent channels, `h w` latent positions, `K` codes,
-`L` levels of codes, `D` code width, `f` downsampling factor.
+`B` batch, `C` image channels, `d` latent channels, `h w` latent positions, `K` codes, `L` levels
+of codes, `D` code width, `f` downsampling factor.
 """
 
 from collections.abc import Iterator
@@ -225,9 +225,10 @@ class Family:
             part.requires_grad_(False)
 
     def quantizers(self, net: Network) -> tuple[Quantizer, ...]:
-        """Return the quantiser of each latent of a trainable tokenizer, in the latents' order.
+        """Return the quantisers of a trainable tokenizer, one for each map of codes.
 
-        The result is empty for a network that is not trained as a tokenizer.
+        The quantiser of the coarsest map is the first. The result is empty for a network that is
+        not trained as a tokenizer.
         """
         return ()
 
@@ -257,8 +258,8 @@ class Family:
     def decode_without_search(self, net: Network, indices: Tensor) -> Tensor:
         """Decode code indices to images without a search for the nearest code.
 
-        `decode_indices` may quantise the given codes again, and this second quantisation may change
-        the codes a little by rounding.
+        The method `decode_indices` of some networks quantises the given codes again. Rounding in
+        this second quantisation can change the codes a little.
         """
         _refuse_codes(net)
 

@@ -119,7 +119,7 @@ def read_images_file(folder: Path) -> ImagesOfModel:
 
 
 def likelihood_net_of(net: Any, *, name: str) -> LikelihoodNet:
-    """Return a network from `load_network`, after a check that it has a likelihood.
+    """Return `net`, after a check that this network has a likelihood.
 
     Args:
         net: any network.

@@ -34,7 +34,7 @@ def load_network(
     family: SingleFileKind | None = None,
     variant: str | None = None,
 ) -> Network:
-    """Load an image autoencoder of any diffusers class, and return it on the CPU.
+    """Load an image autoencoder of any class of diffusers or latentvae, and return it on the CPU.
 
     Args:
         path: a folder with config.json and the weights as safetensors, or a `.safetensors` file

@@ -1,8 +1,10 @@
 """Bring a network's latents to about unit variance, as its pipelines do.
 
-Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. SDXL-type configs have
-`latents_mean` and `latents_std` per channel. If the pipelines of a kind of network normalise in
-another way, the subclass of `Family` for this kind of network overrides `Family.normalization`.
+Most pipelines subtract `shift_factor` and multiply by `scaling_factor`. If a config has
+`latents_mean` and `latents_std`, with one value per channel, pipelines compute
+(z - latents_mean) * scaling_factor / latents_std instead. If the pipelines of a kind of network
+normalise in another way, the subclass of `Family` for this kind of network overrides
+`Family.normalization`.
 
 `B` batch, `d` latent channels, `h w` latent positions.
 """

@@ -1,7 +1,4 @@
-"""Options, training wrapper and methods that all networks with a Gaussian posterior share.
-
-`B` batch, `C` channels, `H W` image size, `d` latent channels, `h w` latent positions.
-"""
+"""Options, training wrapper and methods that all networks with a Gaussian posterior share."""
 
 import math
 from typing import Annotated, Any, Literal, cast

@@ -65,7 +65,7 @@ _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
 @dataclass(frozen=True)
 class _File:
-    """The tensors and facts about the autoencoder in a `.safetensors` file.
+    """The autoencoder's tensors in a `.safetensors` file, and the file's family, scale and config.
 
     Attributes:
         path: path of the file.
@@ -92,9 +92,9 @@ def load_single_file(path: Path, *, family: SingleFileKind | None) -> Network:
 
     Args:
         path: the file.
-        family: model family, such as "sdxl". It decides the scale of the latents if the file does
-            not store a scale. With None, the family is recognised if the file is a checkpoint of a
-            whole model, such as Stable Diffusion.
+        family: model family, such as "sdxl". The family decides the scale of the latents if the
+            file does not store a scale. With None, the family is recognised if the file is a
+            checkpoint of a whole model, such as Stable Diffusion.
 
     Raises:
         UserError: the file holds no `AutoencoderKL` or `VQModel`, or `family` does not fit the

@@ -178,7 +178,7 @@ def learn_only(net: Network, part: Part) -> None:
 
 
 def silence(net: Network, part: Part) -> None:
-    """Set the last layer of `part` (encoder or decoder) to 0, so that its output is always 0.
+    """Set the last layer of `part` (encoder or decoder) to 0, so that its output is constant.
 
     The zeros mark an encoder or decoder that is not trained.
     """

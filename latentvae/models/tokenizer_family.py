@@ -1,7 +1,4 @@
-"""Options, training wrapper and methods that all kinds of `models.tokenizer.Tokenizer` share.
-
-`B` batch, `h w` latent positions, `K` codes, `L` levels.
-"""
+"""Options, training wrapper and methods that all kinds of `models.tokenizer.Tokenizer` share."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

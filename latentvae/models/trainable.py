@@ -3,7 +3,7 @@
 A new kind of network needs a folder with its options, network, training wrapper and subclass of
 `TrainableFamily`, and a line in `models.table`.
 
-`B` batch, `C` image channels, `d` latent channels, `K` codes, `D` code width.
+`B` batch, `C` image channels.
 """
 
 from abc import ABC, abstractmethod
@@ -175,7 +175,8 @@ class DiscreteFamily(TrainableFamily):
 
         Args:
             net: the tokenizer, in float32 on the CPU.
-            unit_range: use pixels in [0, 1] and look codes up by index, as aMUSEd does.
+            unit_range: use pixels in [0, 1] for input and output, and look codes up by index, as
+                aMUSEd does.
         """
         raise NotImplementedError(self.why_not_stock(net.config))  # callers check this first
 

@@ -63,8 +63,8 @@ def choose_variant(names: Iterable[str], variant: str | None, *, path: str | Pat
         path: path of the folder, for messages.
 
     Raises:
-        UserError: the folder has no weights or no such variant, or it has several variants but no
-            plain weights, and `variant` is None.
+        UserError: the folder has no weights or no such variant. If `variant` is None, the error
+            also occurs if the folder has several variants but no plain weights.
     """
     names = list(names)
     found = {match["variant"] for name in names if (match := _NAME.fullmatch(name))}

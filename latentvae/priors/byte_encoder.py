@@ -65,8 +65,8 @@ class ByteTextEncoder(ModelMixin, ConfigMixin):
     def split(self, texts: Sequence[str]) -> Words:
         """Return the bytes of texts, on the network's device.
 
-        Shorter texts are padded with 0 to the length of the longest text. If a text contains a file
-        name with bytes that are not UTF-8, these bytes are kept.
+        Shorter texts are padded with 0 to the length of the longest text. If a text comes from a
+        file name with bytes that are not UTF-8, these bytes are returned unchanged.
         """
         longest = self.config["max_bytes"]
         coded = [text.encode(errors="surrogateescape")[:longest] for text in texts]

@@ -104,7 +104,7 @@ def gaussian_loss(variances: Tensor, sigma: Tensor) -> Tensor:
 
     Args:
         variances: variances of the latent's values or channels, any shape.
-        sigma: noise levels, over which the error is averaged.
+        sigma: noise levels, any shape. The result is the mean over variances and noise levels.
     """
     s, level = variances.double().flatten()[:, None], sigma.double().flatten()[None]
     covariance, variance = level - (1 - level) * s, level**2 + (1 - level) ** 2 * s

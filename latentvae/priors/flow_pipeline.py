@@ -9,7 +9,7 @@ installed. But diffusers' pipelines only divide latents by the autoencoder's `sc
 only read text with T5. In all other cases, such as latents with another normalisation or another
 text encoder than T5, the export uses `FlowPipeline`.
 
-`B` batch, `T` sampling steps.
+`B` batch, `d` latent channels, `h w` latent positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -130,8 +130,8 @@ class FlowPipeline(DiffusionPipeline):
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], or `"pt"` (B, C, H, W) in [-1, 1].
 
         Raises:
-            UserError: the class does not exist, an option is wrong, or the model does not accept
-                classes or prompts.
+            UserError: the class does not exist, an option is wrong, the model does not accept
+                classes or prompts, or a model with text gets no prompt.
         """
         labels = [] if classes is None else [classes] if isinstance(classes, str | int) else classes
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -220,7 +220,7 @@ class FlowPipeline(DiffusionPipeline):
         """Draw normalised latents (B, d, h, w), see `sample_latents`.
 
         Raises:
-            UserError: the options ask for guidance, but no image has a class.
+            UserError: the options ask for guidance, but no image has a class or text.
         """
         options = options or FlowSampling()
         self.check_guidance(condition, options)
@@ -293,8 +293,8 @@ def stock_reads(encoder: Any, vae: Any, *, side: int) -> bool:
 def flow_scheduler(shift: float) -> DPMSolverMultistepScheduler:
     """Return diffusers' solver for the noise levels and velocities of `flow_matching`.
 
-    With `solver_order` 1, the solver is the Euler method. With `solver_order` 2, the default, the
-    solver needs fewer steps than the Euler method.
+    With `solver_order` 1 in its config, the solver is the Euler method. With `solver_order` 2, the
+    default, the solver needs fewer steps than the Euler method.
     """
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,

@@ -53,7 +53,7 @@ def sample_flow_folder(
     batch_size: int = 32,
     device: str | None = None,
 ) -> list[Path]:
-    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
+    """Write sampled pictures (`00000.png`, ...) and a grid of the first 64 pictures into `out`.
 
     Args:
         folder: an export of a flow matching model.

@@ -40,7 +40,7 @@ def sample_folder(
     tokens: bool = False,
     device: str | None = None,
 ) -> list[Path]:
-    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
+    """Write sampled pictures (`00000.png`, ...) and a grid of the first 64 pictures into `out`.
 
     Args:
         prior: folder of an exported prior, or of a finished training.

@@ -62,9 +62,9 @@ def load_text_encoder(path: str) -> tuple[Any, Any]:
 def encode_prompts(prompts: Sequence[str], tokenizer: Any, encoder: Any) -> Text:
     """Return the last hidden states of prompts, (B, S, C), float32, with their mask.
 
-    S is the number of tokens of the longest prompt. With a tokenizer, S is at most
-    `MAX_TEXT_TOKENS`. Without a tokenizer, the encoder itself splits texts into bytes
-    (`ByteTextEncoder`).
+    C is the number of channels of the encoder's states, and S is the number of tokens of the
+    longest prompt. With a tokenizer, S is at most `MAX_TEXT_TOKENS`. Without a tokenizer, the
+    encoder itself splits texts into bytes (`ByteTextEncoder`).
     """
     if tokenizer is None:
         text = encoder(encoder.split(prompts))

@@ -251,8 +251,8 @@ class Block(nn.Module):
             x: (B, T, W).
             turns: rotations of the rotary embedding for the T entries of `x`, (2, T, D / 2). D is
                 the number of channels of a head.
-            mask: (B, 1, T, keys), True where an entry may attend. None means causal attention. With
-                a cache and T = 1, None means attention to all entries in the cache.
+            mask: (B, 1, T, keys), True where an entry attends to a key. None means causal
+                attention. With a cache and T = 1, None means attention to all entries in the cache.
             cache: keys and values of earlier entries, to which those of `x` are appended.
         """
         # attention

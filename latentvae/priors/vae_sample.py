@@ -26,7 +26,7 @@ def sample_vae_folder(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Path]:
-    """Write sampled pictures (`00000.png` and so on) and a grid of the pictures into `out`.
+    """Write sampled pictures (`00000.png`, ...) and a grid of the first 64 pictures into `out`.
 
     Args:
         model: folder of an exported network, or of a finished training.

@@ -156,16 +156,18 @@ def _rehearse(kind: type[Task], config: JobConfig, stack: contextlib.ExitStack) 
 
 
 def updates_check(rehearsal: FirstUpdates, *, loss: str, words: str) -> Check:
-    """Check that losses and gradients are finite.
+    """Check that the gradients and the losses are finite, and report the losses.
 
     Args:
         loss: key of the loss in the training log.
         words: name of the loss in the line that is printed.
     """
+    losses = rehearsal.losses(loss)
     return Check(
         name="updates",
-        passed=all(result.finite for result in rehearsal.results),
-        value=", ".join(f"{value:.3f}" for value in rehearsal.losses(loss)) + f" {words}",
+        passed=all(result.finite for result in rehearsal.results)
+        and all(map(math.isfinite, losses)),
+        value=", ".join(f"{value:.3f}" for value in losses) + f" {words}",
         expected="finite losses and gradients",
         advice="Give a lower --learning_rate, or --mixed_precision no.",
     )
@@ -184,7 +186,7 @@ def weights_check(rehearsal: FirstUpdates) -> Check:
 
 
 def items_check(rehearsal: FirstUpdates) -> Check:
-    """Check that no image (or latent, or token map) is in the first batch of two processes."""
+    """Check that the processes' first batches hold no image (or latent, or token map) twice."""
     parts: list[list[int]] = gather_objects(rehearsal.items)
     shared = sum(map(len, parts)) - len(set().union(*parts))
     return Check(
@@ -236,7 +238,7 @@ def checkpoint_check(rehearsal: FirstUpdates, *, loss: str) -> Check:
     """Check that the next update has the same result before and after a checkpoint is restored.
 
     On a CPU with one or two processes, all tensors that an update changes are compared bit by bit.
-    Otherwise, only the logged value `loss` is compared. Then a relative difference of 1 % is
+    Otherwise, only the logged value `loss` is compared, and a relative difference of 1 % is
     allowed.
     """
     # save, then the next update

@@ -96,7 +96,7 @@ def _values(rehearsal: FirstUpdates) -> Check:
 
 @torch.no_grad()
 def _bounds(rehearsal: FirstUpdates) -> Check:
-    """Check that the ELBO is not above the importance-weighted bound of the same latents."""
+    """Check that the ELBO is at most the importance-weighted bound from the same latents."""
     task: LikelihoodTask = rehearsal.task
     images = task.prepared_images(next(iter(task.batches(start_step=0))))
     bound: Bound = task.net(images, samples=SAMPLES)

@@ -165,7 +165,8 @@ class BDRate(_Part):
     """Extra bits at equal quality in percent of JPEG's bits. Negative means fewer bits than JPEG.
 
     BD-rates are computed from the `curves` of points, see `metrics.rate`. A BD-rate is absent if
-    the two curves do not overlap, or if they are means over different images.
+    the qualities of the curve and of JPEG's curve do not overlap, or if the two curves are means
+    over different images.
     """
 
     psnr: float | None = None

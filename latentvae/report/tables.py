@@ -114,7 +114,10 @@ def passport_table(report: Report) -> Table:
 
 
 def images_note(report: Report, images: int | None, *, exact: int = 0) -> str:
-    """Return a note on a mean: the number of images, if not all, and the number of exact copies."""
+    """Return a note on a mean: the number of images, and the number of exact copies.
+
+    The number of images is left out if the mean is over all images of the report.
+    """
     fewer = images is not None and images < report.data["num_images"]
     notes = [f"{images} image{'' if images == 1 else 's'}"] if fewer else []
     notes += [f"{exact} exact"] if exact else []

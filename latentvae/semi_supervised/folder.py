@@ -48,7 +48,7 @@ def read_images(
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        UserError: there are no images or no classes.
+        UserError: no image can be read, or there are no classes.
     """
     source = open_items(os.fspath(data), pixels=PixelFormat(channels=channels))
     found = find_labels(source, label_column=None)

@@ -16,7 +16,7 @@ from latentvae.semi_supervised.training import Schedule
 
 
 class M1M2Classifier(ClassModel, LatentModel):
-    """A VAE trained on all rows, and M2 (a VAE with a class variable) trained on its latents.
+    """M2 (a VAE with a class variable), trained on the latents of a first VAE.
 
     Each update of M2 draws new latents from the posteriors of the first VAE.
 

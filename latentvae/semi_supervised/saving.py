@@ -1,7 +1,7 @@
 """Save and load classifiers: options as JSON, learned tensors as safetensors. No pickle.
 
 classifier.json            options, labels, shape
-classifier.safetensors     scaling, networks
+classifier.safetensors     scaling, network (M2, M1+M2) or latents of labelled rows (M1)
 vae/                       the VAE of M1 and M1+M2, as diffusers saves a model
 """
 

@@ -232,6 +232,7 @@ def test_wrong_rows_are_one_sentence(detector: Detector, rows, said: str) -> Non
         (VAEDetector(scaling="max"), "standard, minmax, none"),
         (DAGMM(epochs=0), "epochs must be at least 1"),
         (VAEDetector(epochs=1.5), r"whole number of at least 1 \(got 1\.5\)"),  # type: ignore[arg-type]
+        (VAEDetector(epochs=True), r"whole number of at least 1 \(got True\)"),
         (DAGMM(learning_rate=0), "learning_rate must be more than 0"),
         (DAGMM(false_alarm_rate=0.7), "at most 0.5"),
         (DAGMM(epochs=5, learning_rate=1e30, scaling="none"), "smaller learning_rate"),

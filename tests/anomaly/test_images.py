@@ -83,6 +83,21 @@ def test_bright_corners_are_found_and_shown(
     assert heat[:8, :8].mean() > heat[16:, 16:].mean() + 20
 
 
+def test_heat_maps_of_all_batches_share_a_scale(
+    model: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model": str(model), "method": "reconstruction", "resolution": SIDE}
+    fit_images(parts / "clean", tmp_path / "d", false_alarm_rate=0.1, **options)
+    pictures = []
+    for batch in (16, 5):  # of 5, the first batch has no scratch
+        monkeypatch.setattr(image_runs, "BATCH", batch)
+        out = tmp_path / str(batch)
+        score_images(tmp_path / "d", parts / "test", out, num_pictures=2, heat_maps=True)
+        files = sorted((out / "heat_maps").rglob("*.png"))
+        pictures.append(np.stack([np.asarray(Image.open(file)) for file in files]).astype(int))
+    assert len(pictures[0]) == 12 and np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
 def test_positions_are_mahalanobis_distances() -> None:
     latents = torch.randn(50, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     fitted = Positions(floor=0.05).fit(latents)

@@ -272,6 +272,18 @@ def test_what_is_validated_on_is_not_trained_on(forms, tmp_path):
     assert (len(train), len(validation)) == (12, 12)
 
 
+def test_links_to_validation_files_are_not_trained_on(tmp_path):
+    fill(tmp_path / "a", 6)
+    fill(tmp_path / "b", 3, start=10)
+    (tmp_path / "a" / "soft.jpg").symlink_to(tmp_path / "b" / "0010.jpg")
+    (tmp_path / "a" / "hard.jpg").hardlink_to(tmp_path / "b" / "0011.jpg")
+    (tmp_path / "a" / "other.jpg").hardlink_to(tmp_path / "a" / "0000.jpg")
+    (tmp_path / "a" / "folder").symlink_to(tmp_path / "b")
+    train, validation = open_images(tmp_path / "a", validation_data_dir=tmp_path / "b")
+    assert (len(train), len(validation)) == (7, 3)
+    assert not {"soft.jpg", "hard.jpg", "folder/0012.jpg"} & set(names(train))
+
+
 def test_a_table_within_the_trained_folder_is_an_overlap(tmp_path, own_caches, files, make_parquet):
     parts = [{"bytes": data, "path": name} for name, data in files.items()]
     for number in range(2):

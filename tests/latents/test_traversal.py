@@ -57,3 +57,5 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         traverse(decode, MEAN[None], dimensions=[0])
     with pytest.raises(UserError, match="one value per dimension"):
         save_traversal(decode, MEAN, tmp_path / "a.png", kl=torch.zeros(2))
+    with pytest.raises(UserError, match="from 0 to 2"):
+        save_traversal(decode, MEAN, tmp_path / "a.png", kl=torch.zeros(3), dimensions=[9])

@@ -21,6 +21,7 @@ from latentvae.models.students import (
 )
 from latentvae.tasks.autoencoder.config import TrainConfig
 from latentvae.tasks.distill.cost import count_macs
+from latentvae.tasks.distill.teaching import UNTRAINED
 from tests.tiny import TINY, images
 
 SHAPE = StudentShape(channels=8, blocks=1)
@@ -138,3 +139,12 @@ def test_macs_of_a_convolution_are_counted_by_hand() -> None:
     expected += 9 * 8 * 3 * full
     assert count_macs(net, "decoder", size=side) == expected
     assert family_of(net).latent_shape(net).f == 2
+
+
+@torch.no_grad()
+def test_an_untrained_decoder_returns_black_images() -> None:
+    teacher = TINY["kl"]()
+    net: Any = TinyStudent().build(teacher, SHAPE).eval()
+    silence(net, "decoder")
+    assert (calls.decode(net, torch.randn(1, 4, 4, 4)) == -1).all()
+    assert UNTRAINED["decoder"] == "returns black images"

@@ -1,6 +1,6 @@
 """Predict the time and memory of computing an image in strips.
 
-To predict the time, a band of the image is computed in strips. The band is as wide as the image and
+To predict the time, a band of zeros is computed in strips. The band is as wide as the image and
 four latent positions high. With downsampling factor 8 and an image of 1,024 x 1,024 pixels, the
 band is 3 % of the image. The prediction is the time of the band, multiplied by the work of the
 whole image and divided by the work of the band. The work is the number of floating-point
@@ -36,7 +36,7 @@ class Price:
         seconds: estimated time in seconds. Other programs that run on the CPU make the time longer.
         map_bytes: largest total size in bytes of the feature maps that exist at the same time. At
             most two feature maps exist at the same time.
-        on_disk: whether these feature maps are on the disk.
+        on_disk: whether feature maps above 16 MiB are on the disk.
     """
 
     seconds: float

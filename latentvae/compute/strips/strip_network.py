@@ -104,9 +104,10 @@ def decode_in_strips(
 
 
 def _quantize(net: Any, z: Tensor) -> Tensor:
-    """Return the codes of features, computed a few rows at a time to save memory.
+    """Return the codes of features.
 
-    diffusers' `VQModel` itself would keep the distances of all positions to all codes in memory.
+    For diffusers' `VQModel`, only a few rows are computed at a time, because the model itself would
+    keep the distances of all positions to all codes in memory.
     """
     if isinstance(net, DiscreteAutoencoder):
         return net.quantize(z).z.to(net.dtype)

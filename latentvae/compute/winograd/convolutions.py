@@ -69,7 +69,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 class TrainedWinogradConv2d(nn.Conv2d):
-    """A convolution with gradients that uses Winograd's algorithms.
+    """A convolution with gradients that uses Winograd's algorithms where they are faster.
 
     The layer uses torch's own convolution for inputs that are not float32 on the CPU, and under
     autocast or `torch.compile`.

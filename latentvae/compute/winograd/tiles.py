@@ -7,7 +7,7 @@ arXiv:1509.09308):
 
 The input tile is X, the kernel is w, and i is an input channel. A, B and G are constant matrices,
 `'` is the transpose, and `*` multiplies elements. The sums over channels are 36 matrix products.
-One more matrix product transforms rows and columns together, with the Kronecker product of A, B or
+Each transform of rows and columns is one more matrix product, with the Kronecker product of A, B or
 G with itself (`A2`, `B2`, `G2`). The gradients follow from the formula for Y. M is the sum in
 square brackets, o is an output channel, and dY is the gradient of Y:
 
@@ -147,8 +147,8 @@ def _tiles(maps: Tensor, side: int) -> Tensor:
 def _add_overlapping(tiles: Tensor, added: Tensor) -> None:
     """Add `added` to a view of overlapping tiles.
 
-    Each tile is divided into four parts. Each of four steps adds one part of every tile, because
-    these parts do not overlap each other.
+    Each tile is divided into four parts. Each of four steps adds one part of every tile. The parts
+    that one step adds do not overlap, so no sum is lost.
     """
     parts = (slice(0, SIDE), slice(SIDE, None))
     for rows, columns in itertools.product(parts, parts):

@@ -93,7 +93,7 @@ class Content(_Strict):
         num_codes: number of codes K, for tokens. With `levels`, each level has its own K codes.
         levels: (h, w) of each level, coarsest first, if the levels of tokens have several sizes.
             The flattened tokens of an item are in the order of the levels. `levels` is None for
-            latents, and for tokens whose levels have one size.
+            latents, and for tokens whose levels all have the same size.
         moments: whether the shards also hold the posterior's standard deviations.
         image_channels, value_range, ignore_icc, max_pixels: format of every image,
             see `data.PixelFormat`.
@@ -236,8 +236,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a folder of shards whose encoding is complete.
 
     Raises:
-        UserError: there are no shards, the encoding is not complete, or `latentvae encode` did not
-            write the manifest.
+        UserError: there are no shards, the encoding is not complete, the manifest is damaged, or
+            `latentvae encode` did not write the manifest.
     """
     # a folder without a manifest is not complete
     path = folder / MANIFEST

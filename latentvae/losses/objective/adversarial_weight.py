@@ -10,7 +10,7 @@ from latentvae.losses.discriminator_config import DiscriminatorConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialWeight:
-    """Computes when the discriminator learns, and the weight of the model's adversarial loss.
+    """Decides when the discriminator learns, and what weight the model's adversarial loss has.
 
     Args:
         scale: final weight. 0 leaves the adversarial loss out.

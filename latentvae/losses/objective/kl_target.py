@@ -21,8 +21,9 @@ noisy from batch to batch and reacts little to the KL's weight. So the formula `
 factor 4 and no damping.
 
 At the start of training, the pixel loss stays above its target with any weight of the KL, because
-the network has not learned enough. The KL's weight then falls, but only to a tenth of its initial
-value, because a smaller weight would need many updates to grow back.
+the network has not learned enough. During this time, the formula `error` lowers the KL's weight,
+but only to a tenth of its initial value, because a smaller weight would need many updates to grow
+back.
 """
 
 import math

@@ -59,12 +59,13 @@ class Objective(nn.Module):
         kl_factor: factor on the KL's weight in an update: a warm-up or a `KLTarget`.
         adversarial: weight of the adversarial term.
         likelihood: likelihood whose parameters the decoder returns. The likelihood replaces the
-            pixel loss. LPIPS and the discriminator get the likelihood's `mean` as the image.
+            pixel loss. LPIPS, the feature loss and the discriminator get the likelihood's `mean` as
+            the image.
         autocast_dtype: dtype in which the networks of LPIPS and of the feature loss run. The
             default is float32. The LPIPS distance and the feature loss are always float32.
 
     Attributes:
-        weights: constant weight of each term but the adversarial term, by name. `kl_factor` also
+        weights: constant weight of each term except the adversarial term, by name. `kl_factor` also
             multiplies the KL's weight.
     """
 
@@ -131,8 +132,8 @@ class Objective(nn.Module):
             adversary: the discriminator. None leaves out the adversarial term.
             last_layer: weight tensor of the decoder's last layer, needed only for an adaptive
                 adversarial weight.
-            background: colour that replaces transparent pixels before LPIPS and the discriminator
-                (`losses.colors`).
+            background: colour behind transparent pixels, for LPIPS, the feature loss and the
+                discriminator (`losses.colors`).
         """
         loss = self.reconstruction(images, out.recon, out.output_logvar, background=background)
 
@@ -281,7 +282,7 @@ class Objective(nn.Module):
     # Terms of the latents
 
     def latent(self, images: Tensor, out: AutoencoderOutput, *, update: int) -> Loss:
-        """Return the losses of the latents: the bottleneck's own losses and the KL.
+        """Return the losses of the latents: the bottleneck's losses and the KL.
 
         If the network has no bottleneck losses and no KL, the total is 0 and has no graph.
         """
@@ -311,7 +312,7 @@ class Objective(nn.Module):
     # Other functions of the objective
 
     def only(self, *names: str) -> "Objective":
-        """Return a copy of the objective in which all terms but ``names`` have the weight 0.
+        """Return a copy of the objective in which all terms except ``names`` have the weight 0.
 
         The copy has constant weights and the plain KL. The copy uses the same frozen networks as
         the original. The adversarial term is not changed.

@@ -46,12 +46,22 @@ def check_categorical(categorical: Collection[int], num_factors: int) -> set[int
     return set(categorical)
 
 
-def split_rows(count: int, *, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(
+    factors: np.ndarray, *, categorical: Collection[int], test_share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the rows for learning and of the rows for testing, drawn at random.
 
+    Args:
+        factors: (N, F).
+        categorical: indices of the factors that need two values or more in the rows for learning.
+        test_share: share of the rows for testing.
+        seed: seed of the draw.
+
     Raises:
-        UserError: one of the two sets would be empty.
+        UserError: one of the two sets would be empty, or a categorical factor has one value only in
+            the rows for learning.
     """
+    count = len(factors)
     held_out = round(count * test_share)
     if not 0 < held_out < count:
         raise UserError(
@@ -59,7 +69,16 @@ def split_rows(count: int, *, test_share: float, seed: int) -> tuple[np.ndarray,
             "testing. Give more rows, or a share such as 0.33."
         )
     order = np.random.default_rng(seed).permutation(count)
-    return order[held_out:], order[:held_out]
+    train, test = order[held_out:], order[:held_out]
+
+    for number in sorted(categorical):
+        if len(values := np.unique(factors[train, number])) < 2:
+            raise UserError(
+                f"factor {number} has the value {values[0]} in all {len(train)} rows for learning, "
+                "so its classes cannot be learned. Give more rows with other values, or leave the "
+                "column of this factor out."
+            )
+    return train, test
 
 
 def standardised(codes: np.ndarray) -> np.ndarray:

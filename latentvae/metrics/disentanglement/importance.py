@@ -64,8 +64,9 @@ def dci(
 
     Raises:
         UserError: codes or factors are invalid (see `check_codes`), there is only one dimension or
-            one factor, an index in `categorical` is wrong, or `test_share` leaves no row for
-            learning or none for testing.
+            one factor, or an index in `categorical` is wrong. The error is also raised if
+            `test_share` leaves no row for learning or none for testing, or if a categorical factor
+            has one value only in the rows for learning.
     """
     codes, factors = check_codes(codes, factors)
     if codes.shape[1] < 2 or factors.shape[1] < 2:
@@ -74,7 +75,7 @@ def dci(
             f"{codes.shape[1]} and {factors.shape[1]})."
         )
     categorical = check_categorical(categorical, factors.shape[1])
-    rows = split_rows(len(codes), test_share=test_share, seed=seed)
+    rows = split_rows(factors, categorical=categorical, test_share=test_share, seed=seed)
 
     fitted = [
         _fit(codes, factor, *rows, categorical=number in categorical, seed=seed)

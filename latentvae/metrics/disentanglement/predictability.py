@@ -47,7 +47,8 @@ def sap(
 
     Raises:
         UserError: codes or factors are invalid (see `check_codes`), an index in `categorical` is
-            wrong, or `test_share` leaves no row for learning or none for testing.
+            wrong, `test_share` leaves no row for learning or none for testing, or a categorical
+            factor has one value only in the rows for learning.
     """
     scores = predictability(
         codes, factors, categorical=categorical, test_share=test_share, seed=seed
@@ -74,7 +75,7 @@ def predictability(
     codes, factors = check_codes(codes, factors)
     categorical = check_categorical(categorical, factors.shape[1])
     codes = standardised(codes)
-    train, test = split_rows(len(codes), test_share=test_share, seed=seed)
+    train, test = split_rows(factors, categorical=categorical, test_share=test_share, seed=seed)
 
     scores = codes.T @ standardised(factors.astype(np.float64)) / len(codes)  # correlations
     scores = scores**2

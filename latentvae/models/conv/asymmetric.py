@@ -96,7 +96,7 @@ def build_asymmetric_kl(
             down, must be w, 2 w, 4 w, 4 w for some number w. diffusers' decoder requires these
             widths, because its part that reads the known picture has them. Four levels give the
             downsampling factor 8.
-        sample_size: side of the training images in pixels, which diffusers uses as the tile size.
+        sample_size: side of the training images in pixels, which is only stored in the config.
     """
     down, up = block_types(len(block_out_channels), ())
     widths: Any = (tuple(block_out_channels), tuple(up_block_out_channels))

@@ -13,8 +13,7 @@ which only convert between `y` and the quantiser's features. The tokenizer has t
 the KL autoencoder. If the new `post_quant_conv` is the inverse of the new `quant_conv`, the
 tokenizer without its quantiser reconstructs images as the KL autoencoder does.
 
-`B` batch, `d` latent channels, `C` channels of the quantiser's features, `D` code width, `N`
-positions.
+`B` batch, `d` latent channels, `C` channels of the quantiser's features, `N` positions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +52,7 @@ def from_autoencoder_kl(
     """Return a tokenizer with the weights of a KL autoencoder and a new quantiser.
 
     The new convolutions `quant_conv` and `post_quant_conv` copy input channel i to output channel
-    i, as far as both channels exist. `start_adapter` sets better weights.
+    i, as far as both channels exist. `start_adapter` and `fit_decoder_side` set better weights.
 
     Args:
         net: the KL autoencoder, in float32.
@@ -63,7 +62,7 @@ def from_autoencoder_kl(
         The tokenizer. None if `DiscreteAutoencoder` does not support the blocks of `net`.
 
     Raises:
-        UserError: the quantiser reads logits instead of features with as many channels as a code.
+        UserError: the quantiser reads logits instead of features, as Gumbel-softmax does.
     """
     config = net.config
     attention = attention_levels(config)
@@ -107,12 +106,13 @@ def start_adapter(
 ) -> None:
     """Set `quant_conv` so that features close to each other decode to similar images.
 
-    Replacing a feature by the nearest code should change the image, not the latent, as little as
-    possible. So the distance between two latents `y` is measured by the change of the decoded
-    pixels. J is the decoder's Jacobian at one latent position, J' is its transpose, and M is the
-    mean of J' J over positions. The squared change of the pixels for a small change v of `y` is
-    then about v' M v. The features are the first C principal components of sqrt(M) y, for a
-    quantiser of C channels. No other C linear features of `y` reconstruct the pixels better.
+    Replacing a feature by the nearest code should change the image as little as possible. The
+    change of the latent does not matter. So the distance between two latents `y` is measured by the
+    change of the decoded pixels. J is the decoder's Jacobian at one latent position, J' is its
+    transpose, and M is the mean of J' J over positions. The squared change of the pixels for a
+    small change v of `y` is then about v' M v. The features are the first C principal components of
+    sqrt(M) y, for a quantiser of C channels. No other C linear features of `y` reconstruct the
+    pixels better.
 
     - If the quantiser has more channels than the latent, a random rotation spreads the principal
       components over all channels of the quantiser. Quantisers that round each channel separately
@@ -121,9 +121,9 @@ def start_adapter(
     - `whiten` gives every channel the variance 1, because FSQ and LFQ expect channels of equal
       scale. Without `whiten`, the mean variance of the principal components is 1.
     - With `on_sphere`, the quantiser divides each feature vector by its length, so the length would
-      be lost. To keep the length, the last channel of the features is a large constant. This
-      constant moves all features into a small, almost flat part of the sphere, where distances
-      between features keep about the same ratios.
+      be lost. To keep the length, the last channel of the features is a large constant, and only
+      C - 1 channels have principal components. The constant moves all features into a small, almost
+      flat part of the sphere, where the ratios of distances between features hardly change.
 
     Args:
         net: the tokenizer that `from_autoencoder_kl` returns.
@@ -133,7 +133,7 @@ def start_adapter(
         generator: random generator on the CPU.
 
     Raises:
-        UserError: the quantiser has too few channels.
+        UserError: `on_sphere` is set, but the quantiser has only 1 channel.
     """
     latents, importance = _measured(net, images, generator=generator)
     mean = latents.mean(0)
@@ -173,8 +173,7 @@ def fit_decoder_side(net: Any, images: Tensor) -> None:
     """Set `post_quant_conv` by least squares, to predict the encoder's output from the codes.
 
     The decoder of an autoencoder that was discretised expects the encoder's output as its input.
-    Call this function after the codebook is initialised. If the quantiser returned its input
-    unchanged, `post_quant_conv` would become the inverse of `quant_conv`.
+    Call this function after the codebook is initialised.
     """
     codes, latents = [], []
     for part in _chunks(net, images):

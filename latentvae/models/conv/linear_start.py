@@ -7,13 +7,14 @@ convolution:
 - Encoder: each strided convolution joins 2 x 2 positions and keeps their principal components. The
   output of the last strided convolution is the linear code: the principal components of patches of
   f x f pixels (`LinearCode`).
-- Decoder: each upsampling convolution predicts the principal components of patches with half the
-  side, by least squares on images. The last upsampling convolution predicts pixels.
+- Decoder: each upsampling convolution halves the side of the patches. The convolution predicts the
+  principal components of the smaller patches, by least squares on images. The last upsampling
+  convolution predicts pixels.
 - The last GroupNorm and SiLU of encoder and decoder must not change a number x of the linear code.
   So each number x is stored in two channels, as x and -x, because silu(x) - silu(-x) = x. Constant
   channels in the same GroupNorm group keep the group's statistics almost the same for all images.
 
-Channels that the linear code does not need keep their random initial weights.
+Most channels that the linear code does not need keep their random initial weights.
 
 `B` batch, `C` image channels, `H W` pixels, `f` downsampling factor, `d` latent channels, `h w`
 latent positions, `n` principal components, `L` number of strided convolutions, so f = 2 ** L.
@@ -73,9 +74,11 @@ def patch_codes(images: Tensor, *, levels: int) -> list[LinearCode]:
 
 @torch.no_grad()
 def start_encoder(net: Any, codes: Sequence[LinearCode], *, d: int, whiten: bool) -> None:
-    """Set the encoder's weights so that it computes the linear code with `d` numbers per patch.
+    """Set the encoder's weights to compute the linear code with up to `d` numbers per patch.
 
-    If the network has a posterior, its initial log-variance does not depend on the image.
+    There are fewer than `d` numbers if the network is too narrow, or if a patch has fewer pixel
+    values. Latent channels without a number are 0. If the network has a posterior, its initial
+    log-variance does not depend on the image.
 
     Args:
         net: a network with diffusers' `Encoder`, and with or without `quant_conv`.
@@ -144,7 +147,7 @@ def start_decoder(net: Any, codes: Sequence[LinearCode], z: Tensor, images: Tens
     Args:
         net: a network with diffusers' `Decoder`, and with or without `post_quant_conv`.
         codes: the result of `patch_codes`.
-        z: latents of the images, as the decoder reads them, (N, d, h, w).
+        z: latents of the images (samples of the posterior, or codes), (N, d, h, w).
         images: (N, C, H, W).
 
     Raises:

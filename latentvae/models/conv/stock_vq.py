@@ -3,7 +3,7 @@
 This module converts a `VQModel` to a `DiscreteAutoencoder` and back. The submodules of a `VQModel`
 and of a `DiscreteAutoencoder` have the same names.
 
-`B` batch, `h w` latent positions, `K` codes, `D` code width.
+`B` batch, `h w` latent positions, `D` code width.
 """
 
 import math
@@ -114,8 +114,8 @@ def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
     Returns:
         The levels (0 = full resolution). None if `DiscreteAutoencoder` does not support the
-        network's blocks: the activation is not SiLU, or encoder and decoder have attention at
-        different levels.
+        network's blocks: the blocks have other types, the activation is not SiLU, or encoder and
+        decoder have attention at different levels.
     """
     levels = levels_with("Attn", config["down_block_types"])
     blocks = (tuple(config["down_block_types"]), tuple(config["up_block_types"]))
@@ -126,14 +126,13 @@ def attention_levels(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 def from_vq_model(net: Any) -> DiscreteAutoencoder | None:
     """Convert diffusers' `VQModel` to a `DiscreteAutoencoder`, with this package's quantiser.
 
-    Weights, codes and indices do not change. This package's quantiser also computes the commitment
-    loss and the codebook loss. If all codes have length 1, as in exports of l2-normalised
-    quantisers, further training keeps this length.
+    Weights, codes and indices do not change. If all codes have length 1, as in exports of
+    l2-normalised quantisers, further training keeps this length.
 
     Returns:
         The converted network. None if `DiscreteAutoencoder` does not support the blocks of `net`
-        (spatial norms, an activation other than SiLU, attention at different levels of encoder and
-        decoder), or if the pixels of `net` are in [0, 1] (aMUSEd).
+        (other types of blocks, spatial norms, an activation other than SiLU, attention at different
+        levels of encoder and decoder), or if the pixels of `net` are in [0, 1] (aMUSEd).
     """
     config = net.config
 
@@ -179,10 +178,10 @@ def why_no_vq_model(quantizer: Mapping[str, Any], likelihood: str | None) -> str
 def to_vq_model(net: DiscreteAutoencoder, *, unit_range: bool = False) -> VQModel:
     """Convert a tokenizer to a `VQModel` of diffusers that returns the same indices.
 
-    `why_no_vq_model` must return "" for the tokenizer. If the tokenizer's codes have the norm 1,
-    the codes of the `VQModel` also have the norm 1. A `VQModel` chooses the code with the smallest
-    Euclidean distance. If all codes have the norm 1, the code with the smallest distance also has
-    the largest cosine similarity, for features of any norm.
+    `why_no_vq_model` must return "" for the tokenizer. A `VQModel` chooses the code with the
+    smallest Euclidean distance. If all codes have the norm 1, the code with the smallest distance
+    also has the largest cosine similarity, for features of any norm. So the `VQModel` of an
+    l2-normalised quantiser does not have to normalise features.
 
     Args:
         net: the tokenizer, in float32 on the CPU.

@@ -166,8 +166,11 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor, *, samples: int = 1, detach_posterior: bool = False) -> Bound:
         """Draw classes and latents, and return the parts of the bound. See `LikelihoodNet`.
 
-        Each call draws a class for each sample of each image. Averaged over all draws, the bound
-        equals `unlabelled_bound`.
+        Each call draws a class for each sample of each image. The expected value of `Bound.elbo` is
+        that of `unlabelled_bound` with `least` 0.
+
+        Raises:
+            UserError: `detach_posterior` is set, or the images have a wrong shape.
         """
         check_images(images, self.image_shape)
         if detach_posterior:
@@ -216,7 +219,8 @@ class ClassVAE(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Return the most probable class (K one-hot values) and z (U values), joined: (B, K + U).
 
-        See `LikelihoodNet.encode_vector`.
+        With `draw`, z is drawn, but the class is still the most probable one. See
+        `LikelihoodNet.encode_vector`.
         """
         classes = self.logits(images).argmax(-1)
         rows = torch.arange(len(images), device=images.device)
@@ -255,7 +259,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
         mean: bool = True,
         classes: Tensor | None = None,
     ) -> Tensor:
-        """Draw `num` images of the given classes, or of random classes. See `LikelihoodNet`."""
+        """Draw images of the given classes (num,), or of random classes. See `LikelihoodNet`."""
         device = self.device
         if classes is None:
             classes = torch.randint(0, self.num_classes, (num,), generator=generator, device=device)
@@ -268,7 +272,7 @@ class ClassVAE(ModelMixin, ConfigMixin):
     def start_at(self, mean_image: Tensor) -> None:
         """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
 
-        The biases do not change if the likelihood has no biases for a mean image.
+        If the likelihood offers no such biases, nothing changes.
         """
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)

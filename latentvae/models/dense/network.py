@@ -231,8 +231,9 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def posterior_means(self, images: Tensor) -> Tensor:
         """Return the posterior means of all latent vectors, z_1 to z_L, joined.
 
-        The result is (B, n), where n is the number of units of all latent vectors together. If the
-        network has a flow, the result is that of `encode`.
+        The result is (B, n), where n is the number of units of all latent vectors together. The
+        means of z_2 to z_L are estimated from 16 random draws. If the network has a flow, the
+        result is that of `encode`.
         """
         features = self.encoder(images)
         first = Gaussian.from_moments(self.moments(features))
@@ -280,7 +281,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
     def start_at(self, mean_image: Tensor) -> None:
         """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
 
-        The biases do not change if the likelihood has no biases for a mean image.
+        If the likelihood offers no such biases, nothing changes.
         """
         if (bias := self.pixels.start_bias(mean_image)) is not None:
             self.decoder.start_at(bias)
@@ -289,7 +290,7 @@ class VectorVAE(ModelMixin, ConfigMixin):
 def _conditional(
     inputs: int, hidden: int, outputs: int, layers: int, activation: str
 ) -> nn.Sequential:
-    """Return a dense network from a latent vector to mean and log-variance of the next one."""
+    """Return a dense network from a latent vector to mean and log-variance of its neighbour."""
     return nn.Sequential(
         *mlp([inputs, *[hidden] * layers], activation), nn.Linear(hidden, 2 * outputs)
     )

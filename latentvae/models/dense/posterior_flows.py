@@ -5,7 +5,7 @@ z_0 ~ N(mean(x), std(x)) -> flow (context h(x)) -> z, ln q(z|x) = ln q(z_0|x) - 
 Every flow is the identity at the start of training. RealNVP and IAF (inverse autoregressive flow)
 come from the package zuko.
 
-Symbols: `N` latents, `U` units, `C` context values (which the encoder predicts for the flow).
+Symbols: `U` units, `C` context values (which the encoder predicts for the flow).
 """
 
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class PosteriorFlow(nn.Module):
         Args:
             z: latents of U units, (..., U).
             context: values that the encoder predicts for the flow, (..., C). The leading dimensions
-                of `context` and of `z` broadcast.
+                of `context` are expanded to those of `z`.
         """
         with torch.autocast(z.device.type, enabled=False):
             context = context.float().expand(*z.shape[:-1], -1)

@@ -137,7 +137,7 @@ class ConvDecoder(nn.Module):
 
     @torch.no_grad()
     def start_at(self, bias: Tensor) -> None:
-        """Set the biases of the last layer to `bias`, (M, H, W) for M parameter maps."""
+        """Set the learned bias of each position to `bias`, (M, H, W) for M parameter maps."""
         self.bias.copy_(bias)
 
 

@@ -1,7 +1,6 @@
 """The blocks of Very Deep VAE (arXiv:2011.10650), and the interface of a style of blocks.
 
-A style is a class that builds all blocks of a network. `B` batch, `C` channels, `H W` height and
-width.
+A style is a class that builds all blocks of a network.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The bottom-up half of a hierarchical VAE: features of an image at every resolution.
 
-`B` batch, `C` image channels, `S` side of the images, `W` channels of a resolution.
+`B` batch, `W` channels of a resolution.
 """
 
 from collections.abc import Mapping, Sequence

@@ -87,7 +87,7 @@ def _full(own: Gaussian, prior: Gaussian) -> Gaussian:
 def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
     """Return NVAE's posterior: add the means of `own` and `prior`, and multiply the stds.
 
-    See arXiv:2007.03898, section 3.2.
+    `own` is the Gaussian that the network predicts. See arXiv:2007.03898, section 3.2.
     """
     log_std = (prior.log_std + own.log_std).clamp(-MAX_LOG_STD, MAX_LOG_STD)
     return Gaussian(prior.mean + own.mean, log_std)
@@ -96,8 +96,8 @@ def _residual(own: Gaussian, prior: Gaussian) -> Gaussian:
 def _precision(own: Gaussian, prior: Gaussian) -> Gaussian:
     """Return Ladder VAE's posterior: its mean is the precision-weighted mean of `own` and `prior`.
 
-    The precision of the posterior is the sum of the precisions of `own` and `prior`
-    (arXiv:1602.02282, equation 17).
+    `own` is the Gaussian that the network predicts. The precision of the posterior is the sum of
+    the precisions of `own` and `prior` (arXiv:1602.02282, equation 17).
     """
     log_precision = torch.logaddexp(-2.0 * own.log_std, -2.0 * prior.log_std)
     share = torch.exp(-2.0 * own.log_std - log_precision)

@@ -70,6 +70,11 @@ def decoder_layers(text: str) -> list[Layer]:
 
     for item, resolution, kind, number in _items(text, "dec_blocks", "x, m"):
         seen = {layer.resolution for layer in layers}
+        if resolution < max(seen, default=0):
+            raise UserError(
+                f"dec_blocks has '{item}' after a block of resolution {max(seen)}. Put blocks of "
+                "lower resolution first."
+            )
         if kind == "m":
             if number not in seen or resolution % number or resolution == number:
                 earlier = ", ".join(map(str, sorted(seen))) or "none"
@@ -93,8 +98,8 @@ def check_blocks(enc_blocks: str, dec_blocks: str, custom_widths: str) -> set[in
     """Return the resolutions of a network, after a check that its options fit each other.
 
     Raises:
-        UserError: an option has a wrong format, the decoder has a resolution that the encoder
-            does not have, or the encoder has a coarser resolution than the decoder.
+        UserError: an option has a wrong format or resolution, the decoder has a resolution that the
+            encoder does not have, or the encoder has a coarser resolution than the decoder.
     """
     encoder, decoder = encoder_layers(enc_blocks), decoder_layers(dec_blocks)
     made = {layer.resolution for layer in encoder}

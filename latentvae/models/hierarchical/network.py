@@ -8,8 +8,7 @@ Deep VAE (arXiv:2011.10650) or Efficient-VDVAE (arXiv:2203.13751).
               |                  |
              z_1                z_G      each from q(z_g | z_<g, x), or from the prior p(z_g | z_<g)
 
-`B` batch, `C` image channels, `H W` image size, `S` samples, `G` groups, `D` latent channels of a
-group, `U` latent units of all groups.
+`B` batch, `C` image channels, `H W` image size, `G` groups, `D` latent channels of a group.
 """
 
 import math
@@ -321,8 +320,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         """Set the last layer's biases so that the output is `mean_image` (C, H, W), if possible.
 
         Each bias of the last layer is the same at all positions. So the output can only be the mean
-        of `mean_image` over positions. The biases do not change if the likelihood has no biases for
-        a mean image.
+        of `mean_image` over positions. If the likelihood offers no such biases, nothing changes.
         """
         padded = F.pad(mean_image, [self.padding] * 4, value=-1.0)
         if (bias := self.pixels.start_bias(padded)) is not None:

@@ -1,11 +1,10 @@
 """The residual cells of NVAE (arXiv:2007.03898, section 3.1), written from the paper's figures.
 
-A cell is a residual block. The layers of an encoder cell are: batch norm, Swish, 3x3 convolution,
-batch norm, Swish, 3x3 convolution, squeeze and excitation. The layers of a decoder cell are: batch
-norm, 1x1 convolution to 6 C channels, batch norm, Swish, depthwise 5x5 convolution, batch norm,
-Swish, 1x1 convolution to C channels, batch norm, squeeze and excitation.
-
-`B` batch, `C` channels, `H W` height and width.
+A cell is a residual block: 0.1 times the output of its layers is added to the cell's input. The
+layers of an encoder cell are: batch norm, Swish, 3x3 convolution, batch norm, Swish, 3x3
+convolution, squeeze and excitation. The layers of a decoder cell for C channels are: batch norm,
+1x1 convolution to 6 C channels, batch norm, Swish, depthwise 5x5 convolution, batch norm, Swish,
+1x1 convolution to C channels, batch norm, squeeze and excitation.
 """
 
 from dataclasses import dataclass

@@ -90,7 +90,8 @@ class TopDownBlock(nn.Module):
 class Decoder(nn.Module):
     """All blocks, coarsest first, with nearest-neighbour upsampling between resolutions.
 
-    The maps of each resolution start from a learned bias (channels, side, side).
+    The maps of each resolution up to `no_bias_above` start from a learned bias (channels, side,
+    side).
 
     Args:
         layers: the blocks.

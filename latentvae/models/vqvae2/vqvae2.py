@@ -1,8 +1,4 @@
-"""Options and training wrapper of VQ-VAE-2, and the methods that latentvae calls for this network.
-
-`B` batch, `C` channels, `D` code width, `P` codes per position of the coarsest level, `h w`
-positions of the coarsest level.
-"""
+"""Options and training wrapper of VQ-VAE-2, and the methods that latentvae calls for it."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -133,7 +133,7 @@ def _open(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return a different name for each folder: the last part of its path, or more if needed."""
+    """Return a different name for each folder: the end of its path, with a number if needed."""
     short = [folder.resolve().name for folder in folders]
     if len(set(short)) == len(short):
         return short
@@ -430,7 +430,7 @@ def _checks(
     """Return whether the proof shows each expected result. A result that was not measured is None.
 
     A difference counts if it is larger than twice its standard deviation over the seeds. With one
-    seed there is no standard deviation, so results that need one are None.
+    seed there is no standard deviation, so results that need it are None.
     """
 
     def beyond(worse: dict[str, Any] | None, name: str) -> bool | None:

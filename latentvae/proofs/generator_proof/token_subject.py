@@ -1,6 +1,6 @@
 """Prepare tokens for `latentvae prove`. The generator is an autoregressive transformer.
 
-Symbols: `n` images, `T` tokens per image, `K` codes.
+Symbols: `n` images, `T` tokens per image.
 """
 
 import dataclasses

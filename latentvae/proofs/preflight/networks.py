@@ -138,8 +138,8 @@ def _reals_and_fakes(rehearsal: Rehearsal) -> tuple[Tensor, Tensor]:
     """Return images and their reconstructions.
 
     If the model is pretrained, its reconstructions are blurred. Without the blur, these
-    reconstructions would be too good: after a few steps, the discriminator could not tell them from
-    images.
+    reconstructions would be too good: a few steps would not teach the discriminator to tell them
+    from images.
     """
     task, images = rehearsal.task, rehearsal.images.to(rehearsal.training.accelerator.device)
     with torch.no_grad():

@@ -50,7 +50,8 @@ GROUPS: tuple[Callable[[Rehearsal], Iterator[Check]], ...] = (
 def preflight(config: TrainConfig, *, json: Path | None = None) -> int:
     """Check a run before it starts, and print a line for each check.
 
-    All ranks must call this function. The preflight does not read or change the run's own folder.
+    All ranks must call this function. The preflight does not change the run's own folder. In this
+    folder, it reads only the sizes of checkpoints.
 
     Args:
         config: options of the run.

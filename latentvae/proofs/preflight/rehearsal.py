@@ -41,8 +41,8 @@ class Seen:
         rates: learning rates of the model's and the discriminator's optimizers.
         before, after: some tensors before and after the update, on the CPU. Their names start with
             `model/`, `discriminator/` or `ema/`.
-        moments: moving averages of the gradients that the optimizer keeps (AdamW's first moments),
-            after the update, for the model's weights in `after`.
+        moments: the optimizer's moving averages of the gradients (AdamW's first moments), after the
+            update, for the model's weights in `after`.
         discriminator_calls: number of forward passes of the discriminator.
     """
 
@@ -203,7 +203,7 @@ def fingerprints(training: Training) -> dict[str, str]:
 
 
 def align(training: Training) -> None:
-    """Send the state of the first rank to all ranks.
+    """Send the state of the first rank to all ranks, as a restored checkpoint does.
 
     Another check (`ranks-equal`) tests whether the states of the ranks were already equal.
     """

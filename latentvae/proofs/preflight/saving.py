@@ -50,9 +50,9 @@ def _or_what_it_raised(
 
 
 def image_range(rehearsal: Rehearsal) -> Check:
-    """Check that training and validation images are in [-1, 1], and not only one of them in [0, 1].
+    """Check that training and validation images are in [-1, 1], and not only one set in [0, 1].
 
-    If the images were in [0, 1], the values of LPIPS and of every metric would be wrong.
+    With images in [0, 1], the values of LPIPS and of every metric would be wrong.
     """
     # ranges
     train = (

@@ -261,7 +261,10 @@ def _reduction(
 
 
 def _code_terms(rehearsal: Rehearsal, pixels: Probe) -> Iterator[Check]:
-    """Yield the checks of commitment and codebook losses whose weight is not 0."""
+    """Yield the checks of commitment and codebook losses whose weight is not 0.
+
+    With a frozen encoder, yield no check.
+    """
     if rehearsal.task.config.model.freeze_encoder:
         return
     weighted = {n for n in pixels.out.latent_losses if rehearsal.task.objective.weights[n]}
@@ -311,7 +314,8 @@ def _is_additive(rehearsal: Rehearsal) -> bool:
 def accumulation(rehearsal: Rehearsal) -> Check:
     """Check that gradients are divided by the number of batches (micro-steps) of an update.
 
-    Without the division the effective learning rate would change.
+    Without the division, gradients would grow with the number of batches, and would be clipped more
+    often.
     """
     # Leave out LPIPS, because rounding changes which pixel its max-pooling chooses. Leave out the
     # entropy of a batch, because it is not a mean over the images.

@@ -180,7 +180,7 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def _counters(left: Mapping[str, Any], right: Mapping[str, Any]) -> Check:
-    """Check that the counters of the two runs are equal.
+    """Check that the plain values of the two runs, such as counters, are equal.
 
     Equal counters mean equal data and equal random numbers, because both follow from the counters.
     """

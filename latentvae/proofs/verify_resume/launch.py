@@ -69,7 +69,8 @@ class Launch:
 
     Args:
         command: command that starts the training.
-        folder: the run's folder. Files of an earlier launch in this folder are ignored.
+        folder: the run's folder. The methods `updates` and `saving` ignore files that an earlier
+            launch has left in this folder.
         output: file to which all output of the training is written.
         on_cpu: train on the CPU even if there is a GPU.
         seconds: time limit of the launch. A launch that takes longer is killed.

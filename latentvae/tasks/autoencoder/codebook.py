@@ -27,6 +27,8 @@ START_VECTORS = 32  # largest number of vectors for each code in k-means
 class CodebookUpdate:
     """Gathers statistics over all batches and ranks of an update, then updates the codes.
 
+    The statistics are sums over encoder vectors, see `bottlenecks.Quantized.statistics`.
+
     Args:
         quantizers: the quantiser of each latent, not wrapped by DDP. Empty if the network has no
             codes.
@@ -130,7 +132,10 @@ class _Book:
 
 
 def _latent(place: int) -> tuple[int, ...]:
-    """Return counters that give each latent its own random numbers (empty for the first latent)."""
+    """Return counters for `generator_for` that give each latent its own random numbers.
+
+    The result is empty for the first latent.
+    """
     return (2, place) if place else ()
 
 
@@ -163,12 +168,12 @@ def initialise_codebook(
 ) -> None:
     """Initialise the codes by k-means on the encoder's features of random images, before training.
 
-    The features of a latent may depend on the codes of earlier latents. So the codes are
-    initialised for one latent after the other.
+    A VQ-VAE-2 has several latents, and the features of a latent depend on the codes of earlier
+    latents. So the codes are initialised for one latent after the other.
 
     Args:
         net: the network, whose codes are changed.
-        source: training images.
+        source: images to encode.
         transform: transform that turns images into tensors.
         images_per_update: number of images whose feature vectors form one batch of k-means.
         seed: seed of the choice of images and of k-means.

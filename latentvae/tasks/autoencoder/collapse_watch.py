@@ -54,8 +54,10 @@ class Watched:
             no codes.
         num_codes: number of codes K.
         codes_remedy: text that names options of this quantizer that help against a collapse.
-        validated_on: name of the validation images. On resume, results on other images are dropped.
+        validated_on: name of the validation images. On resume, the saved best results are dropped
+            if they were measured on other images.
         discriminator_loss: loss of a discriminator that cannot tell images from reconstructions.
+            The watch compares the discriminator's loss with this number.
         discriminator_from: update at which the adversarial weight reaches its full value. The watch
             of the discriminator starts at this update, because with a small adversarial weight the
             model hardly reacts to the discriminator. None means that the discriminator is not
@@ -103,7 +105,7 @@ class Condition:
         first: update at which the condition first began.
         last: update at which the condition last began.
         ended: update at which the condition last ended.
-        sentence: the last message.
+        sentence: message of the last warning, or "" before the first warning.
         of_discriminator: whether the discriminator may be the cause of the condition.
     """
 
@@ -237,8 +239,8 @@ class CollapseWatch:
         """Check whether the discriminator has won: its loss is near 0.
 
         A small loss alone proves that the discriminator has won. With the hinge loss, the mean
-        logits of images and reconstructions then differ by at least twice the margin minus twice
-        the loss. For a loss without a margin, Jensen's inequality gives a similar bound.
+        logits of images and reconstructions differ by at least twice the margin minus twice the
+        loss. For a loss without a margin, Jensen's inequality gives a similar bound.
         """
         start = self.watched.discriminator_from
         if start is None or update <= start or "discriminator/loss" not in values:

@@ -86,8 +86,8 @@ def open_base(config: TrainConfig) -> Base | None:
     A resume takes the weights from the checkpoint, and the network's config from `base.json`.
 
     Raises:
-        UserError: the network cannot be loaded, or has another architecture or another number of
-            image channels.
+        UserError: the network cannot be loaded, its architecture or its number of image channels
+            is not that of the options, or `base.json` is damaged.
     """
     name, folder = config.model.pretrained_model_name_or_path, config.run.output_dir
     if name is None:
@@ -170,7 +170,10 @@ def read_base(folder: Path, architecture: str) -> Base | None:
 
 
 def with_shape_of(config: TrainConfig, base: Base | None) -> TrainConfig:
-    """Return checked options with the architecture of the pretrained network, not of the preset."""
+    """Return checked options with the architecture of the pretrained network, not of the preset.
+
+    If `base` is None, the options stay as they are.
+    """
     if base is None:
         return config
     family, values = FAMILIES[config.model.architecture], config.model_dump()

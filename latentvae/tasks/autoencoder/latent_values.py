@@ -13,8 +13,8 @@ from latentvae.outputs import AutoencoderOutput
 def latent_values(out: AutoencoderOutput) -> dict[str, Tensor]:
     """Return a dict from log names to scalars without gradient, computed from a batch's latents.
 
-    The scalars are the root mean square of the latents and, if the network has a KL, the mean KL
-    and the number of channels with nearly no KL.
+    The scalars are the root mean square of the latents and, if the network has a KL, the mean KL.
+    If each channel has its own KL, the scalars include the number of channels with nearly no KL.
     """
     elements = sum(latent.z.numel() for latent in out.latents)
     shares = [latent.z.numel() / elements * latent.z.square().mean() for latent in out.latents]

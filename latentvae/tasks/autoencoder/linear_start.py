@@ -61,7 +61,7 @@ def start_linear(
 def training_pictures(config: TrainConfig, images: ImageSource | ImageStream) -> Tensor | None:
     """Return cropped and augmented training images, (N, C, H, W).
 
-    N is chosen so that all images together have about `PIXELS` pixels, but is from 64 to 256.
+    N is from 64 to 256. Within these limits, all images together have about `PIXELS` pixels.
 
     All ranks call this function, and ranks other than 0 get None.
 

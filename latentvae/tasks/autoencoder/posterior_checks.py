@@ -50,7 +50,7 @@ def _check_flow(layers: int, objective: ObjectiveConfig) -> None:
 
 
 def _check_variance(model: PosteriorConfig, objective: ObjectiveConfig) -> None:
-    """Check that the KL can reach its target when the variance of the posterior is fixed."""
+    """Check that a fixed posterior variance lets the KL fall to its target or limit."""
     floor = model.kl_floor / math.log(2.0)
     for name in marked(ObjectiveConfig, PlacesKL):
         value = getattr(objective, name)

@@ -73,7 +73,7 @@ def without_effect(config: TrainConfig) -> list[str]:
 
 
 def few_validation_images(config: ImageJobConfig, *, count: int, training: int | None) -> list[str]:
-    """Return a warning if the validation has too few images for reliable metrics.
+    """Return a list with one warning if the validation has too few images for reliable metrics.
 
     Args:
         config: the run's options.

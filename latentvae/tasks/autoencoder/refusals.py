@@ -12,10 +12,12 @@ from latentvae.tasks.image_config import ImageJobConfig
 
 
 def check_images(config: TrainConfig) -> None:
-    """Check that the run has images, and that they are large enough for metrics and networks.
+    """Check that an option names the images, and that the resolution is not too small.
+
+    SSIM, LPIPS and the discriminator need images of a minimum size.
 
     Raises:
-        UserError: no option says where the images are, or the images are too small.
+        UserError: no option says where the images are, or the resolution is too small.
     """
     check_source(config)
     _check_resolution(config)
@@ -31,7 +33,7 @@ def check_source(config: ImageJobConfig) -> None:
 
 
 def _check_resolution(config: TrainConfig) -> None:
-    """Check that images are large enough for SSIM, LPIPS and the discriminator."""
+    """Check that all image sizes are large enough for SSIM, LPIPS and the discriminator."""
     # the metric or network that needs the largest images
     net, discriminator = config.objective.lpips_net, config.discriminator
     needs = {
@@ -77,7 +79,10 @@ def _smaller_part(config: TrainConfig, part: str, side: int) -> str:
 
 
 def _least(config: TrainConfig, side: int) -> str:
-    """Return the next larger resolution of similar aspect ratio without a side below `side`."""
+    """Return the next larger resolution of similar aspect ratio without a side below `side`.
+
+    The aspect-ratio buckets of the returned resolution have no side below `side` either.
+    """
     (height, width), f = config.data.size, config.model.f
     for taller in itertools.count(height + f, f):
         wider = max(round(taller * width / height / f), 1) * f
@@ -89,7 +94,7 @@ def _least(config: TrainConfig, side: int) -> str:
 def check_compilation(config: TrainConfig, *, processes: int) -> None:
     """Check that torch_compile is used with one process only.
 
-    With several processes, the compiler would fail.
+    With several processes, the compiler fails in the backward pass.
 
     Raises:
         UserError: torch_compile is used with several processes.

@@ -68,7 +68,9 @@ def export_folder(
     hub_model_id: str | None = None,
     hub_private_repo: bool = False,
 ) -> None:
-    """Export the newest usable checkpoint of a run. The run's images must still exist.
+    """Export the newest usable checkpoint of a run.
+
+    The run's images must still exist, because the export measures their latents.
 
     Args:
         folder: the run's folder.

@@ -67,8 +67,8 @@ class RankState(State):
     """Values that a rank gathers between two rows of the log.
 
     Attributes:
-        units: 3 sums for each of d latent channels, from which the number of active units is
-            computed.
+        units: 3 numbers for each of d latent channels, from which the number of active units is
+            computed (see `ActiveUnits.state`).
     """
 
     units: list[list[Number]] = Field(default_factory=list)

@@ -172,7 +172,7 @@ class LearningAutoencoder(Task):
     def pause(self, name: str) -> range:
         """Return the updates in which the model pauses, because only the discriminator learns.
 
-        For any other `name` than "model", the result is empty.
+        The result is empty if `name`, the name of a learner, is not "model".
         """
         weight, progress = self.objective.adversarial, self.progress
         if name != MODEL or self.discriminator is None or weight.scale == 0:

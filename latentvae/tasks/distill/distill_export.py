@@ -18,7 +18,7 @@ from latentvae.tasks.autoencoder.images import eval_transform
 from latentvae.tasks.autoencoder.validate import readable_images
 from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.distill.cost import Cost, measure_cost
-from latentvae.tasks.distill.teaching import untrained_part
+from latentvae.tasks.distill.teaching import UNTRAINED, untrained_part
 from latentvae.text import markdown_text
 
 if TYPE_CHECKING:
@@ -191,7 +191,8 @@ def _description(task: "DistillTask") -> str:
         f"{task.teacher.f}, {task.teacher.latent_channels} latent channels."
     )
     if (missing := untrained_part(task.config.student, task.kind)) is not None:
-        text += f" **The {missing} is not trained and returns 0. Use the teacher's {missing}.**"
+        does = UNTRAINED[missing]
+        text += f" **The {missing} is not trained and {does}. Use the teacher's {missing}.**"
     return text
 
 

@@ -26,6 +26,7 @@ from latentvae.tasks.autoencoder.state import Named
 from latentvae.tasks.distill.config import DistillConfig
 from latentvae.tasks.distill.distill_export import export_student, is_whole
 from latentvae.tasks.distill.teaching import (
+    UNTRAINED,
     Pair,
     TrainedStudent,
     build_student,
@@ -153,8 +154,8 @@ class DistillTask(ImageTask):
         )
         if (part := untrained_part(self.config.student, self.kind)) is not None:
             found.append(
-                f"the export's {part} will not be trained and returns 0. Use the teacher's {part}, "
-                "or give --student both."
+                f"the export's {part} will not be trained and {UNTRAINED[part]}. Use the teacher's "
+                f"{part}, or give --student both."
             )
         return found
 

@@ -70,11 +70,11 @@ def open_teacher(config: DistillConfig) -> tuple[Autoencoder, StudentKind]:
 def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -> Any:
     """Return the student in train mode. Only the part that learns has gradients.
 
-    The student's encoder, its decoder or both learn. An encoder or decoder without trained weights
-    (see `untrained_part`) always returns 0.
+    The student's encoder, its decoder or both learn. An encoder without trained weights (see
+    `untrained_part`) always returns 0. A decoder without trained weights always returns -1 (black).
 
     Raises:
-        UserError: the pretrained network does not fit the teacher, or the shape is impossible.
+        UserError: the pretrained network or the student's shape does not fit the teacher.
     """
     name, part = options.pretrained_model_name_or_path, options.student
     if name is not None:
@@ -93,6 +93,9 @@ def build_student(options: StudentConfig, teacher: Network, kind: StudentKind) -
     return net.train()
 
 
+UNTRAINED: dict[Part, str] = {"encoder": "returns 0", "decoder": "returns black images"}
+
+
 def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
     """Return the part of the student (encoder or decoder) without trained weights, or None."""
     if options.pretrained_model_name_or_path is not None or "encoder" not in kind.parts:
@@ -104,7 +107,8 @@ def untrained_part(options: StudentConfig, kind: StudentKind) -> Part | None:
 class TrainedStudent(nn.Module):
     """The module that training calls.
 
-    It applies the student's decoder to latents, and the student's encoder to images.
+    It applies the student's decoder to latents if the decoder learns. It applies the student's
+    encoder to images if the encoder learns.
 
     Accelerate replaces the method `forward` of a module that it prepares, to compute in mixed
     precision. Accelerate prepares this module, and not the network inside. So validation, which

@@ -95,7 +95,7 @@ def open_autoencoder(path: str | None, data: LatentData) -> Any:
     """Return the autoencoder that made the latents.
 
     Args:
-        path: the autoencoder's folder. None means the one named in the latents' manifest.
+        path: the autoencoder's folder. None means the autoencoder named in the latents' manifest.
         data: the latents.
 
     Raises:

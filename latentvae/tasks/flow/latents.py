@@ -134,8 +134,8 @@ def _normalization(
 ) -> LatentNormalization:
     """Return the normalisation that the option `normalization` chooses.
 
-    `model` takes the normalisation of the autoencoder's diffusers pipelines. `channel` measures
-    the mean and the standard deviation of each channel of the latents.
+    `model` takes the normalisation that diffusers' pipelines use for the autoencoder. `channel`
+    measures the mean and the standard deviation of each channel of the latents.
     """
     norm = content.normalization
     assert norm is not None  # every folder of latents has a normalisation

@@ -250,7 +250,8 @@ class FlowTask(GeneratorTask):
     def moved(self, batch: Batch, *, sample: bool = False) -> tuple[Tensor, Any]:
         """Return normalised latents (B, d, h, w) and classes (B,) on the device.
 
-        With the condition "text", the captions are returned in place of the classes.
+        With the condition "text", the captions are returned in place of the classes. With the
+        condition "none", every class is `NO_CLASS`.
 
         Args:
             batch: rows of a `LatentTable`.

@@ -36,7 +36,7 @@ def flow_loss(
         x: normalised latents, (B, d, h, w).
         noise: standard normal noise, (B, d, h, w).
         sigma: noise level of each image in [0, 1], (B,).
-        condition: classes (B,) or texts, see `velocity`.
+        condition: classes (B,) or encoded texts, see `velocity`.
     """
     predicted = velocity(net, noised(x, noise, sigma), sigma, condition)
     errors = F.mse_loss(predicted.float(), noise - x, reduction="none")

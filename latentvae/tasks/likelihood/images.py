@@ -79,7 +79,7 @@ def binary(images: Tensor, kind: str, *, generator: torch.Generator | None = Non
     Args:
         images: grey values in [-1, 1].
         kind: "threshold" turns values above 0 into 1 and all others into -1. With any other kind, a
-            pixel of value x becomes 1 with probability (1 + x) / 2.
+            pixel of value x becomes 1 with probability (1 + x) / 2, else -1.
         generator: generator that draws the pixels. None takes torch's global generator.
     """
     if kind == "threshold":

@@ -70,7 +70,8 @@ class LikelihoodTask(ImageTask):
     Attributes:
         net: the network, not wrapped by DDP.
         objective: the loss.
-        pixels: all training images as bytes, (N, C, H, W), or None if they are not kept in memory.
+        pixels: all readable training images as bytes, (N, C, H, W), or None if they are not kept in
+            memory. With `binarize` static, they are already binary.
         validation_pixels: the readable validation images, at most `max_validation_images`, as
             bytes. With `binarize` dynamic or static, they are already binary.
     """
@@ -190,7 +191,10 @@ class LikelihoodTask(ImageTask):
             self.validation_pixels = binary_bytes(self.validation_pixels, seed=STATIC_SEED)
 
     def _mean_image(self) -> Tensor | None:
-        """Return the mean of some training images, (C, H, W), or None if images are a stream."""
+        """Return the mean of some training images, (C, H, W), or None if images are a stream.
+
+        A new decoder starts with this mean as its output, if the likelihood allows it.
+        """
         if isinstance(self.train_images, ImageStream):
             return None
         chosen = some_of(self.train_images, START_IMAGES)

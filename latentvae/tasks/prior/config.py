@@ -49,7 +49,7 @@ class TokensConfig(Section):
         description=(
             "Tokenizer that made the tokens. Training needs this tokenizer to decode sample "
             "pictures, and the exported model contains it. By default, training uses the tokenizer "
-            "that the file manifest.json in the tokens' folder names."
+            "whose name is in the file manifest.json of the tokens' folder."
         ),
     )
     shuffle_tokens: bool = Field(

@@ -126,10 +126,7 @@ def export_prior(
 
 
 def _check_equal(pipeline: TokenPipeline, folder: Path, data: TokenData) -> None:
-    """Raise RuntimeError if the exported networks differ from the networks in `pipeline`.
-
-    The function compares weights and outputs.
-    """
+    """Raise RuntimeError if the exported networks differ from the networks in `pipeline`."""
     # the weights that were trained
     ours, encoder, words = pipeline.transformer, pipeline.text_encoder, pipeline.tokenizer
     theirs: Any = TokenTransformer.from_pretrained(folder / "transformer", use_safetensors=True)

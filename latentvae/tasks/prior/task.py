@@ -212,6 +212,9 @@ class PriorTask(GeneratorTask):
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Return tokens, classes and text of a batch on the device.
 
+        Classes are None unless the condition is "class". The text is None unless the condition is
+        "text".
+
         Args:
             batch: rows of `table`.
             table: the table of tokens and captions that the batch comes from.

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from latentvae.errors import UserError
-from latentvae.metrics.disentanglement import predictability, sap
+from latentvae.metrics.disentanglement import dci, predictability, sap
+from latentvae.metrics.disentanglement.codes import split_rows
 from tests.metrics.disentanglement.made_codes import changed, entangled, make_factors, perfect
 
 
@@ -46,3 +47,15 @@ def test_a_collapsed_dimension_and_an_unknown_factor() -> None:
         sap(codes, factors, categorical=[4])
     with pytest.raises(UserError, match="test_share"):
         sap(codes[:2], np.array([[0], [1]]), categorical=[0], test_share=0.1)
+
+
+def test_a_class_that_only_test_rows_have_is_named() -> None:
+    factors = make_factors(30)[:, :2]
+    codes = np.random.default_rng(0).normal(size=(30, 2))
+    _, test = split_rows(factors, categorical=(), test_share=1 / 3, seed=0)
+    factors[:, 1] = 0
+    factors[test[0], 1] = 1
+    for score in (sap, dci):
+        with pytest.raises(UserError, match="factor 1 has the value 0 in all 20 rows"):
+            score(codes, factors, categorical=[1])
+        score(codes, factors, categorical=())
