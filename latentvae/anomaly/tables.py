@@ -272,10 +272,11 @@ def _check_complete(table: pd.DataFrame) -> None:
         if pd.api.types.is_float_dtype(column):
             bad = bad | ~np.isfinite(column.to_numpy(dtype=np.float64, na_value=np.nan))
         if bad.any():
+            first = int(bad.argmax())
+            value = "NaN" if pd.isna(column.iloc[first]) else column.iloc[first]
             raise UserError(
                 f"column '{name}' has {bad.sum()} missing or infinite value(s), first in data row "
-                f"{int(bad.argmax()) + 1} (NaN). Fill in the values, or remove the rows or the "
-                "column."
+                f"{first + 1} ({value}). Fill in the values, or remove the rows or the column."
             )
 
 

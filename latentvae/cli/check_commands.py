@@ -46,7 +46,7 @@ class VerifyResume:
 
     kills: int = 3
     """Number of times that the second training is killed and resumed. The first training is not
-    killed. Every second kill happens while a checkpoint is saved."""
+    killed. Half of the kills (rounded down) are aimed at moments when a checkpoint is saved."""
 
     processes: int = 1
     """Number of processes of each training, as in `accelerate launch --num_processes`."""

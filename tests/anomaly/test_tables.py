@@ -73,8 +73,8 @@ def test_an_unknown_category_is_zero_everywhere() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"load": np.nan}, "'load' has 80 missing or infinite"),
-        ({"load": np.inf}, "'load' has 80 missing or infinite"),
+        ({"load": np.nan}, r"'load' has 80 missing or infinite value.* in data row 1 \(NaN\)"),
+        ({"load": -np.inf}, r"'load' has 80 missing or infinite value.* in data row 1 \(-inf\)"),
         ({"load": "high"}, "'load' must hold numbers, but holds 'high'"),
         ({"line": None}, "'line' has 80 missing"),
     ],
