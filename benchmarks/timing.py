@@ -1,4 +1,4 @@
-"""Time calls alternately, and print and save the results. Several benchmarks use this module.
+"""Measure the times of functions that are called in turn. Several benchmarks use this module.
 
 Absolute times depend on the load of the machine. But the load slows two calls about equally if they
 run one after the other. So calls are made in rounds, and each round gives the ratio of the times of

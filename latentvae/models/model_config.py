@@ -170,8 +170,8 @@ class SingleFile(Pretrained):
         description=(
             "Model family (such as sdxl) of an autoencoder that you give as a single .safetensors "
             "file. The family decides the scaling factor of the latents. With the family `other`, "
-            "the scaling factor is 1. By default, the program recognises the family if the file is "
-            "a complete checkpoint."
+            "the scaling factor is 1. By default, the program recognises the family if the file "
+            "holds a whole diffusion model, and not only the autoencoder."
         ),
     )
 

@@ -216,8 +216,8 @@ def _moments(rehearsal: Rehearsal, latent: Tensor) -> tuple[Tensor, Tensor]:
 def _difference_to_flow(rehearsal: Rehearsal, found: Probe, latent: Tensor) -> Tensor:
     """Return what the posterior's normalising flow adds to the KL of each image, (B,), in nats.
 
-    The result is computed at the sample of the probe. The sample is written as
-    `mean + standard deviation * noise`, so that the result has a gradient.
+    The result is computed at the latent that the forward pass of `found` drew. This drawn latent is
+    written as `mean + standard deviation * noise`, so that the result has a gradient.
     """
     wrapper: Any = rehearsal.task.wrapper
     mean, logvar = _moments(rehearsal, latent)

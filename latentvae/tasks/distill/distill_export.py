@@ -173,8 +173,8 @@ _USAGE = {
     "AutoencoderTiny": (
         "This model has `scaling_factor` 1 and `shift_factor` 0, because its decoder takes latents "
         "in the scale of the diffusion model. In a diffusion pipeline that uses the teacher, set "
-        "`pipe.vae = vae`. Do not switch tiling on: diffusers' tiles of this class assume 3 image "
-        "channels, 4 latent channels and f = 8."
+        "`pipe.vae = vae`. Do not switch tiling on, unless this model has 3 image channels, 4 "
+        "latent channels and f = 8: diffusers' tiles of this class assume these numbers."
     ),
     "AutoencoderKLFlux2": (
         "Encoder and normalisation are those of the teacher. In a pipeline of FLUX.2, set "
