@@ -50,6 +50,7 @@ from latentvae.text import spreadsheet_text
 
 DIFFERENCE_GAIN = 4.0  # factor on the differences that a PNG shows
 GAP = 8  # width in pixels of the white gaps in a PNG
+NAME_WIDTH = 32  # characters of an image's name in the printed table, which fits 80 columns
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,10 @@ def _names(row: Row) -> dict[str, str]:
 def _table(rows: Sequence[Row], name: str) -> Table:
     table = Table("image", "size", "PSNR dB", "SSIM", "LPIPS alex", title=name)
     for row in rows:
-        table.add_row(Text(printable(row.image)), f"{row.width} x {row.height}", *_cells([row]))
+        text = printable(row.image)
+        if len(text) > NAME_WIDTH:  # the end of a path tells images apart
+            text = "..." + text[3 - NAME_WIDTH :]
+        table.add_row(Text(text), f"{row.width} x {row.height}", *_cells([row]))
     table.add_section()
     table.add_row(f"mean of {len(rows)}", "", *_cells(rows))
     return table

@@ -71,6 +71,7 @@ def test_pictures_and_table_agree(model: Autoencoder, photos: Path, tmp_path: Pa
     assert "bad.jpg" in screen
     assert "mean of 3" in screen
     assert "1 left out" in screen
+    assert "sub/small.png" in screen  # of a long path, the end is shown
 
 
 def test_a_picture_smaller_than_f_of_a_tokenizer_is_told_and_left_out(
