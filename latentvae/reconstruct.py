@@ -40,7 +40,7 @@ from latentvae.data import (
     to_tensor,
 )
 from latentvae.data.pages import find_pages, is_tiff
-from latentvae.errors import UserError, nearest, printable
+from latentvae.errors import UserError, first_line, nearest, printable
 from latentvae.losses.colors import to_rgb
 from latentvae.losses.perceptual import MIN_SIZE, PerceptualLoss, load_lpips
 from latentvae.metrics import psnr, round_alike, ssim
@@ -174,7 +174,7 @@ def _reconstructed(model: Autoencoder, images: Tensor, path: Path) -> Tensor:
     # torch has no error class of its own for inputs that a network cannot compute, such as a group
     # norm of a single value.
     except (ValueError, RuntimeError) as error:
-        reason = f"{width} x {height} pixels cannot be reconstructed: {str(error).splitlines()[0]}"
+        reason = f"{width} x {height} pixels cannot be reconstructed: {first_line(error)}"
         raise UnreadableImage(str(path), reason) from error
 
 

@@ -16,6 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
+# By default, all processes share the lock of tqdm: a fork that is killed while it holds the lock
+# would block the others. Classes that inherit from tqdm take its lock, so it is set before theirs.
+tqdm.set_lock(threading.RLock())
+
 LIMIT = 120.0  # seconds, after which a fork counts as hung
 POLL = 0.002
 
@@ -113,8 +117,7 @@ def _in_the_fork(action: Callable[[], Any], output: Path) -> None:
         os.dup2(file, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         torch.set_num_threads(1)
-        # tqdm's own lock is one of all processes: killed while it holds it, a fork would block them
-        tqdm.set_lock(threading.RLock())
+        tqdm.set_lock(threading.RLock())  # another thread of the parent may hold the parent's
         action()
         code = 0
     except SystemExit as end:

@@ -2,8 +2,10 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -193,22 +195,24 @@ def score_images(
         check_both_classes(_labels(pictures.source.names, normal_folder, data), f"'{data}'")
 
     # scores
-    names, parts, top, kept = [], [], _Top(num_pictures), _HeatMaps()
-    for batch_names, images in pictures.batches(range(len(pictures.source))):
-        scored = fitted.score(network, images)
-        names += batch_names
-        parts.append(scored.scores.double())
-        top.add(batch_names, images, scored)
-        if heat_maps:
-            kept.add(batch_names, scored.maps)
-    scores = torch.cat(parts).numpy() if parts else np.zeros(0)
-    if not len(scores):
-        raise UserError(f"none of the images in '{data}' can be read.")
+    names, parts, top = [], [], _Top(num_pictures)
+    with _HeatMaps(out / "heat_maps") if heat_maps else nullcontext() as kept:
+        for batch_names, images in pictures.batches(range(len(pictures.source))):
+            scored = fitted.score(network, images)
+            names += batch_names
+            parts.append(scored.scores.double())
+            top.add(batch_names, images, scored)
+            if kept is not None:
+                kept.add(batch_names, scored.maps)
+        scores = torch.cat(parts).numpy() if parts else np.zeros(0)
+        if not len(scores):
+            raise UserError(f"none of the images in '{data}' can be read.")
 
-    # pictures, all with one colour scale
-    scale = colour_scale(clean_heat, top.maps)
-    top.write(out / "most_anomalous.png", scale)
-    kept.write(out / "heat_maps", scale)
+        # pictures, all with one colour scale
+        scale = colour_scale(clean_heat, top.maps)
+        top.write(out / "most_anomalous.png", scale)
+        if kept is not None:
+            kept.write(scale)
     labels = None if normal_folder is None else _labels(names, normal_folder, data)
     return Results(names, scores, float(run["threshold"]), labels)
 
@@ -238,24 +242,42 @@ class _Top:
 
 
 class _HeatMaps:
-    """The heat maps of all images, in a temporary file until their colour scale is known."""
+    """The heat maps of all images, in a temporary file until their colour scale is known.
 
-    def __init__(self) -> None:
+    The temporary file is in the folder of the pictures, because the folder for temporary files of
+    many systems is in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.names: list[str] = []
-        self.file = tempfile.TemporaryFile()
+        self.shape = torch.Size()
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = tempfile.TemporaryFile(dir=self.folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def add(self, names: Sequence[str], maps: Tensor) -> None:
         self.names += names
         self.shape = maps.shape[1:]
-        self.file.write(maps.float().cpu().numpy().tobytes())
+        try:
+            self.file.write(maps.float().cpu().numpy().tobytes())
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write the heat maps to '{self.folder}': {error.strerror}."
+            ) from error
 
-    def write(self, folder: Path, scale: tuple[float, float]) -> None:
+    def write(self, scale: tuple[float, float]) -> None:
         self.file.seek(0)
         for name in self.names:
             content = bytearray(self.file.read(4 * self.shape.numel()))
             heat = torch.frombuffer(content, dtype=torch.float32).view(self.shape)
-            write_heat_map(folder / f"{name}.png", heat, low=scale[0], high=scale[1])
-        self.file.close()
+            write_heat_map(self.folder / f"{name}.png", heat, low=scale[0], high=scale[1])
 
 
 def _joined(latents: list[Tensor], data: Path) -> Tensor:

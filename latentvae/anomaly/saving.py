@@ -12,7 +12,7 @@ from latentvae.anomaly.dagmm import DAGMM
 from latentvae.anomaly.detector import Detector
 from latentvae.anomaly.latent_density import LatentDensity
 from latentvae.anomaly.vae import VAEDetector
-from latentvae.errors import UserError, nearest
+from latentvae.errors import UserError, first_line, nearest
 from latentvae.files import read_json
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def load_detector(folder: str | Path) -> Detector:
             detector.feature_names_in_ = np.array(content["columns"], dtype=object)
         return detector
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the detector in '{folder}' cannot be read: {reason}") from error
 
 

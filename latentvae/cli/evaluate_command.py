@@ -11,7 +11,7 @@ from rich.console import Console
 from latentvae.autoencoder import Autoencoder, load
 from latentvae.compute.optimization import Optimize
 from latentvae.data import EIGHT_BIT, open_source, set_pixel_limit
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.evaluation.evaluate import evaluate
 from latentvae.evaluation.settings import FULL, QUICK, QUICK_IMAGES, SECTIONS, LatentKind
 from latentvae.losses.perceptual import PerceptualLoss, load_lpips
@@ -171,5 +171,5 @@ def usable_device(device: str | None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"device '{device}' cannot be used ({reason}). Try 'cpu'.") from error

@@ -43,7 +43,7 @@ from latentvae.data import deep_files
 from latentvae.data.colour_profiles import in_srgb
 from latentvae.data.formats import known_formats
 from latentvae.data.pixels import EIGHT_BIT, DeepImage, Picture, PixelFormat, deep_image
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 
 NOT_A_FILE = "it is not a regular file"
 
@@ -294,5 +294,4 @@ def reason_of(error: Exception) -> str:
         return error.strerror
     if (count := _num_pixels(error)) is not None:
         return deep_files.too_many_pixels(count)
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    return first_line(error)

@@ -139,6 +139,8 @@ def open_images(
 ) -> tuple[ImageSource, ImageSource]:
     """Open the images for training and for validation. No image is used for both purposes.
 
+    Copies of a file are different images, so a copy of a validation image can be in training.
+
     Args:
         spec: the images, as for ``open_source``. From sample photos and tables, the training split
             is used.
@@ -380,7 +382,7 @@ def _files(source: HubImages | ImageFolder) -> list[Path | None]:
     """Return the file of each image with links resolved, or None if no file is known."""
     if isinstance(source, HubImages):
         return source.files()
-    return [source.file(i).resolve() for i in range(len(source))]
+    return [_real(source.file(i)) for i in range(len(source))]
 
 
 def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
@@ -393,9 +395,7 @@ def _other_files(train: ImageFolder, validation: ImageFolder) -> Sequence[int]:
     # Some network file systems give several files one number, so the path must be equal too. The
     # paths of hard links differ, but their file has more than one link.
     files = set(_files(validation))
-    shared = {
-        i for i in found if (file := train.file(i)).resolve() in files or file.stat().st_nlink > 1
-    }
+    shared = {i for i in found if _real(file := train.file(i)) in files or file.stat().st_nlink > 1}
     return [i for i in range(len(train)) if i not in shared]
 
 
@@ -403,6 +403,11 @@ def _file_number(file: Path) -> tuple[int, int] | Path:
     """Return the device and the number of a file, which all links to it share."""
     try:
         found = file.stat()
-    except OSError:  # a dead link, which is reported when it is read
-        return file
+    except OSError:  # a dead link or a link to itself, which is reported when it is read
+        return _real(file)
     return found.st_dev, found.st_ino
+
+
+def _real(file: Path) -> Path:
+    """Return the path without links. `Path.resolve` fails for a link to itself."""
+    return Path(os.path.realpath(file))

@@ -25,7 +25,7 @@ import numpy as np
 from latentvae.data.formats import readable_suffixes
 from latentvae.data.image_folder import inner_name, is_hidden
 from latentvae.data.left_out import count_left_out, side_cars, stem, suffix
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 
 VERSION = 3  # version of the cached index
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -157,8 +157,7 @@ def _fault(path: Path, error: Exception) -> str:
                 f"'{path}' is compressed ({kind}), so no image in it can be reached directly. "
                 "Decompress it to a plain .tar."
             ) from error
-    text = str(error).splitlines()
-    return text[0] if text else type(error).__name__
+    return first_line(error)
 
 
 def _cache_places(path: Path) -> list[Path]:

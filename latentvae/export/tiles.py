@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from latentvae.errors import first_line
 from latentvae.models import Network, family_of
 from latentvae.models.calls import decode, encode
 from latentvae.models.tiling import tile_settings
@@ -67,7 +68,7 @@ def misfit_of_tiles(net: Network, *, f: int) -> str:
             found = z.shape[3]
             decoded = decode(net, z.new_zeros(1, z.shape[1], 2 * multiple // f, right)).shape[3]
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            return f"enable_tiling() fails ({str(error).splitlines()[0]}): {advice}."
+            return f"enable_tiling() fails ({first_line(error)}): {advice}."
     if (found, decoded) == (right, width):
         return ""
     return (

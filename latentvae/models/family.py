@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from latentvae.bottlenecks import Quantizer
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.likelihoods import LogitLaplace
 from latentvae.models.levels import split_levels
 from latentvae.models.network import Computation, Network
@@ -181,7 +181,7 @@ class Family:
             recon = self.decode(net, z)
             f, fixed = recon.shape[3] // z.shape[3], recon.shape[3] != PROBE
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(
                 f"{type(net).__name__} does not encode and decode images as diffusers' image "
                 f"autoencoders do ({type(error).__name__}: {reason})"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sklearn.utils.validation import check_is_fitted
 
-from latentvae.errors import UserError
+from latentvae.errors import UserError, first_line
 from latentvae.files import read_json
 from latentvae.models.dense.network import VectorVAE
 from latentvae.semi_supervised.classifier import SemiSupervisedClassifier
@@ -75,7 +75,7 @@ def load_classifier(folder: str | Path) -> SemiSupervisedClassifier:
     try:
         return _restored(content, load_file(folder / TENSORS_NAME), folder)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the classifier in '{folder}' cannot be read: {reason}") from error
 
 

@@ -284,6 +284,17 @@ def test_links_to_validation_files_are_not_trained_on(tmp_path):
     assert not {"soft.jpg", "hard.jpg", "folder/0012.jpg"} & set(names(train))
 
 
+def test_links_without_an_image_are_found_on_both_sides(tmp_path):
+    fill(tmp_path / "a", 2)
+    fill(tmp_path / "a" / "val", 1, start=10)
+    (tmp_path / "a" / "val" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "a" / "val" / "dead.png").symlink_to("nowhere.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a" / "val")
+    for validation in (tmp_path / "a" / "val", tmp_path / "b"):
+        train, _ = open_images(tmp_path / "a", validation_data_dir=validation)
+        assert names(train) == ["0000.jpg", "0001.jpg"]
+
+
 def test_a_table_within_the_trained_folder_is_an_overlap(tmp_path, own_caches, files, make_parquet):
     parts = [{"bytes": data, "path": name} for name, data in files.items()]
     for number in range(2):

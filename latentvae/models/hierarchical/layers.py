@@ -70,11 +70,6 @@ def decoder_layers(text: str) -> list[Layer]:
 
     for item, resolution, kind, number in _items(text, "dec_blocks", "x, m"):
         seen = {layer.resolution for layer in layers}
-        if resolution < max(seen, default=0):
-            raise UserError(
-                f"dec_blocks has '{item}' after a block of resolution {max(seen)}. Put blocks of "
-                "lower resolution first."
-            )
         if kind == "m":
             if number not in seen or resolution % number or resolution == number:
                 earlier = ", ".join(map(str, sorted(seen))) or "none"
@@ -91,6 +86,12 @@ def decoder_layers(text: str) -> list[Layer]:
                     f"Put '{resolution}m{layers[-1].resolution}' before it."
                 )
             layers += [Layer(resolution)] * number
+
+    if (last := layers[-1].resolution) != (finest := max(layer.resolution for layer in layers)):
+        raise UserError(
+            f"dec_blocks ends at resolution {last}, but the pixels come from the last block. End "
+            f"it with a block of its finest resolution, such as '{finest}x1'."
+        )
     return layers
 
 

@@ -288,7 +288,7 @@ def test_batch_statistics_are_updated_once():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dec_blocks": "1x1,4m1,1x1"}, "has '1x1' after a block of resolution 4"),
+        ({"dec_blocks": "1x1,4m1,1x1"}, "dec_blocks ends at resolution 1, but"),
         ({"enc_blocks": "8d2,4x1"}, "dec_blocks has resolution 1, which enc_blocks lacks"),
         ({"enc_blocks": "6d6", "dec_blocks": "1,6m1"}, "does not fit images of side 8"),
     ],
